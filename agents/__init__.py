@@ -1,0 +1,4 @@
+"""What runs: the agent contract, the event vocabulary and the bridges from DSPy to it.
+
+This package knows nothing of sockets, buses or servers; `server` imports it, never the other way round.
+"""

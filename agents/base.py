@@ -1,0 +1,142 @@
+"""The agent contract: what an agent is given, what it may emit, how it fails.
+
+An agent is a coroutine, not an async generator: a generator that holds a task group and is abandoned raises "cancel
+scope in a different task" somewhere else. It is given a `Task` and an `Emitter` and returns its result.
+
+Nothing here may know how events travel (`channel`), what DSPy is (`streaming`), or that there is a server.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ValidationError
+
+from agents.events import AgentEvent
+from agents.values import cut_text
+
+DEFAULT_TIMEOUT = 600.0
+DEFAULT_MAX_CONCURRENT = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """An earlier finished run of the same thread: its input and its result, as plain JSON data."""
+
+    input: Mapping[str, Any]
+    result: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What one run is asked to do."""
+
+    run: str
+    """The run's id."""
+    input: BaseModel
+    """The validated input: an instance of the agent's `AgentSpec.input_model`."""
+    thread: str | None = None
+    history: tuple[Turn, ...] = ()
+    """Earlier turns of the thread, oldest first."""
+    deadline: float | None = None
+    """When the run times out, in Unix seconds."""
+
+
+class Emitter(Protocol):
+    """Where an agent's events go: in order, none dropped, from any thread."""
+
+    async def send(self, event: AgentEvent) -> None:
+        """Emit, waiting while the run's stream is full.
+
+        :raises Stopped: the run has ended, or is to end now.
+        """
+
+    def nowait(self, event: AgentEvent) -> None:
+        """Emit from synchronous code. On the event loop this never waits: the agent is instead not resumed until
+        there is room. In any other thread it waits for room.
+
+        :raises Stopped: the run has ended, or is to end now, or emitted more than may be held.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentSpec:
+    """What the hub needs to know of an agent in order to offer it, to check its input and to bound its runs."""
+
+    name: str
+    description: str
+    input_model: type[BaseModel]
+    output_schema: Mapping[str, Any] = field(default_factory=dict)
+    """JSON Schema of the result."""
+    timeout: float = DEFAULT_TIMEOUT
+    """Seconds that one run may take, from its start (not counting the queue)."""
+    max_concurrent: int = DEFAULT_MAX_CONCURRENT
+    """Runs at once, in one hub process; more wait in the queue."""
+
+
+class Agent(Protocol):
+    """Anything that runs. Most are made by a `Registry`; whoever needs more writes a class of this shape."""
+
+    @property
+    def spec(self) -> AgentSpec: ...
+
+    async def run(self, task: Task, emit: Emitter) -> Any:
+        """Do the task and return the result: plain data, a pydantic model or a dataclass.
+
+        Whatever it raises ends the run with `run_error`; see `public_message` for what of it clients are told.
+        """
+
+
+class ToolError(Exception):
+    """A tool failed in a way that the LM, and people, should be told about: the text is shown to both as it is."""
+
+
+class Stopped(BaseException):
+    """The run is over and its agent must not go on.
+
+    A `BaseException`, since DSPy logs and swallows every `Exception` raised in a callback, which is where synchronous
+    programs learn that they were cancelled.
+    """
+
+
+def public_message(error: BaseException) -> str:
+    """What clients and LMs may be told of `error`: no traceback, no path, no secret (G9).
+
+    The text of `ToolError` and `ValueError` was written to be read; pydantic's is rebuilt without the input; of an
+    `OSError` only `strerror` is safe; of anything else only the type's name.
+    """
+    if isinstance(error, ValidationError):
+        return cut_text(redact("; ".join(_problem(item) for item in error.errors(include_url=False))))
+    if isinstance(error, ToolError | ValueError):
+        return cut_text(redact(str(error)) or type(error).__name__)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return type(error).__name__
+
+
+def redact(text: str) -> str:
+    """`text` with every secret of this process's environment replaced.
+
+    A secret is the value of a variable whose name ends in KEY, TOKEN, SECRET or PASSWORD.
+    """
+    for secret in _secrets():
+        text = text.replace(secret, "[redacted]")
+    return text
+
+
+_SECRET_SUFFIXES = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+_MIN_SECRET = 8
+
+
+def _secrets() -> list[str]:
+    return [
+        value
+        for name, value in os.environ.items()
+        if name.upper().endswith(_SECRET_SUFFIXES) and len(value) >= _MIN_SECRET
+    ]
+
+
+def _problem(item: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    return f"{where}: {item['msg']}" if where else str(item["msg"])
