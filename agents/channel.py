@@ -201,21 +201,27 @@ def _resolve(future: "asyncio.Future[None]") -> None:
 # -- Driving a run by hand -----------------------------------------------------------------------------------------
 
 
-async def drive(run: Coroutine[Any, Any, T], channel: Channel) -> T:
+async def drive(
+    run: Coroutine[Any, Any, T], channel: Channel, *, on_cancel: Callable[[], None] | None = None
+) -> T:
     """Await `run`, holding it and every task that it creates back while `channel` is congested.
+
+    `on_cancel` is called as a cancellation is about to be thrown into `run`.
 
     :raises Stopped: the channel was abandoned; `run` was closed instead of being resumed.
     """
     _install_gate(asyncio.get_running_loop())
     token = _current.set(channel)
     try:
-        return await _step(run, channel)
+        return await _step(run, channel, on_cancel)
     finally:
         _current.reset(token)
 
 
 @types.coroutine
-def _step(run: Coroutine[Any, Any, T], channel: Channel) -> Generator[Any, Any, T]:
+def _step(
+    run: Coroutine[Any, Any, T], channel: Channel, on_cancel: Callable[[], None] | None = None
+) -> Generator[Any, Any, T]:
     """Step `run`, passing on the futures that it waits for and whatever is thrown in. Cancellation passes the gate."""
     error: BaseException | None = None
     while True:
@@ -227,6 +233,8 @@ def _step(run: Coroutine[Any, Any, T], channel: Channel) -> Generator[Any, Any, 
         if channel.abandoned:
             _drop(run)
             raise Stopped from error
+        if on_cancel is not None and isinstance(error, asyncio.CancelledError):
+            on_cancel()
         Channel.resumed = channel
         try:
             waiting_for = run.send(None) if error is None else run.throw(error)

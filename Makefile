@@ -1,0 +1,51 @@
+# `make` lists what can be done. Needs GNU make and Python 3.11 or newer; the rest is set up in .venv on first use.
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+
+export PYTHON
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help run test check lint format types imports bench lock clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+run: .venv/ready ## Start the hub (options: make run ARGS="--port 9000")
+	@exec $(BIN)/agentcast serve $(ARGS)
+
+test: .venv/ready ## Run all tests, with coverage (some: make test ARGS="tests/unit -k outbox")
+	@scripts/setup.sh tools
+	@$(BIN)/python -m pytest --cov $(ARGS)
+
+check: lint types imports test ## Run all that CI runs: lint, format, types, import rules, tests
+
+lint: .venv/ready ## Check style and formatting
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+format: .venv/ready ## Mend style and formatting where that can be done by machine
+	@$(BIN)/ruff check --fix-only
+	@$(BIN)/ruff format
+
+types: .venv/ready ## Check types
+	@$(BIN)/mypy
+
+imports: .venv/ready ## Check that imports point down only
+	@$(BIN)/lint-imports
+
+bench: .venv/ready ## Measure, and print the numbers
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+lock: ## Renew requirements.lock with the newest versions that fit
+	@scripts/setup.sh lock
+
+clean: ## Remove .venv and everything that tools left behind
+	rm -rf .venv build dist .coverage .coverage.* htmlcov .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp: set-up runs again only when one of these has changed.
+.venv/ready: pyproject.toml requirements.lock scripts/setup.sh
+	@scripts/setup.sh venv
+	@touch $@

@@ -1,0 +1,300 @@
+"""The output fields of a prompt, filled from what it gives: quotes, sums, counts, choices. Nothing is invented.
+
+Where a field needs a value and the text has none, text says so, an optional field stays empty, and a number is 0.
+"""
+
+import re
+from functools import cached_property
+from typing import Any
+
+from agents.arithmetic import evaluate, find_sums, show
+from agents.offline.acting import question_of
+from agents.offline.evidence import Passage, Quote, central, found_nothing, passages, quotes
+from agents.offline.prompt import Field, Prompt
+from agents.words import STOP_WORDS, keywords, stem, stems
+
+NOTE = (
+    "(This is the offline model: it quotes and calculates by rules, it does not think. "
+    "Set AGENTCAST_LM to a model's name for real answers.)"
+)
+LONG_TEXT = 40
+"""Words from which on an input is taken as something to read rather than as a question."""
+
+_QUESTION = re.compile(r"question|query|ask|prompt|task|topic|request|instruction|problem|goal")
+_PRIMARY = re.compile(r"^(?:final_)?(?:answer|response|reply|output|result|report|text|message|summary|explanation)$")
+_KINDS = (
+    ("reasoning", re.compile(r"^(?:reasoning|rationale|thoughts?|justification|analysis)$")),
+    ("sources", re.compile(r"source|file|citation|reference")),
+    ("quotes", re.compile(r"quote|evidence|excerpt|passage|snippet|fact")),
+    ("keywords", re.compile(r"keyword|tag|topic|entit")),
+    ("title", re.compile(r"title|headline|subject|heading")),
+    ("summary", re.compile(r"summary|abstract|tldr|gist|overview")),
+    ("email", re.compile(r"mail")),
+    ("url", re.compile(r"ur[li]$|link|website")),
+    ("date", re.compile(r"date$|^day$|deadline")),
+)
+_FINDERS = {
+    "email": re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
+    "url": re.compile(r"https?://[^\s)>\]\"']+"),
+    "date": re.compile(r"\b\d{4}-\d{2}-\d{2}\b"),
+}
+_NUMBER = re.compile(r"(?<![\w.:/-])-?\d+(?:\.\d+)?(?![\w/:-])(?!\.\d)")
+
+
+def answer(prompt: Prompt) -> dict[str, Any]:
+    """A value for each output field of `prompt`, as JSON data; an optional field without one is left out."""
+    reply = _Reply(prompt)
+    values = {output.name: reply.value(output) for output in prompt.outputs}
+    return {output.name: values[output.name] for output in prompt.outputs if values[output.name] is not None}
+
+
+class _Reply:
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self.steps = [step for step in prompt.steps if step.tool != "finish"]
+
+    # -- What there is to answer from ------------------------------------------------------------------------------
+
+    @cached_property
+    def _split(self) -> tuple[str, list[Passage]]:
+        """The question, and the inputs that are there to be read."""
+        values = {name: value for name, value in self.prompt.values.items() if name != "history" and value.strip()}
+        asking = [name for name in values if _QUESTION.search(name) and len(values[name].split()) < 5 * LONG_TEXT]
+        if not asking and len(values) > 1:
+            asking = [name for name in values if values[name].rstrip().endswith("?")][:1]
+        if not asking and not self.steps:
+            asking = [name for name, value in values.items() if len(value.split()) < LONG_TEXT][:1] or asking
+            asking = asking if len(values) > len(asking) or not self._is_statement(values) else []
+        question = "\n".join(values[name] for name in asking)
+        return question, [Passage(name, value) for name, value in values.items() if name not in asking]
+
+    def _is_statement(self, values: dict[str, str]) -> bool:
+        text = next(iter(values.values()), "").strip()
+        return not text.endswith("?") and len(keywords(text)) > 3 and not find_sums(text)
+
+    @cached_property
+    def question(self) -> str:
+        return self._split[0] or question_of(self.prompt.values)
+
+    @cached_property
+    def read(self) -> list[Passage]:
+        """All that was read: the inputs, and what the tools gave."""
+        useful = [step for step in self.steps if not found_nothing(step.observation)]
+        found = [passage for step in useful for passage in passages(step.observation, step.tool)]
+        return [*self._split[1], *(passage for passage in found if not self._is_sum(passage))]
+
+    def _is_sum(self, passage: Passage) -> bool:
+        return passage.line is None and any(passage.text.strip().endswith(f"= {text}") for _, text in self.sums)
+
+    @cached_property
+    def text(self) -> str:
+        """Everything in the prompt that may hold a value."""
+        return "\n".join([self.question, *(passage.text for passage in self.read)])
+
+    @cached_property
+    def sums(self) -> list[tuple[str, str]]:
+        """The sums of the question and their values, or why they have none."""
+        found = []
+        for sum_ in find_sums(self.question)[:4]:
+            try:
+                found.append((sum_, show(evaluate(sum_))))
+            except ValueError as error:
+                found.append((sum_, f"no value ({error})"))
+        return found
+
+    @cached_property
+    def quotes(self) -> list[Quote]:
+        if self._split[0] or self.steps:
+            found = quotes(self.question, self.read, limit=3) or self._what_tools_said()
+        else:
+            found = central(self.read)
+        return [quote for quote in found if "[[ ##" not in quote.text]
+
+    def _what_tools_said(self) -> list[Quote]:
+        """The start of what tools gave that share no word with the question: still an answer to the call."""
+        called = {step.tool for step in self.steps}
+        return central([passage for passage in self.read if passage.source in called])
+
+    # -- Values ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def primary(self) -> str | None:
+        """The field that holds the answer proper."""
+        texts = [output.name for output in self.prompt.outputs if output.schema.get("type", "") == "string"]
+        named = [name for name in texts if _PRIMARY.match(name)]
+        return next(iter(named or [name for name in texts if _kind(name) is None] or texts), None)
+
+    def value(self, output: Field, *, top: bool = True) -> Any:
+        schema = _resolve(output.schema)
+        if "enum" in schema or "const" in schema:
+            return self._choice(schema.get("enum") or [schema["const"]])
+        if "anyOf" in schema:
+            return self._any_of(output, schema["anyOf"])
+        match schema.get("type"):
+            case "boolean":
+                return self._truth(output)
+            case "integer" | "number" as kind:
+                return self._number(output, schema, whole=kind == "integer")
+            case "array":
+                return self._list(output, _resolve(schema.get("items", {}), output.schema))
+            case "object":
+                return self._object(output, schema)
+            case "null":
+                return None
+            case _:
+                return self._whole_answer() if top and output.name == self.primary else self._text(output)
+
+    def _any_of(self, output: Field, options: list[dict[str, Any]]) -> Any:
+        definitions = {"$defs": output.schema.get("$defs", {})}
+        for option in options:
+            if option.get("type") != "null":
+                value = self.value(Field(output.name, output.desc, option | definitions), top=False)
+                return None if value in ("", [], {}) or (value == 0 and not self._numbers(output)) else value
+        return None
+
+    def _object(self, output: Field, schema: dict[str, Any]) -> dict[str, Any]:
+        definitions = {"$defs": output.schema.get("$defs", {})}
+        values = {
+            name: self.value(Field(name, inner.get("description", ""), inner | definitions), top=False)
+            for name, inner in schema.get("properties", {}).items()
+        }
+        needed = schema.get("required", [])
+        return {name: value for name, value in values.items() if value is not None or name in needed}
+
+    def _choice(self, options: list[Any]) -> Any:
+        words = stems(self.text)
+        return max(options, key=lambda option: sum(words.count(term) for term in set(stems(str(option)))))
+
+    def _truth(self, output: Field) -> bool:
+        generic = {"answer", "result", "output", "ok"}
+        about = [part for part in output.name.lower().split("_") if part not in STOP_WORDS | generic]
+        present = set(stems(self.text if self.read else self.question))
+        if about:
+            return any(stem(part) in present for part in about)
+        wanted = {stem(word) for word in keywords(self.question)}
+        found = {term for passage in self.read for term in stems(passage.text)}
+        return bool(wanted) and 2 * len(wanted & found) > len(wanted)
+
+    def _numbers(self, output: Field) -> list[float]:
+        if self.sums:
+            return [float(text) for _, text in self.sums if not text.startswith("no value")]
+        near = quotes(f"{output.name.replace('_', ' ')} {output.desc} {self.question}", self.read, limit=1)
+        texts = [quote.text for quote in near] + [self.text]
+        return [float(number) for text in texts for number in _NUMBER.findall(text)]
+
+    def _number(self, output: Field, schema: dict[str, Any], *, whole: bool) -> float | int:
+        low, high = schema.get("minimum", float("-inf")), schema.get("maximum", float("inf"))
+        fitting = [
+            number
+            for number in self._numbers(output)
+            if low <= number <= high and (number.is_integer() or not whole)
+        ]
+        number = fitting[0] if fitting else min(max(0.0, low), high)
+        return int(number) if whole else number
+
+    def _list(self, output: Field, items: dict[str, Any]) -> list[Any]:
+        match items.get("type"):
+            case "integer":
+                return [int(number) for number in self._numbers(output) if number.is_integer()]
+            case "number":
+                return self._numbers(output)
+            case "string" if "enum" not in items:
+                return self._texts(output)
+            case _:
+                return [option for option in items.get("enum", []) if stem(str(option)) in stems(self.text)]
+
+    def _texts(self, output: Field) -> list[str]:
+        match _kind(output.name):
+            case "sources":
+                return list(dict.fromkeys(quote.source for quote in self.quotes))
+            case "keywords":
+                return keywords(self.text)[:8]
+            case "email" | "url" | "date" as kind:
+                return list(dict.fromkeys(_FINDERS[kind].findall(self.text)))
+            case _:
+                return [quote.text for quote in self.quotes]
+
+    def _text(self, output: Field) -> str:
+        match _kind(output.name):
+            case "reasoning":
+                return self._reasoning()
+            case "sources" | "keywords":
+                return ", ".join(self._texts(output))
+            case "title":
+                best = self.quotes[:1] or central(self.read, limit=1)
+                return _short(best[0].text if best else self.question)
+            case "summary":
+                return " ".join(quote.text for quote in central(self.read)) or self.question
+            case "email" | "url" | "date":
+                return next(iter(self._texts(output)), "")
+            case _:
+                about = f"{output.name.replace('_', ' ')} {output.desc}"
+                best = quotes(about, self.read, limit=1) or self.quotes[:1]
+                return best[0].text if best else "Not stated."
+
+    # -- Texts -----------------------------------------------------------------------------------------------------
+
+    def _whole_answer(self) -> str:
+        parts = [f"{sum_} = {text}" for sum_, text in self.sums]
+        parts += [
+            f"“{quote.text}”" if quote.source in self.prompt.values else f"{quote.place}: “{quote.text}”"
+            for quote in self.quotes
+        ]
+        if not self.quotes and not self.sums:
+            parts.append(self._nothing())
+        elif self.quotes and self._is_weak():
+            parts.insert(0, "Nothing that I read answers this directly. The closest is:")
+        return "\n\n".join([*parts, NOTE])
+
+    def _is_weak(self) -> bool:
+        if all(quote.line is None for quote in self.quotes):  # from a tool that answers, not from a file that was found
+            return False
+        wanted = {stem(word) for word in keywords(self.question)}
+        matched = frozenset[str]().union(*(quote.matched for quote in self.quotes))
+        return bool(self._split[0] and wanted) and 3 * len(matched) <= len(wanted)
+
+    def _nothing(self) -> str:
+        about = ", ".join(keywords(self.question)[:8]) or "this"
+        if self.steps:
+            return f"The tools gave nothing that answers this (I looked for: {about})."
+        if self.read:
+            return f"The text says nothing about it (I looked for: {about})."
+        return "There is no text to answer this from, and nothing to calculate."
+
+    def _reasoning(self) -> str:
+        parts = []
+        if calls := [step.tool for step in self.steps]:
+            counts = [f"{tool} {calls.count(tool)}×" for tool in dict.fromkeys(calls)]
+            parts.append(f"I called {', '.join(counts)}.")
+        if self.sums:
+            parts.append(f"I calculated {', '.join(sum_ for sum_, _ in self.sums)}.")
+        if self.quotes:
+            sources = list(dict.fromkeys(quote.source for quote in self.quotes))
+            parts.append(
+                f"I compared what I read with the words of the question ({', '.join(keywords(self.question)[:8])}) "
+                f"and took what is closest to them, from {', '.join(sources)}."
+                if self._split[0] or self.steps
+                else f"I took the {len(self.quotes)} sentences whose words the text uses most."
+            )
+        if not parts or (calls and not self.quotes and not self.sums):
+            parts.append("Nothing that I could read or calculate answers the question, so I say so.")
+        return " ".join(parts if self.primary else [*parts, NOTE])
+
+
+def _kind(name: str) -> str | None:
+    return next((kind for kind, pattern in _KINDS if pattern.search(name.lower())), None)
+
+
+def _resolve(schema: dict[str, Any], root: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`schema`, or what it refers to."""
+    definitions = (root or schema).get("$defs", {})
+    reference = schema.get("$ref") or next((part.get("$ref") for part in schema.get("allOf", [])), None)
+    if reference is None:
+        return schema
+    target = definitions.get(str(reference).rpartition("/")[2], {})
+    return {**target, "$defs": definitions}
+
+
+def _short(text: str) -> str:
+    text = re.sub(r"[*_`#>|]+", "", text).strip()
+    return text if len(text) <= 80 else text[:80].rsplit(" ", 1)[0]

@@ -1,0 +1,94 @@
+"""A uvicorn protocol that lets the app write ready frames to its socket without waiting.
+
+Server frames are unmasked and, without compression, the same bytes for every client, so one encoding serves all of
+them; and many frames go out in one write, which is what fan-out costs are made of. A slow client shows as `writable`
+turning false, never as a wait; one that takes nothing at all can be cut with `abort` (a closing handshake would wait
+for it).
+
+Use it with `uvicorn --ws server.asgi:FrameProtocol`; `agentcast serve` does. This module must not know what is in a
+frame.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.http11 import Request
+
+EXTENSION = "agentcast.frames"
+
+_TEXT = 0x81  # FIN, opcode 1 (RFC 6455, section 5.2)
+
+
+class FrameWriter:
+    """The socket of one connection, as `scope["extensions"]["agentcast.frames"]`."""
+
+    def __init__(self, protocol: "FrameProtocol") -> None:
+        self._protocol = protocol
+        self._written = 0
+        self.on_writable: Callable[[], None] = _nothing
+        """Called when `writable` turns true again."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether the transport takes more; false as well once the connection is gone."""
+        protocol = self._protocol
+        return protocol.writable.is_set() and not protocol.close_sent and not self._transport.is_closing()
+
+    @property
+    def pending(self) -> int:
+        """Bytes that the transport holds because the client has not taken them."""
+        return self._transport.get_write_buffer_size()
+
+    @property
+    def taken(self) -> int:
+        """Bytes that the client, or the kernel for it, has taken so far."""
+        return self._written - self.pending
+
+    def write(self, messages: Sequence[bytes]) -> None:
+        """Send each message as one text frame, all of them in one write. Never waits; for nothing once closed."""
+        parts: list[bytes] = []
+        for message in messages:
+            parts.append(_header(len(message)))
+            parts.append(message)
+        data = b"".join(parts)
+        self._written += len(data)
+        self._transport.write(data)
+
+    def abort(self) -> None:
+        """Cut the connection at once, without a handshake."""
+        self._transport.abort()
+
+    @property
+    def _transport(self) -> asyncio.Transport:
+        return self._protocol.transport
+
+
+class FrameProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's sans-I/O WebSocket protocol, with a `FrameWriter` in the scope's extensions."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._writer = FrameWriter(self)
+
+    def handle_connect(self, event: Request) -> None:
+        super().handle_connect(event)
+        if not self.close_sent:  # the app's task was created, but cannot have run yet
+            self.scope["extensions"][EXTENSION] = self._writer  # type: ignore[index]
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._writer.on_writable()
+
+
+def _header(length: int) -> bytes:
+    if length < 126:
+        return bytes((_TEXT, length))
+    if length < 65_536:
+        return bytes((_TEXT, 126)) + length.to_bytes(2, "big")
+    return bytes((_TEXT, 127)) + length.to_bytes(8, "big")
+
+
+def _nothing() -> None:
+    pass

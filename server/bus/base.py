@@ -1,0 +1,240 @@
+"""The bus: what a backend must do so that the guarantees hold. Memory and Redis pass one contract suite.
+
+A run's log is a sequence of frames without holes, written by one owner. An *epoch* names one incarnation of the log:
+positions of different epochs cannot be compared. A *fence* names one ownership: a newer claim makes the older one
+void. A *snapshot* is the state after one seq, and the log may be trimmed up to the saved one.
+
+Frames carry run, epoch, seq and ready bytes, so routing parses nothing. This module must not know what is inside a
+frame, who follows a run, or how agents work.
+
+- G1, G2: `subscribe` is confirmed when it returns, so who then reads heads and pages misses nothing; a page either
+  continues exactly after the position asked for or is `None`.
+- G5: `append` raises `Unavailable` while the bus cannot take a batch; the same batch may be tried again at will.
+- G7: `append` checks before it writes: after the terminal event, or from a fenced owner, nothing is written.
+"""
+
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+Status = Literal["queued", "running", "cancelling", "done", "failed", "cancelled"]
+ACTIVE: frozenset[Status] = frozenset({"queued", "running", "cancelling"})
+
+KEY_TTL = 24 * 3600.0
+"""Seconds that an idempotency key holds."""
+LOG_EVENTS = 10_000
+LOG_BYTES = 4 * 1024 * 1024
+"""What a log keeps for replay, at least: it is trimmed to these once a snapshot covers what goes."""
+FEED_LENGTH = 10_000
+"""Announcements that the feed reaches back."""
+PAGE_EVENTS = 200
+PAGE_BYTES = 1024 * 1024
+"""A page is never larger, except by its last frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One event of a run, encoded. At detail `progress` it is shown only if `progress` is set."""
+
+    run: str
+    epoch: str
+    seq: int
+    data: bytes
+    progress: bool = True
+    terminal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Where a log stands. Delivered to subscribers instead of frames after a `rebase`."""
+
+    run: str
+    epoch: str
+    seq: int
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The encoded `RunState` after event `seq` of `epoch`."""
+
+    run: str
+    epoch: str
+    seq: int
+    state: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The frames that follow a position, oldest first; empty at the head. `head` is the newest seq of the log."""
+
+    frames: Sequence[Frame]
+    head: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """What the bus knows of a run without looking into its log."""
+
+    run: str
+    agent: str
+    principal: str
+    thread: str | None
+    epoch: str
+    head: int
+    status: Status
+    created: float
+    ended: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRun:
+    """A run to create. `first` is its first frame (seq 1). `fingerprint` tells whether a reused `key` means the same
+    start."""
+
+    run: str
+    epoch: str
+    agent: str
+    principal: str
+    thread: str | None
+    created: float
+    first: Frame
+    key: str | None = None
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """The run that `create` made, with the fence of its owner; or, with `fence` None, the run that its key names."""
+
+    run: str
+    epoch: str
+    fence: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """A run was created. `position` is the feed's after this entry."""
+
+    position: str
+    run: str
+    epoch: str
+    agent: str
+    thread: str | None
+    principal: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filter:
+    """Which runs `list` is to give: newest first, created before run `before`. None means any."""
+
+    principal: str | None = None
+    agent: str | None = None
+    thread: str | None = None
+    statuses: Collection[Status] | None = None
+    before: str | None = None
+    limit: int = 100
+
+
+Deliver = Callable[[Sequence[Frame] | Head], None]
+"""Takes news of one run, in order, on the event loop. Must not block or raise."""
+Announce = Callable[[Announcement], None]
+CommandHandler = Callable[[str, Mapping[str, Any]], Awaitable[None]]
+
+
+class Subscription(Protocol):
+    def close(self) -> None:
+        """No delivery follows. Idempotent; never raises, never waits."""
+
+
+class Bus(Protocol):
+    """Every method may raise `Unavailable`; unknown runs raise `NotFound` unless said otherwise."""
+
+    async def create(self, new: NewRun) -> Created:
+        """Create the log with its first frame and announce it in the feed; one wins if several try with one key.
+
+        :raises Conflict: the key was used with another fingerprint.
+        """
+
+    async def claim(self, run: str) -> int:
+        """Become the owner; earlier owners are fenced off.
+
+        :raises Ended: the log has its terminal event.
+        """
+
+    async def append(self, run: str, fence: int, frames: Sequence[Frame], status: Status) -> None:
+        """Add frames after the head, all or none, and deliver them. A batch wholly at or below the head is a retry
+        and changes nothing.
+
+        :raises Fenced: another owner has claimed the run.
+        :raises Ended: the log has its terminal event.
+        :raises HeadMismatch: the batch neither follows the head nor is a retry.
+        """
+
+    async def rebase(self, run: str, fence: int, seq: int, state: bytes, status: Status) -> str:
+        """Begin a new epoch, whose log is empty, at `seq` with the owner's state as its snapshot; also re-creates a
+        run that the bus has lost. Gives the new epoch.
+
+        :raises Fenced: another owner has claimed the run.
+        """
+
+    async def info(self, runs: Collection[str]) -> dict[str, RunInfo]:
+        """What is known of each run; unknown ones are left out."""
+
+    async def read(self, run: str, epoch: str, after: int) -> Page | None:
+        """The page after `after`; None if the log of that epoch does not hold exactly what follows it."""
+
+    async def save_snapshot(self, fence: int, snapshot: Snapshot) -> None:
+        """Replace the run's snapshot; the log may then be trimmed up to it.
+
+        :raises Fenced: another owner has claimed the run.
+        """
+
+    async def load_snapshot(self, run: str) -> Snapshot | None:
+        """The newest saved snapshot, if there is one."""
+
+    async def subscribe(self, run: str, deliver: Deliver) -> Subscription:
+        """Deliver all news of `run` from now on; confirmed when this returns."""
+
+    async def list(self, filter: Filter) -> Sequence[RunInfo]:
+        """The runs that fit, newest first."""
+
+    async def watch_feed(self, announce: Announce) -> tuple[Subscription, str]:
+        """Announce every run created from now on; with the feed's position now."""
+
+    async def read_feed(self, after: str) -> Sequence[Announcement] | None:
+        """The announcements after a position; None if the feed does not reach back to it (or never had it)."""
+
+    async def send_command(self, run: str, command: Mapping[str, Any]) -> None:
+        """Have the run's owner, in whatever process, handle `command`; returns when it has.
+
+        :raises Unavailable: no owner answers.
+        """
+
+    async def handle_commands(self, handler: CommandHandler) -> Subscription:
+        """Handle the commands to runs that this process owns."""
+
+    async def check(self) -> None:
+        """Send a probe through the real path and see it arrive."""
+
+    async def aclose(self) -> None:
+        """Let go of everything."""
+
+
+_ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+def new_run_id() -> str:
+    """Sortable by creation time (milliseconds first), and unguessable: 100 random bits follow."""
+    millis = int(time.time() * 1000)
+    stamp = ""
+    while millis:
+        millis, digit = divmod(millis, 36)
+        stamp = _ALPHABET[digit] + stamp
+    return stamp.rjust(9, "0") + "".join(secrets.choice(_ALPHABET) for _ in range(20))
+
+
+def new_epoch() -> str:
+    return secrets.token_hex(4)

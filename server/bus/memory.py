@@ -1,0 +1,306 @@
+"""The bus of a single process, and the reference for what any bus must do.
+
+Nothing here awaits inside an operation, so each is atomic on its loop. What ended runs take is bounded: the last
+`MAX_ENDED` of them, or `MAX_ENDED_BYTES`, whichever is less; so are the idempotency keys.
+"""
+
+import bisect
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+from server.bus.base import (
+    ACTIVE,
+    FEED_LENGTH,
+    KEY_TTL,
+    LOG_BYTES,
+    LOG_EVENTS,
+    PAGE_BYTES,
+    PAGE_EVENTS,
+    Announce,
+    Announcement,
+    CommandHandler,
+    Created,
+    Deliver,
+    Filter,
+    Frame,
+    Head,
+    NewRun,
+    Page,
+    RunInfo,
+    Snapshot,
+    Status,
+    Subscription,
+    new_epoch,
+)
+from server.errors import Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
+
+MAX_ENDED = 1_000
+MAX_ENDED_BYTES = 256 * 1024 * 1024
+MAX_KEYS = 100_000
+
+
+@dataclass(slots=True)
+class _Log:
+    info: RunInfo
+    fence: int = 1
+    frames: list[Frame] = field(default_factory=list)
+    bytes: int = 0
+    snapshot: Snapshot | None = None
+    subscribers: dict[object, Deliver] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return self.bytes + (len(self.snapshot.state) if self.snapshot else 0)
+
+    @property
+    def ended(self) -> bool:
+        return self.info.ended is not None
+
+    def deliver(self, news: Sequence[Frame] | Head) -> None:
+        for deliver in list(self.subscribers.values()):
+            deliver(news)
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    run: str
+    fingerprint: str
+    expires: float
+
+
+class _Registration:
+    """A subscription to anything: closing it takes the entry out again."""
+
+    def __init__(self, remove: Callable[[], object]) -> None:
+        self._remove = remove
+
+    def close(self) -> None:
+        self._remove()
+
+
+class MemoryBus:
+    """A `Bus` whose runs live and die with the process."""
+
+    def __init__(
+        self,
+        *,
+        log_events: int = LOG_EVENTS,
+        log_bytes: int = LOG_BYTES,
+        feed_length: int = FEED_LENGTH,
+        max_ended: int = MAX_ENDED,
+        max_ended_bytes: int = MAX_ENDED_BYTES,
+    ) -> None:
+        self._log_events = log_events
+        self._log_bytes = log_bytes
+        self._max_ended = max_ended
+        self._max_ended_bytes = max_ended_bytes
+        self._logs: dict[str, _Log] = {}
+        self._ended: OrderedDict[str, int] = OrderedDict()
+        self._ended_bytes = 0
+        self._keys: OrderedDict[tuple[str, str], _Key] = OrderedDict()
+        self._feed: deque[Announcement] = deque(maxlen=feed_length)
+        self._feed_id = new_epoch()
+        self._announced = 0
+        self._watchers: dict[object, Announce] = {}
+        self._handler: CommandHandler | None = None
+
+    # -- Logs ------------------------------------------------------------------------------------------------------
+
+    async def create(self, new: NewRun) -> Created:
+        if new.key is not None:
+            known = self._find_key(new.principal, new.key)
+            if known is not None:
+                if known.fingerprint != new.fingerprint:
+                    raise Conflict("this key was used for a start with another agent or input; use a new key")
+                return Created(known.run, self._log(known.run).info.epoch, None)
+            self._keys.pop((new.principal, new.key), None)  # oldest first, also when a key is given out again
+            self._keys[new.principal, new.key] = _Key(new.run, new.fingerprint, time.time() + KEY_TTL)
+            if len(self._keys) > MAX_KEYS:
+                self._keys.popitem(last=False)
+        info = RunInfo(
+            run=new.run,
+            agent=new.agent,
+            principal=new.principal,
+            thread=new.thread,
+            epoch=new.epoch,
+            head=1,
+            status="queued",
+            created=new.created,
+        )
+        self._logs[new.run] = _Log(info, frames=[new.first], bytes=len(new.first.data))
+        self._announced += 1
+        position = f"{self._feed_id}:{self._announced}"
+        announcement = Announcement(position, new.run, new.epoch, new.agent, new.thread, new.principal)
+        self._feed.append(announcement)
+        for announce in list(self._watchers.values()):
+            announce(announcement)
+        return Created(new.run, new.epoch, 1)
+
+    async def claim(self, run: str) -> int:
+        log = self._log(run)
+        if log.ended:
+            raise Ended(run)
+        log.fence += 1
+        return log.fence
+
+    async def append(self, run: str, fence: int, frames: Sequence[Frame], status: Status) -> None:
+        log = self._owned(run, fence)
+        head = log.info.head
+        if frames[0].epoch == log.info.epoch and frames[-1].seq <= head:
+            return
+        if log.ended:
+            raise Ended(run)
+        if frames[0].epoch != log.info.epoch or frames[0].seq != head + 1:
+            raise HeadMismatch(run, log.info.epoch, head)
+        log.frames.extend(frames)
+        log.bytes += sum(len(frame.data) for frame in frames)
+        ended = time.time() if frames[-1].terminal else None
+        log.info = replace(log.info, head=frames[-1].seq, status=status, ended=ended)
+        log.deliver(frames)
+        if ended is not None:
+            self._retire(run, log)
+
+    async def rebase(self, run: str, fence: int, seq: int, state: bytes, status: Status) -> str:
+        log = self._owned(run, fence)
+        epoch = new_epoch()
+        ended = None if status in ACTIVE else time.time()
+        log.info = replace(log.info, epoch=epoch, head=seq, status=status, ended=ended)
+        log.frames, log.bytes = [], 0
+        log.snapshot = Snapshot(run, epoch, seq, state)
+        log.deliver(Head(run, epoch, seq, ended=log.ended))
+        return epoch
+
+    async def info(self, runs: Collection[str]) -> dict[str, RunInfo]:
+        return {run: self._logs[run].info for run in runs if run in self._logs}
+
+    async def read(self, run: str, epoch: str, after: int) -> Page | None:
+        log = self._log(run)
+        head = log.info.head
+        first = head - len(log.frames) + 1
+        if epoch != log.info.epoch or not first - 1 <= after <= head:
+            return None
+        start = after - first + 1
+        frames: list[Frame] = []
+        size = 0
+        for frame in islice(log.frames, start, start + PAGE_EVENTS):
+            frames.append(frame)
+            size += len(frame.data)
+            if size >= PAGE_BYTES:
+                break
+        return Page(frames, head)
+
+    async def save_snapshot(self, fence: int, snapshot: Snapshot) -> None:
+        log = self._owned(snapshot.run, fence)
+        if snapshot.epoch != log.info.epoch:
+            return
+        log.snapshot = snapshot
+        self._trim(log, snapshot.seq)
+        if log.ended:
+            self._retire(snapshot.run, log)
+
+    async def load_snapshot(self, run: str) -> Snapshot | None:
+        return self._log(run).snapshot
+
+    async def subscribe(self, run: str, deliver: Deliver) -> Subscription:
+        log = self._log(run)
+        token = object()
+        log.subscribers[token] = deliver
+        return _Registration(lambda: log.subscribers.pop(token, None))
+
+    async def list(self, filter: Filter) -> Sequence[RunInfo]:
+        # Run ids sort by creation, and so does the dictionary that holds them.
+        ids = list(self._logs)
+        end = len(ids) if filter.before is None else bisect.bisect_left(ids, filter.before)
+        fitting = (info for run in reversed(ids[:end]) if _fits(info := self._logs[run].info, filter))
+        return list(islice(fitting, filter.limit))
+
+    # -- The feed --------------------------------------------------------------------------------------------------
+
+    async def watch_feed(self, announce: Announce) -> tuple[Subscription, str]:
+        token = object()
+        self._watchers[token] = announce
+        return _Registration(lambda: self._watchers.pop(token, None)), f"{self._feed_id}:{self._announced}"
+
+    async def read_feed(self, after: str) -> Sequence[Announcement] | None:
+        feed, _, number = after.partition(":")
+        oldest = self._announced - len(self._feed)
+        if feed != self._feed_id or not number.isdecimal() or not oldest <= int(number) <= self._announced:
+            return None
+        return list(islice(self._feed, int(number) - oldest, None))
+
+    # -- Commands --------------------------------------------------------------------------------------------------
+
+    async def send_command(self, run: str, command: Mapping[str, Any]) -> None:
+        self._log(run)
+        if self._handler is None:
+            raise Unavailable("no process runs this run at the moment; try again")
+        await self._handler(run, command)
+
+    async def handle_commands(self, handler: CommandHandler) -> Subscription:
+        self._handler = handler
+
+        def remove() -> None:
+            self._handler = None
+
+        return _Registration(remove)
+
+    async def check(self) -> None:
+        """Always well: there is no path that could fail."""
+
+    async def aclose(self) -> None:
+        self._logs.clear()
+        self._watchers.clear()
+
+    # -- Inside ----------------------------------------------------------------------------------------------------
+
+    def _log(self, run: str) -> _Log:
+        try:
+            return self._logs[run]
+        except KeyError:
+            raise NotFound(f"there is no run {run[:64]!r}") from None
+
+    def _owned(self, run: str, fence: int) -> _Log:
+        log = self._log(run)
+        if fence != log.fence:
+            raise Fenced(run)
+        return log
+
+    def _find_key(self, principal: str, key: str) -> _Key | None:
+        now = time.time()
+        while self._keys and next(iter(self._keys.values())).expires <= now:
+            self._keys.popitem(last=False)
+        known = self._keys.get((principal, key))
+        return known if known is not None and known.run in self._logs else None
+
+    def _trim(self, log: _Log, covered: int) -> None:
+        """Drop the oldest frames that a snapshot covers, down to what a log keeps."""
+        drop = 0
+        for frame in log.frames:
+            over = len(log.frames) - drop > self._log_events or log.bytes > self._log_bytes
+            if not over or frame.seq > covered:
+                break
+            drop += 1
+            log.bytes -= len(frame.data)
+        del log.frames[:drop]
+
+    def _retire(self, run: str, log: _Log) -> None:
+        """Account for an ended run, and forget the oldest ended ones past the bounds."""
+        self._ended_bytes += log.size - self._ended.get(run, 0)
+        self._ended[run] = log.size
+        while len(self._ended) > self._max_ended or self._ended_bytes > self._max_ended_bytes:
+            oldest, size = self._ended.popitem(last=False)
+            self._ended_bytes -= size
+            del self._logs[oldest]
+
+
+def _fits(info: RunInfo, filter: Filter) -> bool:
+    return (
+        (filter.principal is None or info.principal == filter.principal)
+        and (filter.agent is None or info.agent == filter.agent)
+        and (filter.thread is None or info.thread == filter.thread)
+        and (filter.statuses is None or info.status in filter.statuses)
+    )

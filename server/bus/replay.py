@@ -1,0 +1,46 @@
+"""The state of a run, from what the bus holds: the saved snapshot, and the log after it folded on top (G10)."""
+
+import orjson
+from anyio.lowlevel import checkpoint
+
+from server.bus.base import Bus, RunInfo, Snapshot
+from server.errors import NotFound, Unavailable
+from server.state import RunState
+
+_ATTEMPTS = 3
+
+
+async def load_state(bus: Bus, run: str) -> Snapshot:
+    """The run's state at the head of its log.
+
+    :raises NotFound: there is no such run.
+    :raises Unavailable: the bus is away, or the log changes its epoch faster than it can be read.
+    """
+    for _ in range(_ATTEMPTS):
+        info = (await bus.info([run])).get(run)
+        if info is None:
+            raise NotFound(f"there is no run {run[:64]!r}")
+        snapshot = await _fold(bus, info)
+        if snapshot is not None:
+            return snapshot
+    raise Unavailable(f"the log of run {run} is being replaced; try again")
+
+
+async def _fold(bus: Bus, info: RunInfo) -> Snapshot | None:
+    """The state at the head, or None if the log was trimmed or replaced while it was read."""
+    saved = await bus.load_snapshot(info.run)
+    if saved is not None and saved.epoch == info.epoch:
+        if saved.seq >= info.head:
+            return saved
+        state, seq = RunState.decode(saved.state), saved.seq
+    else:
+        state, seq = RunState.new(info.run, info.agent), 0
+    while seq < info.head:
+        page = await bus.read(info.run, info.epoch, seq)
+        if page is None or not page.frames:
+            return None
+        for frame in page.frames:
+            state.apply(orjson.loads(frame.data))
+            seq = frame.seq
+        await checkpoint()  # a long log must not hold the loop
+    return Snapshot(info.run, info.epoch, seq, state.encode())

@@ -1,0 +1,49 @@
+"""Settings: from the environment (`AGENTCAST_…`) or the command line. Limits that nobody tunes are constants where
+they are used."""
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+DEMO_AGENTS = "agents.demo:registry"
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+
+
+class Settings(BaseSettings):
+    """How one hub process is set up. Every field can be given as `AGENTCAST_<NAME>`."""
+
+    model_config = SettingsConfigDict(env_prefix="AGENTCAST_", frozen=True)
+
+    agents: Annotated[tuple[str, ...], NoDecode] = (DEMO_AGENTS,)
+    """Registries to load, as `package.module:registry`; comma separated in the environment."""
+    host: str = "127.0.0.1"
+    """Address to bind. Anything but a loopback address lets others in: put a proxy with authentication before it."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """TCP port; 0 takes a free one."""
+    hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    """Host names, besides the local ones, under which the hub may be asked (`Host` and `Origin` headers); `*` is any."""
+    lm: str = "offline"
+    """The language model: any string that `dspy.LM` takes, or `offline`."""
+    log_level: str = "info"
+    grace: float = Field(default=10.0, ge=0)
+    """Seconds that running agents get to finish when the hub is told to stop."""
+    cancel_grace: float = Field(default=5.0, ge=0)
+    """Seconds that a cancelled or timed out agent gets to clean up before it is abandoned."""
+    heartbeat: float = Field(default=25.0, gt=0)
+    """Seconds of silence after which a client is sent a `ping`."""
+    slow_client: float = Field(default=30.0, gt=0)
+    """Seconds after which a client that takes nothing is cut."""
+    max_active: int = Field(default=1_000, ge=1)
+    """Runs that may be queued or running in this process; more are refused with `too_many`."""
+
+    @field_validator("agents", "hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @property
+    def allowed_hosts(self) -> frozenset[str]:
+        """Names under which the hub may be asked, lower case, without port."""
+        bound = () if self.host in ("0.0.0.0", "::") else (self.host,)  # noqa: S104 -- compared, not bound
+        return frozenset(name.lower() for name in (*LOCAL_HOSTS, *bound, *self.hosts))

@@ -1,0 +1,201 @@
+"""The WebSocket endpoint: the only place where a client's socket, outbox and session meet (G4).
+
+Each connection costs one task, its reader. Writing needs none: what is queued in one turn of the loop goes out in one
+write at the end of it, and goes on when the transport has room again. Pulling for followers that are behind happens
+in a task that lives only while there are any. One ticker serves the heartbeats, feed positions and slow clients of all
+connections.
+"""
+
+import asyncio
+import logging
+import secrets
+from time import monotonic
+
+import anyio
+from anyio.abc import TaskGroup
+from starlette.websockets import WebSocket
+
+from server import __version__, protocol
+from server.asgi import EXTENSION, FrameWriter
+from server.config import Settings
+from server.errors import BINARY_MESSAGE, INTERNAL_ERROR, SHUTTING_DOWN, CloseReason
+from server.hub import Hub
+from server.outbox import Outbox
+from server.runs import Runs
+from server.session import ANONYMOUS, Session
+
+TICK = 1.0
+CLOSE_TIMEOUT = 2.0
+
+logger = logging.getLogger(__name__)
+
+
+class Connections:
+    """The open connections of this process."""
+
+    def __init__(self, hub: Hub, runs: Runs, settings: Settings) -> None:
+        self.hub = hub
+        self.runs = runs
+        self.settings = settings
+        self._open: set[Connection] = set()
+        self._closing = False
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    async def endpoint(self, websocket: WebSocket) -> None:
+        """`GET /ws`."""
+        writer = websocket.scope["extensions"].get(EXTENSION)
+        if writer is None:
+            logger.error("this server cannot write frames; start it with `agentcast serve` (or see server/asgi.py)")
+            await websocket.close(INTERNAL_ERROR.code)
+            return
+        offered = websocket.scope["subprotocols"]
+        await websocket.accept(protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None)
+        connection = Connection(websocket, writer, self.hub, self.runs, self.settings)
+        self._open.add(connection)
+        try:
+            await connection.serve(SHUTTING_DOWN if self._closing else None)
+        finally:
+            self._open.discard(connection)
+
+    async def tick(self) -> None:
+        """Look after every connection once a second, until cancelled."""
+        while True:
+            await anyio.sleep(TICK)
+            now = monotonic()
+            for connection in list(self._open):
+                connection.tick(now)
+
+    def close(self) -> None:
+        """Close all connections, and those still to come, as `shutting_down`."""
+        self._closing = True
+        for connection in list(self._open):
+            connection.close(SHUTTING_DOWN)
+
+
+class Connection:
+    """One client."""
+
+    def __init__(
+        self, websocket: WebSocket, writer: FrameWriter, hub: Hub, runs: Runs, settings: Settings
+    ) -> None:
+        self._websocket = websocket
+        self._writer = writer
+        self._hub = hub
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._outbox = Outbox(self._wake, self._pull, writer.abort)
+        self._session = Session(secrets.token_hex(8), ANONYMOUS, hub, runs, self._outbox)
+        self._commands = anyio.Semaphore(protocol.MAX_COMMANDS)
+        self._room = anyio.Event()
+        self._flush_scheduled = False
+        self._pulling = False
+        self._sent_at = monotonic()
+        self._taken = 0
+        self._taken_at = monotonic()
+        self._tasks: TaskGroup | None = None
+        self._reason: CloseReason | None = None
+        writer.on_writable = self._flush
+
+    async def serve(self, reason: CloseReason | None) -> None:
+        """Serve the client until it goes; with a reason, only say goodbye."""
+        self._outbox.put(
+            protocol.hello(self._session.id, f"agentcast/{__version__}", self._settings.heartbeat)
+        )
+        try:
+            async with anyio.create_task_group() as self._tasks:
+                if reason is not None:
+                    self.close(reason)
+                await self._read()
+                self._tasks.cancel_scope.cancel()
+        finally:
+            self._hub.disconnect(self._outbox)
+            self._writer.on_writable = _nothing
+        if self._reason is not None:
+            await self._say_goodbye(self._reason)
+
+    def close(self, reason: CloseReason) -> None:
+        """Close the connection, after what is queued."""
+        if self._reason is None:
+            self._reason = reason
+            if self._tasks is not None:
+                self._tasks.cancel_scope.cancel()
+
+    def tick(self, now: float) -> None:
+        """Once a second: tell the feed's position, keep the connection alive, cut it if the client takes nothing."""
+        self._outbox.put_feed()
+        if not self._outbox and now - self._sent_at >= self._settings.heartbeat:
+            self._outbox.put(protocol.PING)
+        taken = self._writer.taken
+        if taken != self._taken or not (self._outbox or self._writer.pending):
+            self._taken, self._taken_at = taken, now
+        elif now - self._taken_at >= self._settings.slow_client:
+            logger.warning("session %s took nothing for %.0f s: cut", self._session.id, now - self._taken_at)
+            self._writer.abort()
+
+    # -- Reading ---------------------------------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        """Take messages while there is room for their replies; past that the socket is not read."""
+        while True:
+            while self._outbox.full:
+                self._room = anyio.Event()
+                await self._room.wait()
+            message = await self._websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            text = message.get("text")
+            if text is None:
+                self._reason = BINARY_MESSAGE
+                return
+            await self._commands.acquire()
+            assert self._tasks is not None
+            self._tasks.start_soon(self._handle, text)
+
+    async def _handle(self, text: str) -> None:
+        try:
+            reason = await self._session.handle(text)
+        finally:
+            self._commands.release()
+        if reason is not None:
+            self.close(reason)
+
+    # -- Writing ---------------------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        while self._writer.writable and (frames := self._outbox.take()):
+            self._writer.write(frames)
+            self._sent_at = monotonic()
+        if not self._outbox.full:
+            self._room.set()
+
+    def _pull(self) -> None:
+        if not self._pulling and self._tasks is not None:
+            self._pulling = True
+            self._tasks.start_soon(self._catch_up)
+
+    async def _catch_up(self) -> None:
+        try:
+            await self._hub.catch_up(self._outbox)
+        finally:
+            self._pulling = False
+        if self._outbox.is_behind and not self._outbox.full:
+            self._pull()
+
+    async def _say_goodbye(self, reason: CloseReason) -> None:
+        with anyio.move_on_after(CLOSE_TIMEOUT, shield=True):
+            self._flush()
+            await self._websocket.close(reason.code, reason.reason)
+            return
+        self._writer.abort()
+
+
+def _nothing() -> None:
+    pass

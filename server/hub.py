@@ -1,0 +1,426 @@
+"""Who follows what: runs on one side, the outboxes of this process's clients on the other (G1, G2, G4).
+
+A `Topic` is one run that somebody here follows: it holds the one bus subscription, the known head and the followers.
+A `Rule` is an open-ended subscription (everything, an agent, a thread): the feed announces new runs and the rules turn
+them into followers. Joining has one order everywhere: confirmed subscribe → heads → reply → pull; whatever happens in
+between is in the log.
+
+Nothing here knows sockets, commands or how a run is executed.
+"""
+
+import logging
+import random
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+from anyio.abc import TaskStatus
+from anyio.lowlevel import checkpoint
+
+from server.bus.base import ACTIVE, Announcement, Bus, Filter, Frame, Head, Page, RunInfo, Snapshot, Subscription
+from server.bus.replay import load_state
+from server.errors import NotFound, Unavailable
+from server.flight import SingleFlight
+from server.outbox import Follower, Outbox
+from server.protocol import Detail, Position, To
+
+MAX_DISTANCE = 1_000
+"""Events behind the head from which on a snapshot is sent instead of the log."""
+MAX_LISTED = 5_000
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Topic:
+    """A run that this process follows. Closed when the last follower and the last pin are gone."""
+
+    run: str
+    epoch: str = ""
+    head: int = 0
+    ended: bool = False
+    pins: int = 0
+    followers: dict[Follower, Outbox] = field(default_factory=dict)
+    subscription: Subscription | None = None
+    opened: anyio.Event = field(default_factory=anyio.Event)
+
+    def advance(self, epoch: str, head: int, *, ended: bool) -> None:
+        """The log is known to reach `head` of `epoch`. Another epoch than before: what it held is lost."""
+        if epoch != self.epoch:
+            self.epoch, self.head = epoch, head
+            for follower, outbox in self.followers.items():
+                outbox.lose(follower, "log_lost")
+        self.head = max(self.head, head)
+        self.ended = self.ended or ended
+
+
+@dataclass(slots=True, eq=False)
+class Rule:
+    """An open-ended subscription. What the feed announces waits in `backlog`, until the subscription is `ready` (its
+    reply was queued) and the hub has got to it."""
+
+    subscription: str
+    outbox: Outbox
+    principal: str
+    to: To
+    detail: Detail
+    ready: bool = False
+    backlog: deque[Announcement] = field(default_factory=deque)
+
+    def matches(self, run: Announcement | RunInfo) -> bool:
+        return run.principal == self.principal and (
+            self.to.all is True
+            or (self.to.agent is not None and self.to.agent == run.agent)
+            or (self.to.thread is not None and self.to.thread == run.thread)
+        )
+
+
+@dataclass(slots=True)
+class Join:
+    """A subscription that is confirmed on the bus but adds no frame yet: reply with `result`, then `commit`."""
+
+    result: dict[str, Any]
+    hub: "Hub"
+    outbox: Outbox
+    followers: list[tuple[Topic, Follower]]
+    rule: Rule | None
+
+    def commit(self) -> None:
+        """From now on the followers get frames. Must follow the reply without an await in between."""
+        for topic, follower in self.followers:
+            self.hub.add_follower(self.outbox, topic, follower)
+        if self.rule is not None:
+            self.rule.ready = True
+            self.hub.wake()
+
+
+class Hub:
+    """The clients of one process. `run` must be running while the others are used."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self._topics: dict[str, Topic] = {}
+        self._rules: dict[tuple[Outbox, str], Rule] = {}
+        self._feed_position = ""
+        self._news = anyio.Event()
+        self._pages: SingleFlight[tuple[str, str, int], Page | None] = SingleFlight()
+        self._states: SingleFlight[str, Snapshot] = SingleFlight()
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Follow the feed until cancelled."""
+        subscription, self._feed_position = await self.bus.watch_feed(lambda _: self.wake())
+        try:
+            task_status.started()
+            while True:
+                await self._news.wait()
+                self._news = anyio.Event()
+                try:
+                    await self._read_feed()
+                    await self._work_off()
+                except Unavailable:
+                    await anyio.sleep(_jitter())
+                    self.wake()
+        finally:
+            subscription.close()
+
+    def wake(self) -> None:
+        """There is news in the feed, or a rule to apply."""
+        self._news.set()
+
+    # -- Joining ---------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def join(
+        self,
+        outbox: Outbox,
+        subscription: str,
+        principal: str,
+        to: To,
+        detail: Detail,
+        since: Mapping[str, Position],
+        feed: str | None = None,
+    ) -> AsyncIterator[Join]:
+        """Subscribe `outbox`; leaving the context without `commit` undoes it.
+
+        :raises NotFound: `to` names a run that does not exist.
+        :raises TooMany: the connection has too many subscriptions.
+        :raises Unavailable: the bus is away.
+        """
+        outbox.subscribe(subscription, single=to.run is not None)
+        join = None
+        try:
+            async with AsyncExitStack() as stack:
+                if to.run is not None:
+                    join = await self._join_run(stack, outbox, subscription, principal, to.run, detail, since)
+                else:
+                    rule = Rule(subscription, outbox, principal, to, detail)
+                    self._rules[outbox, subscription] = rule
+                    join = await self._join_rule(stack, rule, since, feed)
+                yield join
+        except BaseException:
+            self.leave(outbox, subscription)
+            raise
+
+    async def _join_run(
+        self,
+        stack: AsyncExitStack,
+        outbox: Outbox,
+        subscription: str,
+        principal: str,
+        run: str,
+        detail: Detail,
+        since: Mapping[str, Position],
+    ) -> Join:
+        info = (await self.bus.info([run])).get(run)
+        if info is None or info.principal != principal:
+            raise NotFound(f"there is no run {run[:64]!r}")
+        topic = await stack.enter_async_context(self._pinned(run))
+        follower = await self._place(outbox, topic, {subscription: detail}, since.get(run))
+        result = {"subscription": subscription, "runs": [_told(outbox, topic, follower)]}
+        return Join(result, self, outbox, [(topic, follower)], None)
+
+    async def _join_rule(
+        self, stack: AsyncExitStack, rule: Rule, since: Mapping[str, Position], feed: str | None
+    ) -> Join:
+        result: dict[str, Any] = {"subscription": rule.subscription}
+        position = self._feed_position
+        announced = None if feed is None else await self.bus.read_feed(feed)
+        wanted = await self._wanted(rule, since, announced or ())
+        started = {entry.run for entry in announced or ()}
+        missing = [run for run in since if run not in wanted]
+        followers = []
+        wants = {rule.subscription: rule.detail}
+        for run in wanted:
+            try:
+                topic = await stack.enter_async_context(self._pinned(run))
+                start = since.get(run) or (Position(seq=0) if run in started else None)
+                followers.append((topic, await self._place(rule.outbox, topic, wants, start)))
+            except NotFound:
+                missing.append(run)
+        known = await self.bus.info(missing)
+        result["runs"] = [_told(rule.outbox, topic, follower) for topic, follower in followers]
+        result["missing"] = [run for run in missing if run not in known]
+        result["feed"] = position
+        if feed is not None:
+            result["feed_recovered"] = announced is not None
+        return Join(result, self, rule.outbox, followers, rule)
+
+    async def _wanted(self, rule: Rule, since: Mapping[str, Position], announced: Sequence[Announcement]) -> list[str]:
+        """The runs that an open-ended subscription begins with: active, named by `since`, or announced."""
+        active = await self.bus.list(
+            Filter(
+                principal=rule.principal,
+                agent=rule.to.agent,
+                thread=rule.to.thread,
+                statuses=ACTIVE,
+                limit=MAX_LISTED,
+            )
+        )
+        named = await self.bus.info(list(since))
+        runs = [*named.values(), *announced, *reversed(active)]
+        return list(dict.fromkeys(run.run for run in runs if rule.matches(run)))
+
+    async def _place(
+        self, outbox: Outbox, topic: Topic, wants: dict[str, Detail], position: Position | None
+    ) -> Follower:
+        """A follower that begins at `position`; without one, with a snapshot."""
+        follower = Follower(topic.run, topic.epoch, 0, wants=dict(wants))
+        if topic.run in outbox.followers or position is None:
+            follower.resync = "asked"
+            return follower
+        follower.cursor = position.seq
+        follower.whole = position.seq == 0
+        same_log = position.epoch == topic.epoch or (follower.whole and position.epoch is None)
+        if not same_log or position.seq > topic.head:
+            follower.resync = "log_lost"
+        elif _is_far(follower, topic):
+            follower.resync = "overflow"
+        elif await self._page(topic.run, topic.epoch, position.seq) is None:
+            follower.resync = "trimmed"
+        return follower
+
+    def add_follower(self, outbox: Outbox, topic: Topic, follower: Follower) -> Follower | None:
+        """Let `outbox` follow the run. None if the subscription is gone by now."""
+        if not follower.wants.keys() <= outbox.subscriptions.keys():
+            return None
+        followed = outbox.follow(follower)
+        if followed is follower:
+            topic.followers[follower] = outbox
+            if follower.epoch != topic.epoch:
+                outbox.lose(follower, "log_lost")
+        return followed
+
+    @asynccontextmanager
+    async def _pinned(self, run: str) -> AsyncIterator[Topic]:
+        """The open topic of `run`, which stays open inside the context."""
+        topic = self._topics.get(run)
+        while topic is not None and not topic.opened.is_set():
+            await topic.opened.wait()
+            topic = self._topics.get(run)  # gone, if opening it failed
+        if topic is None:
+            topic = await self._open(run)
+        topic.pins += 1
+        try:
+            yield topic
+        finally:
+            topic.pins -= 1
+            self._close_unused(topic)
+
+    async def _open(self, run: str) -> Topic:
+        topic = self._topics[run] = Topic(run)
+        try:
+            topic.subscription = await self.bus.subscribe(run, lambda news: self._deliver(topic, news))
+            info = (await self.bus.info([run])).get(run)
+            if info is None:
+                raise NotFound(f"there is no run {run[:64]!r}")
+            topic.advance(info.epoch, info.head, ended=info.ended is not None)
+        except BaseException:
+            self._close(topic)
+            raise
+        finally:
+            topic.opened.set()
+        return topic
+
+    def _deliver(self, topic: Topic, news: Sequence[Frame] | Head) -> None:
+        if isinstance(news, Head):
+            topic.advance(news.epoch, news.seq, ended=news.ended)
+            return
+        topic.advance(news[-1].epoch, news[-1].seq, ended=news[-1].terminal)
+        for follower, outbox in list(topic.followers.items()):
+            outbox.deliver(follower, news)
+            if follower.done:
+                self._drop(follower)
+
+    # -- Leaving ---------------------------------------------------------------------------------------------------
+
+    def leave(self, outbox: Outbox, subscription: str) -> None:
+        """End a subscription, if the connection has it: no frame that only it asked for is queued any more."""
+        self._rules.pop((outbox, subscription), None)
+        if subscription in outbox.subscriptions:
+            for follower in outbox.unsubscribe(subscription):
+                self._drop(follower)
+
+    def disconnect(self, outbox: Outbox) -> None:
+        """The connection is gone."""
+        for subscription in list(outbox.subscriptions):
+            self.leave(outbox, subscription)
+
+    def _drop(self, follower: Follower) -> None:
+        topic = self._topics.get(follower.run)
+        if topic is not None:
+            topic.followers.pop(follower, None)
+            self._close_unused(topic)
+
+    def _close_unused(self, topic: Topic) -> None:
+        if not topic.followers and not topic.pins:
+            self._close(topic)
+
+    def _close(self, topic: Topic) -> None:
+        if self._topics.get(topic.run) is topic:
+            del self._topics[topic.run]
+        if topic.subscription is not None:
+            topic.subscription.close()
+
+    # -- Catching up -----------------------------------------------------------------------------------------------
+
+    async def catch_up(self, outbox: Outbox) -> None:
+        """Pull for the followers that are behind, in turn, until all are live or the queue is full."""
+        while (follower := outbox.next_behind()) is not None:
+            try:
+                await self._pull(outbox, self._topics[follower.run], follower)
+            except NotFound:  # it ended so long ago that the bus has forgotten it
+                outbox.finish(follower)
+                self._drop(follower)
+            except Unavailable:
+                await anyio.sleep(_jitter())
+            await checkpoint()  # a bus that answers at once must not let one client hold the loop
+
+    async def _pull(self, outbox: Outbox, topic: Topic, follower: Follower) -> None:
+        if follower.resync is None:
+            if follower.epoch != topic.epoch:
+                follower.resync = "log_lost"
+            elif _is_far(follower, topic):
+                follower.resync = "overflow"
+        if follower.resync is None:
+            page = await self._page(topic.run, follower.epoch, follower.cursor)
+            if follower.done or follower.resync is not None:
+                return  # dropped, or widened, in the meantime
+            if page is not None:
+                outbox.add_page(follower, page, topic.head)
+            else:
+                outbox.lose(follower, "trimmed")
+        else:
+            snapshot = await self.snapshot(topic.run)
+            topic.advance(snapshot.epoch, snapshot.seq, ended=False)
+            if not follower.done:
+                outbox.add_snapshot(follower, snapshot, topic.head, ended=topic.ended)
+        if follower.done:
+            self._drop(follower)
+
+    async def snapshot(self, run: str) -> Snapshot:
+        """The run's state at its head; those who ask at the same time share the work.
+
+        :raises NotFound: there is no such run.
+        """
+        return await self._states(run, lambda: load_state(self.bus, run))
+
+    async def _page(self, run: str, epoch: str, after: int) -> Page | None:
+        return await self._pages((run, epoch, after), lambda: self.bus.read(run, epoch, after))
+
+    # -- The feed --------------------------------------------------------------------------------------------------
+
+    async def _read_feed(self) -> None:
+        """Hand what the feed announced since last time to the rules."""
+        entries = await self.bus.read_feed(self._feed_position)
+        if entries is None:
+            logger.warning("the feed does not reach back to %s; listing the active runs instead", self._feed_position)
+            entries = await self._list_active()
+        for entry in entries:
+            self._feed_position = entry.position
+            for rule in self._rules.values():
+                rule.backlog.append(entry)
+
+    async def _list_active(self) -> list[Announcement]:
+        """Every active run, as if it were announced at the feed's position now."""
+        subscription, position = await self.bus.watch_feed(lambda _: None)
+        subscription.close()
+        self._feed_position = position
+        active = await self.bus.list(Filter(statuses=ACTIVE, limit=MAX_LISTED))
+        return [Announcement(position, run.run, run.epoch, run.agent, run.thread, run.principal) for run in active]
+
+    async def _work_off(self) -> None:
+        """Turn what was announced into followers, in order."""
+        for rule in list(self._rules.values()):
+            while rule.ready and rule.backlog and self._rules.get((rule.outbox, rule.subscription)) is rule:
+                await self._apply(rule, rule.backlog[0])
+                rule.backlog.popleft()
+
+    async def _apply(self, rule: Rule, entry: Announcement) -> None:
+        follower = None
+        if rule.matches(entry):
+            try:
+                async with self._pinned(entry.run) as topic:
+                    follower = Follower(entry.run, topic.epoch, 0, whole=True, wants={rule.subscription: rule.detail})
+                    follower = self.add_follower(rule.outbox, topic, follower)
+            except NotFound:
+                logger.debug("run %s was forgotten before it could be followed", entry.run)
+        rule.outbox.announce(entry.position, follower)
+
+
+def _told(outbox: Outbox, topic: Topic, follower: Follower) -> dict[str, Any]:
+    """What the reply to `subscribe` says of one run."""
+    followed = outbox.followers.get(topic.run)
+    recovered = follower.resync is None if followed is None else followed.full or not follower.full
+    return {"run": topic.run, "epoch": topic.epoch, "seq": topic.head, "recovered": recovered}
+
+
+def _is_far(follower: Follower, topic: Topic) -> bool:
+    return topic.head - follower.cursor > MAX_DISTANCE and not follower.whole
+
+
+def _jitter() -> float:
+    """Seconds to wait before the bus is asked again."""
+    return random.uniform(0.2, 1.0)  # noqa: S311 -- not a secret

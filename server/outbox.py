@@ -1,0 +1,252 @@
+"""What one connection still has to be sent, and how far it has got in each run that it follows (G1, G2, G4).
+
+Two halves, both without I/O. The *queue* holds encoded frames for the writer and is bounded: once it is full, run
+events are refused, while replies are always taken (they are bounded by the commands in progress). Each *follower* is
+the connection's one position in one run. It is **live**: the next frame goes straight into the queue; or **behind**:
+frames only raise the known head, and whoever has room pulls the log after the cursor until it is live again. Joining,
+reconnecting and overflowing are all "become behind". Nothing that was queued is ever dropped.
+
+This module must not know the bus's work, sockets or commands.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from server import protocol
+from server.bus.base import Frame, Page, Snapshot
+from server.errors import TooMany
+from server.protocol import Detail
+
+QUEUE_FRAMES = 512
+QUEUE_BYTES = 1024 * 1024
+TAKE_BYTES = 256 * 1024
+MAX_FOLLOWED = 5_000
+"""Runs that one connection may follow at once; one that lets more pile up is cut."""
+
+GapReason = Literal["trimmed", "overflow", "log_lost"]
+
+
+@dataclass(slots=True, eq=False)
+class Follower:
+    """One connection's position in one run: it has everything up to `cursor` of `epoch`."""
+
+    run: str
+    epoch: str
+    cursor: int
+    live: bool = False
+    resync: GapReason | Literal["asked"] | None = None
+    """Set while a snapshot is due. Except where it was asked for, a `gap` with this reason precedes it."""
+    whole: bool = False
+    """The log was asked for from its start: being far from the head is no reason for a snapshot."""
+    shown: bool = False
+    """Something of the run was queued, so the client knows of it."""
+    done: bool = False
+    """Nothing more is to be sent: the terminal event was queued, or nobody wants the run any more."""
+    wants: dict[str, Detail] = field(default_factory=dict)
+    """Subscription → the detail that it asked for."""
+
+    @property
+    def full(self) -> bool:
+        """Whether any subscription wants every event."""
+        return "full" in self.wants.values()
+
+
+class Outbox:
+    """The queue and the followers of one connection.
+
+    `wake` is called when something was queued, `pull` when a follower fell behind, `cut` when the connection is past
+    saving. All three must return at once.
+    """
+
+    def __init__(
+        self,
+        wake: Callable[[], None],
+        pull: Callable[[], None],
+        cut: Callable[[], None],
+        *,
+        queue_frames: int = QUEUE_FRAMES,
+        queue_bytes: int = QUEUE_BYTES,
+    ) -> None:
+        self._wake = wake
+        self._pull = pull
+        self._cut = cut
+        self._queue_frames = queue_frames
+        self._queue_bytes = queue_bytes
+        self._queue: deque[bytes] = deque()
+        self._bytes = 0
+        self._behind: dict[Follower, None] = {}
+        self._announced: deque[tuple[str, Follower | None]] = deque()
+        self.followers: dict[str, Follower] = {}
+        self.subscriptions: dict[str, bool] = {}
+        """Subscription → whether it is to a single run, and so ends with it."""
+        self.moved_at = time.monotonic()
+        """When the queue was last empty, or taken from."""
+
+    # -- The queue -------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    @property
+    def full(self) -> bool:
+        """Whether run events are refused at the moment."""
+        return len(self._queue) >= self._queue_frames or self._bytes >= self._queue_bytes
+
+    @property
+    def is_behind(self) -> bool:
+        return bool(self._behind)
+
+    def put(self, data: bytes) -> None:
+        """Queue one frame, whatever the queue holds."""
+        if not self._queue:
+            self.moved_at = time.monotonic()
+        self._queue.append(data)
+        self._bytes += len(data)
+        self._wake()
+
+    def take(self) -> list[bytes]:
+        """The oldest frames, in order, about `TAKE_BYTES` of them; empty if nothing waits."""
+        taken: list[bytes] = []
+        size = 0
+        while self._queue and size < TAKE_BYTES:
+            data = self._queue.popleft()
+            taken.append(data)
+            size += len(data)
+        self._bytes -= size
+        self.moved_at = time.monotonic()
+        if self._behind and not self.full:
+            self._pull()
+        return taken
+
+    # -- Followers -------------------------------------------------------------------------------------------------
+
+    def subscribe(self, subscription: str, *, single: bool) -> None:
+        """:raises TooMany: the connection has as many subscriptions as it may have."""
+        if len(self.subscriptions) >= protocol.MAX_SUBSCRIPTIONS:
+            raise TooMany(f"a connection may have {protocol.MAX_SUBSCRIPTIONS} subscriptions; end one of them first")
+        self.subscriptions[subscription] = single
+
+    def unsubscribe(self, subscription: str) -> list[Follower]:
+        """End a subscription. Gives the followers that are done because nobody else wanted them."""
+        del self.subscriptions[subscription]
+        dropped = []
+        for follower in list(self.followers.values()):
+            if follower.wants.pop(subscription, None) is not None and not follower.wants:
+                self.finish(follower)
+                dropped.append(follower)
+        return dropped
+
+    def follow(self, new: Follower) -> Follower:
+        """Follow a run, or widen the follower that there is: one position for each connection and run.
+
+        Raising the detail asks for a snapshot; otherwise a run that is followed already goes on as it was.
+        """
+        follower = self.followers.get(new.run)
+        if follower is None:
+            if len(self.followers) >= MAX_FOLLOWED:
+                self._cut()
+            self.followers[new.run] = new
+            self._fall_behind(new)
+            return new
+        raised = not follower.full
+        follower.wants.update(new.wants)
+        if raised and follower.full:
+            self.lose(follower, "asked")
+        return follower
+
+    def deliver(self, follower: Follower, frames: Sequence[Frame]) -> None:
+        """News of a run: queued if the follower is live and the queue has room, else the follower is behind."""
+        for frame in frames:
+            if not follower.live:
+                return
+            if frame.epoch != follower.epoch or frame.seq > follower.cursor + 1 or self.full:
+                self._fall_behind(follower)
+            elif frame.seq > follower.cursor:
+                self._push(follower, frame)
+
+    def lose(self, follower: Follower, reason: GapReason | Literal["asked"]) -> None:
+        """What follows the cursor cannot, or is not to, be replayed: a snapshot is due."""
+        if follower.resync in (None, "asked"):
+            follower.resync = reason
+        self._fall_behind(follower)
+
+    def next_behind(self) -> Follower | None:
+        """The follower whose turn it is to be pulled for; None if none is behind or there is no room."""
+        if not self._behind or self.full:
+            return None
+        follower = next(iter(self._behind))
+        del self._behind[follower]
+        self._behind[follower] = None  # to the end of the line
+        return follower
+
+    def add_page(self, follower: Follower, page: Page, head: int) -> None:
+        """Queue the page after the cursor, as far as there is room. At `head`, the follower is live."""
+        for frame in page.frames:
+            if self.full:
+                return
+            if frame.seq == follower.cursor + 1:
+                self._push(follower, frame)
+        self._check_live(follower, head)
+
+    def add_snapshot(self, follower: Follower, snapshot: Snapshot, head: int, *, ended: bool) -> None:
+        """Queue the snapshot that is due, after a `gap` unless it was asked for."""
+        if follower.resync not in (None, "asked"):
+            first = min(follower.cursor, snapshot.seq) + 1
+            self.put(protocol.gap(follower.run, first, max(first, snapshot.seq), follower.resync))
+        self.put(protocol.snapshot(snapshot.run, snapshot.epoch, snapshot.seq, snapshot.state))
+        follower.epoch, follower.cursor = snapshot.epoch, snapshot.seq
+        follower.resync, follower.shown = None, True
+        if ended and snapshot.seq >= head:
+            self.finish(follower)
+        else:
+            self._check_live(follower, head)
+
+    def _check_live(self, follower: Follower, head: int) -> None:
+        if follower.cursor >= head and not follower.done:
+            follower.live, follower.whole = True, False
+            self._behind.pop(follower, None)
+
+    def _push(self, follower: Follower, frame: Frame) -> None:
+        if frame.progress or follower.full:
+            self.put(frame.data)
+            follower.shown = True
+        follower.cursor = frame.seq
+        if frame.terminal:
+            self.finish(follower)
+
+    def _fall_behind(self, follower: Follower) -> None:
+        follower.live = False
+        self._behind[follower] = None
+        if not self.full:
+            self._pull()
+
+    def finish(self, follower: Follower) -> None:
+        """Nothing more is to be sent of the run; subscriptions to it alone end."""
+        follower.done, follower.live = True, False
+        self._behind.pop(follower, None)
+        del self.followers[follower.run]
+        for subscription in follower.wants:
+            if self.subscriptions.get(subscription):
+                del self.subscriptions[subscription]
+
+    # -- The feed --------------------------------------------------------------------------------------------------
+
+    def announce(self, position: str, follower: Follower | None) -> None:
+        """The feed has reached `position`; `follower` follows the run announced there, if it is wanted here."""
+        if follower is None and self._announced and self._announced[-1][1] is None:
+            self._announced.pop()
+        self._announced.append((position, follower))
+
+    def put_feed(self) -> None:
+        """Queue a `feed` frame, if there is news: the newest position up to which every run was shown.
+
+        A client that resumes from it never hears of older runs again, so it must not be ahead of what was queued.
+        """
+        position = None
+        while self._announced and ((follower := self._announced[0][1]) is None or follower.shown or follower.done):
+            position = self._announced.popleft()[0]
+        if position is not None:
+            self.put(protocol.feed(position))

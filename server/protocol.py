@@ -1,0 +1,213 @@
+"""The wire protocol `agentcast.v1`, without I/O: text in, commands out; facts in, frames out.
+
+Rules and their reasons are in docs/protocol.md. Frames are JSON documents as bytes, each encoded once; an event's
+bytes are the same for every client. This module must not know sockets, the hub or how runs work.
+"""
+
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+
+from server.errors import BadRequest, CommandError, UnknownOp
+
+SUBPROTOCOL = "agentcast.v1"
+VERSION = 1
+MESSAGE_BYTES = 256 * 1024
+MAX_SUBSCRIPTIONS = 128
+MAX_COMMANDS = 64
+MAX_SINCE = 5_000
+PROTOCOL_ERRORS_PER_MINUTE = 20
+
+Detail = Literal["full", "progress"]
+CommandId = Annotated[str, StringConstraints(max_length=128)] | int
+Key = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+
+class Position(_Shape):
+    """How much of a run's log a client has: `seq` of `epoch`. `seq` 0 without an epoch means nothing of it."""
+
+    seq: int = Field(ge=0)
+    epoch: Key | None = None
+
+
+class To(_Shape):
+    """What a subscription is to: exactly one of the fields."""
+
+    run: Key | None = None
+    thread: Key | None = None
+    agent: Key | None = None
+    all: Literal[True] | None = None
+
+    def model_post_init(self, context: Any) -> None:
+        if len(self.model_fields_set) != 1 or all(value is None for value in self.__dict__.values()):
+            raise ValueError('give exactly one of {"run": id}, {"thread": id}, {"agent": name}, {"all": true}')
+
+
+class _Command(_Shape):
+    id: CommandId | None = None
+
+
+class Start(_Command):
+    op: Literal["start"]
+    agent: Key
+    input: dict[str, Any]
+    thread: Key | None = None
+    key: Key | None = None
+    subscribe: bool = True
+    detail: Detail = "full"
+
+
+class Subscribe(_Command):
+    op: Literal["subscribe"]
+    to: To
+    detail: Detail = "full"
+    since: dict[str, Position] = Field(default_factory=dict, max_length=MAX_SINCE)
+    feed: Key | None = None
+
+
+class Unsubscribe(_Command):
+    op: Literal["unsubscribe"]
+    subscription: Key
+
+
+class Cancel(_Command):
+    op: Literal["cancel"]
+    run: Key
+    reason: Annotated[str, StringConstraints(max_length=1_000)] | None = None
+
+
+class Ping(_Command):
+    op: Literal["ping"]
+
+
+Command = Start | Subscribe | Unsubscribe | Cancel | Ping
+_COMMANDS: dict[str, TypeAdapter[Command]] = {
+    "start": TypeAdapter(Start),
+    "subscribe": TypeAdapter(Subscribe),
+    "unsubscribe": TypeAdapter(Unsubscribe),
+    "cancel": TypeAdapter(Cancel),
+    "ping": TypeAdapter(Ping),
+}
+
+
+class Malformed(Exception):
+    """A message that is no command. `id` is the command's where it could be read, `error` what to reply."""
+
+    def __init__(self, error: CommandError, id: CommandId | None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.id = id
+
+
+def parse_command(text: str | bytes) -> Command:
+    """The command in one text message.
+
+    :raises Malformed: not JSON, no object, an unknown `op`, or a field that is missing or of the wrong type.
+    """
+    try:
+        document = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise Malformed(BadRequest(f"not valid JSON: {error}"), None) from None
+    if not isinstance(document, dict):
+        raise Malformed(BadRequest("a message must be one JSON object"), None)
+    id = document.get("id")
+    id = id if isinstance(id, str) and len(id) <= 128 or type(id) is int else None
+    op = document.get("op")
+    if not isinstance(op, str):
+        raise Malformed(BadRequest(f"`op` is missing; known are {_known_ops()}"), id)
+    if op not in _COMMANDS:
+        raise Malformed(UnknownOp(f"unknown op {op[:64]!r}; known are {_known_ops()}"), id)
+    try:
+        return parse(_COMMANDS[op], document)
+    except BadRequest as error:
+        raise Malformed(error, id) from None
+
+
+def parse(shape: TypeAdapter[Any], document: Any) -> Any:
+    """`document` checked against `shape`.
+
+    :raises BadRequest: naming each field that does not fit; `details` is pydantic's list, without the input.
+    """
+    try:
+        # Lax for JSON only: strict mode takes JSON's own types and nothing that merely looks like them.
+        return shape.validate_python(document)
+    except ValidationError as error:
+        details = problems(error)
+        where = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'message'}: {item['msg']}" for item in details)
+        raise BadRequest(where, details=details) from None
+
+
+def problems(error: ValidationError) -> list[dict[str, Any]]:
+    """Pydantic's error list as `loc`, `msg` and `type`: no echo of the input, no URLs."""
+    items = error.errors(include_url=False, include_context=False, include_input=False)
+    return [{"loc": list(item["loc"]), "msg": item["msg"], "type": item["type"]} for item in items[:50]]
+
+
+def _known_ops() -> str:
+    return ", ".join(_COMMANDS)
+
+
+# -- Frames --------------------------------------------------------------------------------------------------------
+
+
+def encode(document: Any) -> bytes:
+    """`document` as JSON bytes."""
+    return orjson.dumps(document)
+
+
+def encode_event(run: str, agent: str, seq: int, prev: int, ts: float, fact: dict[str, Any]) -> bytes:
+    """One run event; `fact` is the wire form of the event itself."""
+    return encode(
+        {"type": "event", "event": fact["event"], "run": run, "seq": seq, "prev": prev, "ts": ts, "agent": agent} | fact
+    )
+
+
+def hello(session: str, server: str, heartbeat: float) -> bytes:
+    return encode(
+        {
+            "type": "hello",
+            "protocol": VERSION,
+            "session": session,
+            "server": server,
+            "heartbeat": heartbeat,
+            "limits": {
+                "message_bytes": MESSAGE_BYTES,
+                "subscriptions": MAX_SUBSCRIPTIONS,
+                "commands": MAX_COMMANDS,
+            },
+        }
+    )
+
+
+def reply(id: CommandId | None, result: dict[str, Any]) -> bytes:
+    return encode({"type": "reply", **_id(id), "ok": True, "result": result})
+
+
+def error_reply(id: CommandId | None, error: CommandError) -> bytes:
+    return encode({"type": "reply", **_id(id), "ok": False, "error": error.wire()})
+
+
+def snapshot(run: str, epoch: str, seq: int, state: bytes) -> bytes:
+    """`state` is an encoded `RunState`, put in as it is."""
+    head = encode({"type": "snapshot", "run": run, "epoch": epoch, "seq": seq})
+    return head[:-1] + b',"state":' + state + b"}"
+
+
+def gap(run: str, first: int, last: int, reason: Literal["trimmed", "overflow", "log_lost"]) -> bytes:
+    return encode({"type": "gap", "run": run, "from": first, "to": last, "reason": reason})
+
+
+def feed(position: str) -> bytes:
+    return encode({"type": "feed", "position": position})
+
+
+PING = encode({"type": "ping"})
+
+
+def _id(id: CommandId | None) -> dict[str, CommandId]:
+    return {} if id is None else {"id": id}

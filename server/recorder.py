@@ -1,0 +1,244 @@
+"""The single writer of one run's log: stamps, coalesces, folds, encodes once and appends (G1, G5, G7, G10).
+
+Tokens are buffered per message. The first token of a message goes at once; after that all buffers are flushed every
+`FLUSH_AFTER` seconds, and before any other event. What was stamped for one append is sealed: while the bus is away the
+very same batch is retried, and since nothing more is taken from the run's channel meanwhile, the agent is held back.
+
+This module must not know who follows the run, how agents work, or when a run starts and ends.
+"""
+
+import logging
+import random
+from collections.abc import Awaitable, Callable
+
+
+import anyio
+
+from agents.channel import Channel, Emitted
+from agents.events import (
+    FULL_ONLY_EVENTS,
+    TERMINAL_EVENTS,
+    Event,
+    LmEnd,
+    MessageEnd,
+    MessageRetracted,
+    MessageStart,
+    Token,
+    Usage,
+)
+from agents.values import VALUE_BYTES, cut_text, text_bytes
+from server.bus.base import Bus, Frame, Snapshot, Status
+from server.errors import HeadMismatch, Unavailable
+from server.protocol import encode_event
+from server.state import MAX_MESSAGES, RunState
+
+FLUSH_AFTER = 0.025
+SNAPSHOT_GROWTH = 64 * 1024
+_RETRY_FIRST, _RETRY_MOST = 0.1, 2.0
+
+logger = logging.getLogger(__name__)
+
+
+class _Message:
+    """A message that streams: what was sent of it, and what waits in its buffer."""
+
+    __slots__ = ("buffer", "cut", "room", "sent", "started", "ts")
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+        self.buffer: list[str] = []
+        self.ts = 0.0
+        self.room = VALUE_BYTES
+        self.started = False
+        self.cut = False
+
+    def take(self, ts: float, delta: str) -> None:
+        """Buffer a delta. A message is cut where it grows over what one value may take."""
+        if self.cut or not delta:
+            return
+        if not self.buffer:
+            self.ts = ts
+        size = text_bytes(delta)
+        if size > self.room:
+            self.cut = True
+            delta = cut_text(delta, max(self.room, 200)) if size > max(self.room, 200) else delta + "… [cut]"
+        self.room -= size
+        self.buffer.append(delta)
+
+    def flush(self) -> str:
+        delta = "".join(self.buffer)
+        self.buffer.clear()
+        self.sent.append(delta)
+        self.started = True
+        return delta
+
+
+class Recorder:
+    """Writes the log of one run that this process owns under `fence`. One task may use it at a time.
+
+    Every method raises `Fenced` or `Ended` if the run is not, or no longer, this process's to write.
+    """
+
+    def __init__(self, bus: Bus, run: str, agent: str, epoch: str, fence: int) -> None:
+        self.run = run
+        self.agent = agent
+        self.epoch = epoch
+        self.state = RunState.new(run, agent)
+        self.usage: Usage | None = None
+        self._bus = bus
+        self._fence = fence
+        self._seq = 0
+        self._prev = 0
+        self._ts = 0.0
+        self._batch: list[Frame] = []
+        self._messages: dict[str, _Message] = {}
+        self._buffered: dict[str, _Message] = {}
+        self._grown = 0
+        self._snapshot_size = 0
+        self._lock = anyio.Lock()
+
+    @property
+    def status(self) -> Status:
+        status: Status = self.state.document["status"]
+        return status
+
+    def first_frame(self, ts: float, event: Event) -> Frame:
+        """The frame of seq 1, which is not appended: `Bus.create` writes it."""
+        self._stamp(ts, event)
+        return self._batch.pop()
+
+    async def record(self, ts: float, *events: Event) -> None:
+        """Append what the hub itself has to say, after everything that was recorded before."""
+        async with self._lock:
+            self._flush()
+            for event in events:
+                self._stamp(ts, event)
+            await self._append()
+
+    async def record_from(self, channel: Channel) -> None:
+        """Record all that comes out of `channel`, until it is closed and drained."""
+        flush_at: float | None = None
+        while True:
+            items: list[Emitted] | None = None
+            with anyio.move_on_after(None if flush_at is None else max(0.0, flush_at - anyio.current_time())):
+                items = await channel.receive()
+            async with self._lock:
+                for emitted in items or ():
+                    self._take(emitted)
+                if not items or (flush_at is not None and anyio.current_time() >= flush_at):
+                    self._flush()
+                await self._append()
+            if items is not None and not items:
+                return
+            if not self._buffered:
+                flush_at = None
+            elif flush_at is None:
+                flush_at = anyio.current_time() + FLUSH_AFTER
+
+    # -- Stamping --------------------------------------------------------------------------------------------------
+
+    def _take(self, emitted: Emitted) -> None:
+        ts, event = emitted
+        match event:
+            case Token():
+                self._take_token(ts, event)
+                return
+            case MessageStart():
+                self._begin(event)
+            case MessageEnd():
+                event = self._complete(ts, event)
+            case MessageRetracted():
+                self._flush()
+                self._messages.pop(event.message, None)
+            case LmEnd(usage=Usage() as usage):
+                self.usage = usage if self.usage is None else self.usage + usage
+            case _:
+                pass
+        self._flush()
+        self._stamp(ts, event)
+
+    def _take_token(self, ts: float, event: Token) -> None:
+        message = self._messages.get(event.message)
+        if message is None:
+            return  # of a message that has not begun, or has ended
+        message.take(ts, event.delta)
+        if message.buffer:
+            self._buffered[event.message] = message
+            if not message.started:
+                self._flush()
+
+    def _begin(self, event: MessageStart) -> None:
+        if len(self._messages) >= MAX_MESSAGES:  # no more can be open than a RunState shows
+            self._flush()
+            del self._messages[next(iter(self._messages))]
+        self._messages[event.message] = _Message()
+
+    def _complete(self, ts: float, event: MessageEnd) -> MessageEnd:
+        """The joined deltas always equal the text: what they lack is sent, what they contradict is theirs to say."""
+        message = self._messages.pop(event.message, None)
+        if message is None:
+            return MessageEnd(message=event.message, text="")
+        said = "".join((*message.sent, *message.buffer))
+        if event.text.startswith(said):
+            message.take(ts, event.text[len(said) :])
+        if message.buffer:
+            self._buffered[event.message] = message
+            self._flush()
+        return MessageEnd(message=event.message, text="".join(message.sent))
+
+    def _flush(self) -> None:
+        for id, message in self._buffered.items():
+            # Without validation: deltas were checked one by one, and together they stay under the message's cap.
+            self._stamp(message.ts, Token.model_construct(message=id, delta=message.flush()))
+        self._buffered.clear()
+
+    def _stamp(self, ts: float, event: Event) -> None:
+        self._seq += 1
+        self._ts = max(self._ts, ts)
+        fact = event.wire()
+        data = encode_event(self.run, self.agent, self._seq, self._prev, self._ts, fact)
+        self.state.apply(fact | {"seq": self._seq, "ts": self._ts})
+        progress = event.event not in FULL_ONLY_EVENTS
+        terminal = event.event in TERMINAL_EVENTS
+        self._batch.append(Frame(self.run, self.epoch, self._seq, data, progress, terminal))
+        if progress:
+            self._prev = self._seq
+
+    # -- Appending -------------------------------------------------------------------------------------------------
+
+    async def _append(self) -> None:
+        """Append the sealed batch, however long the bus takes; then save a snapshot if it is time for one."""
+        if not self._batch:
+            return
+        await self._retry(self._append_batch)
+        self._grown += sum(len(frame.data) for frame in self._batch)
+        ended = self._batch[-1].terminal
+        self._batch = []
+        if ended or self._grown >= max(SNAPSHOT_GROWTH, self._snapshot_size):
+            await self._retry(self._save_snapshot)
+
+    async def _append_batch(self) -> None:
+        try:
+            await self._bus.append(self.run, self._fence, self._batch, self.status)
+        except HeadMismatch as error:
+            # The bus lost part of the log. Our state says what it held: it becomes the base of a new epoch.
+            logger.warning("%s; starting a new epoch at %d", error, self._seq)
+            state = self.state.encode()
+            self.epoch = await self._bus.rebase(self.run, self._fence, self._seq, state, self.status)
+
+    async def _save_snapshot(self) -> None:
+        state = self.state.encode()
+        await self._bus.save_snapshot(self._fence, Snapshot(self.run, self.epoch, self._seq, state))
+        self._snapshot_size = len(state)
+        self._grown = 0
+
+    async def _retry(self, write: Callable[[], Awaitable[None]]) -> None:
+        delay = _RETRY_FIRST
+        while True:
+            try:
+                await write()
+                return
+            except Unavailable as error:
+                logger.warning("run %s waits for the bus: %s", self.run, error)
+                await anyio.sleep(delay * random.uniform(0.5, 1.5))  # noqa: S311 -- jitter, not a secret
+                delay = min(delay * 2, _RETRY_MOST)

@@ -1,0 +1,414 @@
+"""The runs of this process: admission, queue, execution, cancellation, and exactly one end for each (G6, G7, G9).
+
+A run belongs to this process, not to the client that started it. It is one task: it waits for a slot of its agent,
+executes the agent, and records one terminal event, whatever the agent does. Commands to it come through the bus, so
+that a client of any process can cancel it.
+
+Nothing here may know sockets, followers or the wire.
+"""
+
+import hashlib
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import anyio
+import orjson
+from anyio.abc import TaskGroup, TaskStatus
+from pydantic import BaseModel, ValidationError
+
+from agents.base import Agent, Stopped, Task, Turn, public_message
+from agents.channel import Channel
+from agents.events import (
+    CancelRequested,
+    RunCancelled,
+    RunEnd,
+    RunError,
+    RunFailure,
+    RunPosition,
+    RunQueued,
+    RunStart,
+    Terminal,
+)
+from agents.execution import Execution
+from server.bus.base import Bus, Created, Filter, NewRun, new_epoch, new_run_id
+from server.bus.replay import load_state
+from server.config import Settings
+from server.errors import AlreadyFinished, InvalidInput, LogError, NotFound, TooMany, Unavailable, UnknownAgent
+from server.protocol import Start, problems
+from server.recorder import Recorder
+from server.state import RunState
+
+HISTORY_TURNS = 20
+
+logger = logging.getLogger(__name__)
+
+Cause = Literal["cancelled", "timeout", "shutting_down"]
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """A run that has not ended yet."""
+
+    id: str
+    agent: Agent
+    input: BaseModel
+    thread: str | None
+    principal: str
+    recorder: Recorder
+    created: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    position: int | None = None
+    told_position: int | None = None
+    cause: Cause | None = None
+    """Why it is to end, if something other than its agent says so."""
+    reason: str | None = None
+    finishing: bool = False
+    news: anyio.Event = field(default_factory=anyio.Event)
+    """Set when `position` or `cause` has changed."""
+    cancel_logged: anyio.Event = field(default_factory=anyio.Event)
+
+    def end(self, cause: Cause, reason: str | None = None) -> None:
+        if self.cause is None:
+            self.cause, self.reason = cause, reason
+        self.news.set()
+
+    @property
+    def duration(self) -> float:
+        return max(0.0, time.monotonic() - (self.created if self.started is None else self.started))
+
+
+class _Slots:
+    """The runs of one agent: as many as it takes at once are admitted, the others wait in order."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._admitted: set[_Run] = set()
+        self._waiting: deque[_Run] = deque()
+
+    def enter(self, run: _Run) -> None:
+        if len(self._admitted) < self._limit:
+            self._admitted.add(run)
+        else:
+            run.position = run.told_position = len(self._waiting)
+            self._waiting.append(run)
+
+    def leave(self, run: _Run) -> None:
+        """Give up a slot or a place; who waits moves up."""
+        if run in self._admitted:
+            self._admitted.remove(run)
+        elif run in self._waiting:
+            self._waiting.remove(run)
+        while self._waiting and len(self._admitted) < self._limit:
+            admitted = self._waiting.popleft()
+            admitted.position = None
+            self._admitted.add(admitted)
+            admitted.news.set()
+        for position, waiting in enumerate(self._waiting):
+            self._move(waiting, position)
+
+    def _move(self, run: _Run, position: int) -> None:
+        run.position = position
+        told = run.told_position or 0
+        if position < told and (position * 2 <= told or position == 0):
+            run.news.set()
+
+
+class Runs:
+    """Starts, executes and cancels runs. `serve` must be running while the others are used."""
+
+    def __init__(self, bus: Bus, agents: Mapping[str, Agent], settings: Settings, worker: str) -> None:
+        self.agents = agents
+        self._bus = bus
+        self._settings = settings
+        self._worker = worker
+        self._slots = {name: _Slots(agent.spec.max_concurrent) for name, agent in agents.items()}
+        self._runs: dict[str, _Run] = {}
+        self._tasks: TaskGroup | None = None
+        self._stopping = False
+        self._idle = anyio.Event()
+        self.abandoned = 0
+        """Agents that ignored their cancellation and were left behind."""
+
+    async def serve(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Be the home of the runs, until `stop` has ended them all."""
+        async with AsyncExitStack() as stack:
+            stack.callback((await self._bus.handle_commands(self._handle)).close)
+            async with anyio.create_task_group() as self._tasks:
+                task_status.started()
+                await self._idle.wait()
+
+    @property
+    def active(self) -> int:
+        """Runs that are queued or running here."""
+        return len(self._runs)
+
+    # -- Starting --------------------------------------------------------------------------------------------------
+
+    async def start(self, principal: str, command: Start) -> Created:
+        """Create a run, or find the one that `command.key` names.
+
+        :raises UnknownAgent: there is no such agent.
+        :raises InvalidInput: the input does not fit the agent's schema; `details` names the fields.
+        :raises Conflict: the key was used for another agent or input.
+        :raises TooMany: this process has as many runs as it takes.
+        :raises Unavailable: the bus is away, or the hub is shutting down.
+        """
+        agent = self._agent(command.agent)
+        input = _validated(agent, command.input)
+        if self._stopping or self._tasks is None:
+            raise Unavailable("the hub is shutting down; try again in a moment")
+        if len(self._runs) >= self._settings.max_active:
+            raise TooMany(f"{len(self._runs)} runs are active here, which is the most; wait until some have ended")
+        epoch = new_epoch()
+        id = new_run_id()
+        run = _Run(
+            id, agent, input, command.thread, principal, Recorder(self._bus, id, agent.spec.name, epoch, fence=1)
+        )
+        slots = self._slots[agent.spec.name]
+        self._runs[id] = run
+        slots.enter(run)
+        created = None
+        try:
+            created = await self._create(run, epoch, command)
+        finally:
+            if created is None or created.fence is None:
+                self._forget(run)
+        if created.fence is not None:
+            self._tasks.start_soon(self._execute, run, name=f"run {id}")
+        return created
+
+    async def _create(self, run: _Run, epoch: str, command: Start) -> Created:
+        now = time.time()
+        queued = RunQueued(epoch=epoch, input=command.input, thread=command.thread, position=run.position)
+        new = NewRun(
+            run=run.id,
+            epoch=epoch,
+            agent=command.agent,
+            principal=run.principal,
+            thread=command.thread,
+            created=now,
+            first=run.recorder.first_frame(now, queued),
+            key=command.key,
+            fingerprint=_fingerprint(command),
+        )
+        return await self._bus.create(new)
+
+    def _agent(self, name: str) -> Agent:
+        try:
+            return self.agents[name]
+        except KeyError:
+            known = ", ".join(sorted(self.agents)) or "none"
+            raise UnknownAgent(f"there is no agent {name[:64]!r}; known are: {known}") from None
+
+    def _forget(self, run: _Run) -> None:
+        del self._runs[run.id]
+        self._slots[run.agent.spec.name].leave(run)
+        if self._stopping and not self._runs:
+            self._idle.set()
+
+    # -- Executing -------------------------------------------------------------------------------------------------
+
+    async def _execute(self, run: _Run) -> None:
+        try:
+            await self._wait_for_slot(run)
+            terminal = _early_end(run) if run.cause is not None else await self._run_agent(run)
+            await run.recorder.record(time.time(), terminal)
+        except LogError as error:
+            logger.warning("%s: another process has ended or taken over this run; dropped here", error)
+        except Exception:
+            logger.exception("run %s of %s could not be recorded", run.id, run.agent.spec.name)
+        finally:
+            run.cancel_logged.set()
+            self._forget(run)
+
+    async def _wait_for_slot(self, run: _Run) -> None:
+        while run.position is not None and run.cause is None:
+            await run.news.wait()
+            run.news = anyio.Event()
+            if run.position is not None and run.position != run.told_position and run.cause is None:
+                run.told_position = run.position
+                await run.recorder.record(time.time(), RunPosition(position=run.position))
+
+    async def _run_agent(self, run: _Run) -> Terminal:
+        """Execute the agent and say how the run ends. The agent has ended, or was abandoned, when this returns."""
+        run.started = time.monotonic()
+        await run.recorder.record(time.time(), RunStart(worker=self._worker))
+        spec = run.agent.spec
+        task = Task(
+            run=run.id,
+            input=run.input,
+            thread=run.thread,
+            history=await self._history(run),
+            deadline=time.time() + spec.timeout,
+        )
+        channel = Channel(f"run {run.id} of agent {spec.name}")
+        execution = Execution(run.agent.run(task, channel), channel)
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(run.recorder.record_from, channel)
+                await self._wait_for_end(run, execution)
+                channel.close()
+        except* LogError as group:
+            raise group.exceptions[0] from None
+        finally:
+            execution.abandon()  # does nothing to one that is done
+        run.finishing = True
+        return self._ending(run, execution, channel)
+
+    async def _wait_for_end(self, run: _Run, execution: Execution) -> None:
+        """Until the agent is done, or `cancel_grace` seconds after it was asked to stop."""
+        with anyio.move_on_after(run.agent.spec.timeout) as timeout:
+            await self._wait_for_cause(run, execution)
+        if timeout.cancelled_caught:
+            run.end("timeout")
+        if not execution.done.is_set():
+            execution.cancel()
+            with anyio.move_on_after(self._settings.cancel_grace):
+                await execution.done.wait()
+        if not execution.done.is_set():
+            self.abandoned += 1
+            logger.warning("run %s of %s ignored its cancellation and is left behind", run.id, run.agent.spec.name)
+
+    async def _wait_for_cause(self, run: _Run, execution: Execution) -> None:
+        async with anyio.create_task_group() as tasks:
+
+            async def watch() -> None:
+                while run.cause is None:
+                    await run.news.wait()
+                    run.news = anyio.Event()
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(watch)
+            await execution.done.wait()
+            tasks.cancel_scope.cancel()
+
+    def _ending(self, run: _Run, execution: Execution, channel: Channel) -> Terminal:
+        usage = run.recorder.usage
+        duration = run.duration
+        if run.cause == "cancelled":
+            return RunCancelled(reason=run.reason, usage=usage, duration=duration)
+        failure = self._failure(run, execution, channel)
+        if failure is not None:
+            return RunError(error=failure, usage=usage, duration=duration)
+        try:
+            return RunEnd(result=execution.value, usage=usage, duration=duration)
+        except Exception as error:
+            logger.exception("%s returned what cannot be shown", channel.label)
+            message = f"the result cannot be shown: {public_message(error)}"
+            return RunError(error=RunFailure(code="invalid_result", message=message), usage=usage, duration=duration)
+
+    def _failure(self, run: _Run, execution: Execution, channel: Channel) -> RunFailure | None:
+        if run.cause is not None:
+            return _CAUSES[run.cause]
+        error = execution.error
+        if channel.overflowed:
+            message = "the agent emitted events faster than they could be recorded, without ever waiting"
+            return RunFailure(code="event_overflow", message=message)
+        if error is None:
+            return None
+        if isinstance(error, Stopped | anyio.get_cancelled_exc_class()):
+            return RunFailure(code="agent_error", message="the agent stopped itself")
+        logger.error("%s failed", channel.label, exc_info=error)
+        return RunFailure(code="agent_error", message=public_message(error))
+
+    async def _history(self, run: _Run) -> tuple[Turn, ...]:
+        """Earlier finished turns of the thread, oldest first."""
+        if run.thread is None:
+            return ()
+        earlier = await self._bus.list(
+            Filter(
+                principal=run.principal, thread=run.thread, statuses={"done"}, before=run.id, limit=HISTORY_TURNS
+            )
+        )
+        turns = []
+        for info in reversed(earlier):
+            try:
+                state = RunState.decode((await load_state(self._bus, info.run)).state).document
+            except NotFound:
+                continue  # forgotten in the meantime
+            turns.append(Turn(input=state["input"], result=state.get("result")))
+        return tuple(turns)
+
+    # -- Cancelling ------------------------------------------------------------------------------------------------
+
+    async def cancel(self, principal: str, run: str, reason: str | None) -> None:
+        """Ask a run, of whatever process, to stop; returns once `cancel_requested` is in its log.
+
+        :raises NotFound: there is no such run.
+        :raises AlreadyFinished: it has ended.
+        :raises Unavailable: the bus is away, or no process owns the run.
+        """
+        info = (await self._bus.info([run])).get(run)
+        if info is None or info.principal != principal:
+            raise NotFound(f"there is no run {run[:64]!r}")
+        if info.ended is not None:
+            raise AlreadyFinished(f"run {run} has ended already ({info.status})")
+        await self._bus.send_command(run, {"op": "cancel", "reason": reason, "by": principal})
+
+    async def _handle(self, id: str, command: Mapping[str, Any]) -> None:
+        """A command that came through the bus; `cancel` is the only one so far."""
+        run = self._runs.get(id)
+        if run is None or run.finishing:
+            raise AlreadyFinished(f"run {id} has ended already")
+        if run.cause is not None:
+            await run.cancel_logged.wait()
+            return
+        run.cause, run.reason = "cancelled", command["reason"]
+        try:
+            await run.recorder.record(time.time(), CancelRequested(reason=command["reason"], by=command["by"]))
+        finally:
+            run.cancel_logged.set()
+            run.news.set()
+
+    # -- Stopping --------------------------------------------------------------------------------------------------
+
+    async def stop(self) -> None:
+        """Take no new runs; let running ones finish for `grace` seconds, then end them as `shutting_down`."""
+        self._stopping = True
+        if not self._runs:
+            self._idle.set()
+        for run in list(self._runs.values()):
+            if run.position is not None:
+                run.end("shutting_down")
+        with anyio.move_on_after(self._settings.grace):
+            await self._idle.wait()
+        for run in list(self._runs.values()):
+            run.end("shutting_down")
+        with anyio.move_on_after(self._settings.cancel_grace + 2):
+            await self._idle.wait()
+        if self._tasks is not None and not self._idle.is_set():
+            logger.error("%d runs could not be ended in time", len(self._runs))
+            self._tasks.cancel_scope.cancel()
+
+
+_CAUSES = {
+    "timeout": RunFailure(code="timeout", message="the agent took longer than it may", retryable=True),
+    "shutting_down": RunFailure(code="shutting_down", message="the hub was stopped; start again", retryable=True),
+}
+
+
+def _early_end(run: _Run) -> Terminal:
+    """The end of a run that never got a slot."""
+    run.finishing = True
+    if run.cause == "cancelled":
+        return RunCancelled(reason=run.reason, duration=run.duration)
+    return RunError(error=_CAUSES["shutting_down"], duration=run.duration)
+
+
+def _validated(agent: Agent, input: Mapping[str, Any]) -> BaseModel:
+    try:
+        return agent.spec.input_model.model_validate(input)
+    except ValidationError as error:
+        details = problems(error)
+        fields = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'input'}: {item['msg']}" for item in details)
+        raise InvalidInput(f"invalid input for {agent.spec.name}: {fields}", details=details) from None
+
+
+def _fingerprint(command: Start) -> str:
+    document = orjson.dumps([command.agent, command.input], option=orjson.OPT_SORT_KEYS)
+    return hashlib.sha256(document).hexdigest()

@@ -1,0 +1,114 @@
+"""One client's commands: each gets exactly one reply (G9). Without a socket: text comes in, frames go to the outbox.
+
+All rights are asked of one function, `authorize`.
+"""
+
+import logging
+from collections import deque
+from time import monotonic
+from typing import Any, assert_never
+
+from server import protocol
+from server.errors import PROTOCOL_ERROR, CloseReason, CommandError, NotFound
+from server.hub import Hub
+from server.outbox import Outbox
+from server.protocol import Cancel, Command, Malformed, Ping, Position, Start, Subscribe, To, Unsubscribe
+from server.runs import Runs
+
+ANONYMOUS = "anonymous"
+
+logger = logging.getLogger(__name__)
+
+
+def authorize(principal: str, op: str) -> None:
+    """Whether `principal` may do `op`. Everybody is anonymous so far, and sees and may do everything.
+
+    :raises Forbidden: it may not.
+    """
+
+
+class InternalError(CommandError):
+    """Something of ours broke. The log has the details; clients get none."""
+
+
+class Session:
+    """The commands of one connection. `handle` may run many at once; replies may come in another order."""
+
+    def __init__(self, id: str, principal: str, hub: Hub, runs: Runs, outbox: Outbox) -> None:
+        self.id = id
+        self.principal = principal
+        self._hub = hub
+        self._runs = runs
+        self._outbox = outbox
+        self._subscriptions = 0
+        self._malformed: deque[float] = deque(maxlen=protocol.PROTOCOL_ERRORS_PER_MINUTE)
+
+    async def handle(self, text: str) -> CloseReason | None:
+        """Do what one message asks and queue the reply. Gives a reason to close the connection, if there is one."""
+        try:
+            command = protocol.parse_command(text)
+        except Malformed as malformed:
+            self._outbox.put(protocol.error_reply(malformed.id, malformed.error))
+            return self._count_malformed()
+        try:
+            authorize(self.principal, command.op)
+            await self._do(command)
+        except CommandError as error:
+            self._outbox.put(protocol.error_reply(command.id, error))
+        except Exception:
+            logger.exception("session %s: %s failed", self.id, command.op)
+            self._outbox.put(protocol.error_reply(command.id, InternalError("something went wrong in the hub")))
+        return None
+
+    async def _do(self, command: Command) -> None:
+        match command:
+            case Start():
+                await self._start(command)
+            case Subscribe():
+                await self._subscribe(command)
+            case Unsubscribe():
+                if command.subscription not in self._outbox.subscriptions:
+                    raise NotFound(f"this connection has no subscription {command.subscription[:64]!r}")
+                self._hub.leave(self._outbox, command.subscription)
+                self._reply(command, {})
+            case Cancel():
+                await self._runs.cancel(self.principal, command.run, command.reason)
+                self._reply(command, {})
+            case Ping():
+                self._reply(command, {})
+            case _:
+                assert_never(command)
+
+    async def _start(self, command: Start) -> None:
+        created = await self._runs.start(self.principal, command)
+        result: dict[str, Any] = {"run": created.run, "epoch": created.epoch}
+        if not command.subscribe:
+            self._reply(command, result)
+            return
+        subscription = self._new_subscription()
+        to, since = To(run=created.run), {created.run: Position(seq=0)}
+        async with self._hub.join(self._outbox, subscription, self.principal, to, command.detail, since) as join:
+            self._reply(command, result | {"subscription": subscription})
+            join.commit()
+
+    async def _subscribe(self, command: Subscribe) -> None:
+        subscription = self._new_subscription()
+        async with self._hub.join(
+            self._outbox, subscription, self.principal, command.to, command.detail, command.since, command.feed
+        ) as join:
+            self._reply(command, join.result)
+            join.commit()
+
+    def _new_subscription(self) -> str:
+        self._subscriptions += 1
+        return f"s{self._subscriptions}"
+
+    def _reply(self, command: Command, result: dict[str, Any]) -> None:
+        self._outbox.put(protocol.reply(command.id, result))
+
+    def _count_malformed(self) -> CloseReason | None:
+        now = monotonic()
+        full = len(self._malformed) == self._malformed.maxlen
+        oldest = self._malformed[0] if full else None
+        self._malformed.append(now)
+        return PROTOCOL_ERROR if oldest is not None and now - oldest < 60 else None

@@ -1,0 +1,208 @@
+"""The reducer: folding a run's events, as they go over the wire, gives its `RunState` (G10).
+
+The fold is a pure function of the events and their order, so server, browser and Python reach the same state, and a
+snapshot, a replay and a live view can be compared for equality. It takes wire documents (JSON objects with `event`,
+`seq`, `ts`, …), not models: a page folds the very same. Unknown events change nothing.
+
+Its size is bounded: past the caps, the oldest finished spans, messages and validation errors go, and `dropped` counts
+them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orjson
+
+MAX_SPANS = 2_000
+MAX_MESSAGES = 500
+MAX_VALIDATION_ERRORS = 200
+MAX_STATE_FIELDS = 500
+
+Wire = Mapping[str, Any]
+Item = dict[str, Any]
+
+CLOSED_BY = {"run_end": "done", "run_error": "error", "run_cancelled": "cancelled"}
+STATUS_AFTER = {"run_end": "done", "run_error": "failed", "run_cancelled": "cancelled"}
+
+
+class RunState:
+    """The state of one run. `document` is what a `snapshot` carries as `state`; treat it as read-only."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self.document = document
+        self._spans: dict[str, Item] = {item["span"]: item for item in document["spans"]}
+        self._messages: dict[str, Item] = {item["message"]: item for item in document["messages"]}
+
+    @classmethod
+    def new(cls, run: str, agent: str) -> "RunState":
+        """The state before the first event."""
+        return cls(
+            {
+                "run": run,
+                "agent": agent,
+                "status": "queued",
+                "input": {},
+                "created": 0.0,
+                "spans": [],
+                "messages": [],
+                "validation_errors": [],
+                "state": {},
+            }
+        )
+
+    @classmethod
+    def decode(cls, data: bytes) -> "RunState":
+        return cls(orjson.loads(data))
+
+    def encode(self) -> bytes:
+        return orjson.dumps(self.document)
+
+    def apply(self, event: Wire) -> None:
+        """Fold one event."""
+        fold = _FOLDS.get(event["event"])
+        if fold is not None:
+            fold(self, event)
+
+    # -- The run itself --------------------------------------------------------------------------------------------
+
+    def _run_queued(self, event: Wire) -> None:
+        self.document.update(input=event["input"], created=event["ts"])
+        self._set(event, "thread", "position")
+
+    def _run_position(self, event: Wire) -> None:
+        self._set(event, "position")
+
+    def _run_start(self, event: Wire) -> None:
+        self.document.update(status="running", started=event["ts"], attempt=event["attempt"])
+        self.document.pop("position", None)
+
+    def _status(self, event: Wire) -> None:
+        self.document["status_message"] = event["message"]
+
+    def _state(self, event: Wire) -> None:
+        state = self.document["state"]
+        for name, value in event["patch"].items():
+            if name not in state and len(state) >= MAX_STATE_FIELDS:
+                del state[next(iter(state))]
+                self._drop()
+            state[name] = value
+
+    def _cancel_requested(self, event: Wire) -> None:
+        self.document["status"] = "cancelling"
+
+    def _terminal(self, event: Wire) -> None:
+        self.document.update(status=STATUS_AFTER[event["event"]], ended=event["ts"])
+        self.document.pop("position", None)
+        self._set(event, "usage", "result", "error")
+        closed = CLOSED_BY[event["event"]]
+        for span in self.document["spans"]:
+            if span["status"] == "running":
+                span.update(status=closed, ended=event["ts"])
+        for message in self.document["messages"]:
+            if message["status"] == "open":
+                message["status"] = closed
+
+    # -- Spans -----------------------------------------------------------------------------------------------------
+
+    def _span_start(self, event: Wire) -> None:
+        kind = event["event"].removesuffix("_start")
+        name = event["model"] if kind == "lm" else event[kind]
+        span = {"span": event["span"], "kind": kind, "name": name, "status": "running", "started": event["ts"]}
+        span.update({field: event[field] for field in ("parent", "args", "inputs") if field in event})
+        if event["span"] in self._spans:
+            return
+        self._spans[event["span"]] = span
+        self.document["spans"].append(span)
+        self._trim("spans", MAX_SPANS, "running", self._spans, "span")
+
+    def _span_end(self, event: Wire) -> None:
+        span = self._spans.get(event["span"])
+        if span is None or span["status"] != "running":
+            return
+        span.update(status="error" if "error" in event else "done", ended=event["ts"])
+        span.update({field: event[field] for field in ("result", "patch", "error", "usage") if field in event})
+
+    def _node_end(self, event: Wire) -> None:
+        self._span_end(event)
+        if "patch" in event:
+            self._state(event)
+
+    def _tool_progress(self, event: Wire) -> None:
+        span = self._spans.get(event["span"])
+        if span is not None and span["status"] == "running":
+            span["progress"] = {field: event[field] for field in ("progress", "total", "message") if field in event}
+
+    def _validation_error(self, event: Wire) -> None:
+        fields = ("span", "node", "attempt", "max_retries", "error", "failed_fields")
+        errors = self.document["validation_errors"]
+        errors.append({field: event[field] for field in fields if field in event})
+        if len(errors) > MAX_VALIDATION_ERRORS:
+            del errors[0]
+            self._drop()
+
+    # -- Messages --------------------------------------------------------------------------------------------------
+
+    def _message_start(self, event: Wire) -> None:
+        if event["message"] in self._messages:
+            return
+        message = {field: event[field] for field in ("message", "span", "field")} | {"text": "", "status": "open"}
+        self._messages[event["message"]] = message
+        self.document["messages"].append(message)
+        self._trim("messages", MAX_MESSAGES, "open", self._messages, "message")
+
+    def _token(self, event: Wire) -> None:
+        message = self._messages.get(event["message"])
+        if message is not None and message["status"] == "open":
+            message["text"] += event["delta"]
+
+    def _message_end(self, event: Wire) -> None:
+        message = self._messages.get(event["message"])
+        if message is not None and message["status"] == "open":
+            message.update(text=event["text"], status="done")
+
+    def _message_retracted(self, event: Wire) -> None:
+        message = self._messages.get(event["message"])
+        if message is not None:
+            message["status"] = "retracted"
+
+    # -- Shared ----------------------------------------------------------------------------------------------------
+
+    def _set(self, event: Wire, *fields: str) -> None:
+        self.document.update({field: event[field] for field in fields if field in event})
+
+    def _drop(self) -> None:
+        self.document["dropped"] = self.document.get("dropped", 0) + 1
+
+    def _trim(self, name: str, cap: int, unfinished: str, index: dict[str, Item], key: str) -> None:
+        """Past the cap, the oldest finished item goes; the very oldest if none is finished."""
+        items: list[Item] = self.document[name]
+        if len(items) > cap:
+            place = next((i for i, item in enumerate(items) if item["status"] != unfinished), 0)
+            del index[items.pop(place)[key]]
+            self._drop()
+
+
+_FOLDS: dict[str, Callable[[RunState, Wire], None]] = {
+    "run_queued": RunState._run_queued,
+    "run_position": RunState._run_position,
+    "run_start": RunState._run_start,
+    "status": RunState._status,
+    "node_start": RunState._span_start,
+    "lm_start": RunState._span_start,
+    "tool_start": RunState._span_start,
+    "node_end": RunState._node_end,
+    "node_error": RunState._span_end,
+    "lm_end": RunState._span_end,
+    "tool_end": RunState._span_end,
+    "tool_progress": RunState._tool_progress,
+    "validation_error": RunState._validation_error,
+    "message_start": RunState._message_start,
+    "token": RunState._token,
+    "message_end": RunState._message_end,
+    "message_retracted": RunState._message_retracted,
+    "state": RunState._state,
+    "cancel_requested": RunState._cancel_requested,
+    "run_end": RunState._terminal,
+    "run_error": RunState._terminal,
+    "run_cancelled": RunState._terminal,
+}
