@@ -201,9 +201,7 @@ def _resolve(future: "asyncio.Future[None]") -> None:
 # -- Driving a run by hand -----------------------------------------------------------------------------------------
 
 
-async def drive(
-    run: Coroutine[Any, Any, T], channel: Channel, *, on_cancel: Callable[[], None] | None = None
-) -> T:
+async def drive(run: Coroutine[Any, Any, T], channel: Channel, *, on_cancel: Callable[[], None] | None = None) -> T:
     """Await `run`, holding it and every task that it creates back while `channel` is congested.
 
     `on_cancel` is called as a cancellation is about to be thrown into `run`.
@@ -225,23 +223,17 @@ def _step(
     """Step `run`, passing on the futures that it waits for and whatever is thrown in. Cancellation passes the gate."""
     error: BaseException | None = None
     while True:
-        try:
-            while error is None and channel.congested:
-                yield from channel.room()
-        except BaseException as thrown:  # noqa: BLE001 -- handed on to `run` below
-            error = thrown
+        if error is None:
+            error = yield from _pass_gate(channel)
         if channel.abandoned:
             _drop(run)
             raise Stopped from error
         if on_cancel is not None and isinstance(error, asyncio.CancelledError):
             on_cancel()
-        Channel.resumed = channel
         try:
-            waiting_for = run.send(None) if error is None else run.throw(error)
+            waiting_for = _resume(run, channel, error)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
-        finally:
-            Channel.resumed = None
         error = None
         try:
             yield waiting_for
@@ -250,6 +242,25 @@ def _step(
             raise
         except BaseException as thrown:  # noqa: BLE001 -- handed on to `run` above
             error = thrown
+
+
+def _pass_gate(channel: Channel) -> Generator[Any, Any, BaseException | None]:
+    """Wait while `channel` is congested; gives what was thrown in meanwhile."""
+    try:
+        while channel.congested:
+            yield from channel.room()
+    except BaseException as thrown:  # noqa: BLE001 -- handed on to the run
+        return thrown
+    return None
+
+
+def _resume(run: Coroutine[Any, Any, T], channel: Channel, error: BaseException | None) -> Any:
+    """One step of `run`: the future that it waits for next. Raises `StopIteration` when it returns."""
+    Channel.resumed = channel
+    try:
+        return run.send(None) if error is None else run.throw(error)
+    finally:
+        Channel.resumed = None
 
 
 _undead: list[Coroutine[Any, Any, Any]] = []

@@ -180,7 +180,7 @@ class MessageStart(_Fact):
 
 
 class Token(_Fact):
-    event: Literal["token"] = "token"  # noqa: S105 -- an event's name, not a password
+    event: Literal["token"] = "token"
     message: Id
     delta: Text
 

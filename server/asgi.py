@@ -75,7 +75,8 @@ class FrameProtocol(WebSocketsSansIOProtocol):
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
         if not self.close_sent:  # the app's task was created, but cannot have run yet
-            self.scope["extensions"][EXTENSION] = self._writer  # type: ignore[index]
+            extensions: dict[str, Any] = self.scope["extensions"]
+            extensions[EXTENSION] = self._writer
 
     def resume_writing(self) -> None:
         super().resume_writing()

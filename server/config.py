@@ -22,7 +22,7 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     """TCP port; 0 takes a free one."""
     hosts: Annotated[tuple[str, ...], NoDecode] = ()
-    """Host names, besides the local ones, under which the hub may be asked (`Host` and `Origin` headers); `*` is any."""
+    """Host names, besides the local ones, under which the hub may be asked (`Host`, `Origin`); `*` is any."""
     lm: str = "offline"
     """The language model: any string that `dspy.LM` takes, or `offline`."""
     log_level: str = "info"

@@ -77,9 +77,7 @@ class Connections:
 class Connection:
     """One client."""
 
-    def __init__(
-        self, websocket: WebSocket, writer: FrameWriter, hub: Hub, runs: Runs, settings: Settings
-    ) -> None:
+    def __init__(self, websocket: WebSocket, writer: FrameWriter, hub: Hub, runs: Runs, settings: Settings) -> None:
         self._websocket = websocket
         self._writer = writer
         self._hub = hub
@@ -100,14 +98,12 @@ class Connection:
 
     async def serve(self, reason: CloseReason | None) -> None:
         """Serve the client until it goes; with a reason, only say goodbye."""
-        self._outbox.put(
-            protocol.hello(self._session.id, f"agentcast/{__version__}", self._settings.heartbeat)
-        )
+        self._outbox.put(protocol.hello(self._session.id, f"agentcast/{__version__}", self._settings.heartbeat))
         try:
             async with anyio.create_task_group() as self._tasks:
                 if reason is not None:
                     self.close(reason)
-                await self._read()
+                await self._read(self._tasks)
                 self._tasks.cancel_scope.cancel()
         finally:
             self._hub.disconnect(self._outbox)
@@ -136,7 +132,7 @@ class Connection:
 
     # -- Reading ---------------------------------------------------------------------------------------------------
 
-    async def _read(self) -> None:
+    async def _read(self, tasks: TaskGroup) -> None:
         """Take messages while there is room for their replies; past that the socket is not read."""
         while True:
             while self._outbox.full:
@@ -150,8 +146,7 @@ class Connection:
                 self._reason = BINARY_MESSAGE
                 return
             await self._commands.acquire()
-            assert self._tasks is not None
-            self._tasks.start_soon(self._handle, text)
+            tasks.start_soon(self._handle, text)
 
     async def _handle(self, text: str) -> None:
         try:

@@ -24,7 +24,7 @@ from server.bus.base import ACTIVE, Announcement, Bus, Filter, Frame, Head, Page
 from server.bus.replay import load_state
 from server.errors import NotFound, Unavailable
 from server.flight import SingleFlight
-from server.outbox import Follower, Outbox
+from server.outbox import Follower, GapReason, Outbox
 from server.protocol import Detail, Position, To
 
 MAX_DISTANCE = 1_000
@@ -220,7 +220,7 @@ class Hub:
             )
         )
         named = await self.bus.info(list(since))
-        runs = [*named.values(), *announced, *reversed(active)]
+        runs: list[RunInfo | Announcement] = [*named.values(), *announced, *reversed(active)]
         return list(dict.fromkeys(run.run for run in runs if rule.matches(run)))
 
     async def _place(
@@ -233,12 +233,10 @@ class Hub:
             return follower
         follower.cursor = position.seq
         follower.whole = position.seq == 0
-        same_log = position.epoch == topic.epoch or (follower.whole and position.epoch is None)
-        if not same_log or position.seq > topic.head:
-            follower.resync = "log_lost"
-        elif _is_far(follower, topic):
-            follower.resync = "overflow"
-        elif await self._page(topic.run, topic.epoch, position.seq) is None:
+        if position.epoch is not None or not follower.whole:
+            follower.epoch = position.epoch or ""
+        follower.resync = _gap_before(follower, topic)
+        if follower.resync is None and await self._page(topic.run, topic.epoch, position.seq) is None:
             follower.resync = "trimmed"
         return follower
 
@@ -340,18 +338,15 @@ class Hub:
 
     async def _pull(self, outbox: Outbox, topic: Topic, follower: Follower) -> None:
         if follower.resync is None:
-            if follower.epoch != topic.epoch:
-                follower.resync = "log_lost"
-            elif _is_far(follower, topic):
-                follower.resync = "overflow"
+            follower.resync = _gap_before(follower, topic)
         if follower.resync is None:
             page = await self._page(topic.run, follower.epoch, follower.cursor)
             if follower.done or follower.resync is not None:
                 return  # dropped, or widened, in the meantime
-            if page is not None:
-                outbox.add_page(follower, page, topic.head)
-            else:
+            if page is None:
                 outbox.lose(follower, "trimmed")
+            else:
+                outbox.add_page(follower, page, topic.head)
         else:
             snapshot = await self.snapshot(topic.run)
             topic.advance(snapshot.epoch, snapshot.seq, ended=False)
@@ -417,8 +412,11 @@ def _told(outbox: Outbox, topic: Topic, follower: Follower) -> dict[str, Any]:
     return {"run": topic.run, "epoch": topic.epoch, "seq": topic.head, "recovered": recovered}
 
 
-def _is_far(follower: Follower, topic: Topic) -> bool:
-    return topic.head - follower.cursor > MAX_DISTANCE and not follower.whole
+def _gap_before(follower: Follower, topic: Topic) -> GapReason | None:
+    """Why what follows the cursor is not to be replayed, as far as can be told without looking into the log."""
+    if follower.epoch != topic.epoch or follower.cursor > topic.head:
+        return "log_lost"
+    return "overflow" if topic.head - follower.cursor > MAX_DISTANCE and not follower.whole else None
 
 
 def _jitter() -> float:

@@ -193,7 +193,7 @@ class Outbox:
 
     def add_snapshot(self, follower: Follower, snapshot: Snapshot, head: int, *, ended: bool) -> None:
         """Queue the snapshot that is due, after a `gap` unless it was asked for."""
-        if follower.resync not in (None, "asked"):
+        if follower.resync is not None and follower.resync != "asked":
             first = min(follower.cursor, snapshot.seq) + 1
             self.put(protocol.gap(follower.run, first, max(first, snapshot.seq), follower.resync))
         self.put(protocol.snapshot(snapshot.run, snapshot.epoch, snapshot.seq, snapshot.state))

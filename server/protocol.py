@@ -116,14 +116,15 @@ def parse_command(text: str | bytes) -> Command:
     if not isinstance(document, dict):
         raise Malformed(BadRequest("a message must be one JSON object"), None)
     id = document.get("id")
-    id = id if isinstance(id, str) and len(id) <= 128 or type(id) is int else None
+    id = id if (isinstance(id, str) and len(id) <= 128) or type(id) is int else None
     op = document.get("op")
     if not isinstance(op, str):
         raise Malformed(BadRequest(f"`op` is missing; known are {_known_ops()}"), id)
     if op not in _COMMANDS:
         raise Malformed(UnknownOp(f"unknown op {op[:64]!r}; known are {_known_ops()}"), id)
     try:
-        return parse(_COMMANDS[op], document)
+        command: Command = parse(_COMMANDS[op], document)
+        return command
     except BadRequest as error:
         raise Malformed(error, id) from None
 
@@ -134,7 +135,6 @@ def parse(shape: TypeAdapter[Any], document: Any) -> Any:
     :raises BadRequest: naming each field that does not fit; `details` is pydantic's list, without the input.
     """
     try:
-        # Lax for JSON only: strict mode takes JSON's own types and nothing that merely looks like them.
         return shape.validate_python(document)
     except ValidationError as error:
         details = problems(error)

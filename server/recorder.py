@@ -9,10 +9,10 @@ This module must not know who follows the run, how agents work, or when a run st
 
 import logging
 import random
-from collections.abc import Awaitable, Callable
-
+from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from agents.channel import Channel, Emitted
 from agents.events import (
@@ -33,6 +33,7 @@ from server.protocol import encode_event
 from server.state import MAX_MESSAGES, RunState
 
 FLUSH_AFTER = 0.025
+BATCH_EVENTS = 256
 SNAPSHOT_GROWTH = 64 * 1024
 _RETRY_FIRST, _RETRY_MOST = 0.1, 2.0
 
@@ -122,18 +123,23 @@ class Recorder:
             items: list[Emitted] | None = None
             with anyio.move_on_after(None if flush_at is None else max(0.0, flush_at - anyio.current_time())):
                 items = await channel.receive()
-            async with self._lock:
-                for emitted in items or ():
-                    self._take(emitted)
-                if not items or (flush_at is not None and anyio.current_time() >= flush_at):
-                    self._flush()
-                await self._append()
+            for start in range(0, len(items or ()), BATCH_EVENTS):
+                await self._record_batch((items or [])[start : start + BATCH_EVENTS])
+            if not items or (flush_at is not None and anyio.current_time() >= flush_at):
+                await self.record(0.0)
             if items is not None and not items:
                 return
             if not self._buffered:
                 flush_at = None
             elif flush_at is None:
                 flush_at = anyio.current_time() + FLUSH_AFTER
+
+    async def _record_batch(self, items: Sequence[Emitted]) -> None:
+        async with self._lock:
+            for emitted in items:
+                self._take(emitted)
+            await self._append()
+        await checkpoint()  # a burst must not hold the loop for longer than one batch takes
 
     # -- Stamping --------------------------------------------------------------------------------------------------
 

@@ -112,9 +112,9 @@ class _Slots:
             self._move(waiting, position)
 
     def _move(self, run: _Run, position: int) -> None:
-        run.position = position
-        told = run.told_position or 0
-        if position < told and (position * 2 <= told or position == 0):
+        """Tell a run its place, once that has halved since it was last told."""
+        if position * 2 <= (run.told_position or 0):
+            run.position = position
             run.news.set()
 
 
@@ -227,12 +227,13 @@ class Runs:
             self._forget(run)
 
     async def _wait_for_slot(self, run: _Run) -> None:
-        while run.position is not None and run.cause is None:
-            await run.news.wait()
-            run.news = anyio.Event()
-            if run.position is not None and run.position != run.told_position and run.cause is None:
-                run.told_position = run.position
-                await run.recorder.record(time.time(), RunPosition(position=run.position))
+        while run.cause is None and (position := run.position) is not None:
+            if position != run.told_position:
+                run.told_position = position
+                await run.recorder.record(time.time(), RunPosition(position=position))
+            else:
+                await run.news.wait()
+                run.news = anyio.Event()
 
     async def _run_agent(self, run: _Run) -> Terminal:
         """Execute the agent and say how the run ends. The agent has ended, or was abandoned, when this returns."""
@@ -303,8 +304,11 @@ class Runs:
             return RunError(error=RunFailure(code="invalid_result", message=message), usage=usage, duration=duration)
 
     def _failure(self, run: _Run, execution: Execution, channel: Channel) -> RunFailure | None:
+        if run.cause == "timeout":
+            seconds = f"{run.agent.spec.timeout:g} s"
+            return RunFailure(code="timeout", message=f"the agent took longer than {seconds}", retryable=True)
         if run.cause is not None:
-            return _CAUSES[run.cause]
+            return _SHUTTING_DOWN
         error = execution.error
         if channel.overflowed:
             message = "the agent emitted events faster than they could be recorded, without ever waiting"
@@ -321,9 +325,7 @@ class Runs:
         if run.thread is None:
             return ()
         earlier = await self._bus.list(
-            Filter(
-                principal=run.principal, thread=run.thread, statuses={"done"}, before=run.id, limit=HISTORY_TURNS
-            )
+            Filter(principal=run.principal, thread=run.thread, statuses={"done"}, before=run.id, limit=HISTORY_TURNS)
         )
         turns = []
         for info in reversed(earlier):
@@ -386,10 +388,7 @@ class Runs:
             self._tasks.cancel_scope.cancel()
 
 
-_CAUSES = {
-    "timeout": RunFailure(code="timeout", message="the agent took longer than it may", retryable=True),
-    "shutting_down": RunFailure(code="shutting_down", message="the hub was stopped; start again", retryable=True),
-}
+_SHUTTING_DOWN = RunFailure(code="shutting_down", message="the hub was stopped; start again", retryable=True)
 
 
 def _early_end(run: _Run) -> Terminal:
@@ -397,7 +396,7 @@ def _early_end(run: _Run) -> Terminal:
     run.finishing = True
     if run.cause == "cancelled":
         return RunCancelled(reason=run.reason, duration=run.duration)
-    return RunError(error=_CAUSES["shutting_down"], duration=run.duration)
+    return RunError(error=_SHUTTING_DOWN, duration=run.duration)
 
 
 def _validated(agent: Agent, input: Mapping[str, Any]) -> BaseModel:

@@ -77,7 +77,8 @@ class _Turn:
         numbers = set(re.findall(r"[\d.]+", " ".join(find_sums(self.question))))
         words = [word for word in keywords(self.question) if word not in numbers]
         if len(words) < 2 and (history := self.prompt.values.get("history")):
-            words += [word for word in keywords(history.strip().rpartition("\n\n")[2][:200]) if word not in words]
+            last = history.strip().rpartition("\n\n")[2].partition("\n")[0]
+            words += [word for word in keywords(last.partition(": ")[2][:200]) if word not in words]
         return words
 
     @cached_property

@@ -1,0 +1,72 @@
+"""What splitters are, and what they are made of.
+
+Sans-I/O. This module must not know adapters, runs or events.
+"""
+
+import types
+from typing import Any, NamedTuple, Protocol, Union, get_args, get_origin
+
+
+class Delta(NamedTuple):
+    """More text of an output field; never empty."""
+
+    field: str
+    text: str
+
+
+class Splitter(Protocol):
+    """Reads the text of one LM call."""
+
+    def feed(self, text: str) -> list[Delta]:
+        """What became certain with `text`, the next chunk."""
+
+    def finish(self) -> list[Delta]:
+        """What becomes certain since no more text comes."""
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether a field of this type holds the text as the LM wrote it: `str`, or `str | None`."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return set(get_args(annotation)) == {str, types.NoneType}
+    return annotation is str
+
+
+class Output:
+    """Collects deltas; those of one field in a row become one."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[str, list[str]]] = []
+
+    def add(self, field: str, text: str) -> None:
+        if text:
+            if not self._parts or self._parts[-1][0] != field:
+                self._parts.append((field, []))
+            self._parts[-1][1].append(text)
+
+    def take(self) -> list[Delta]:
+        parts, self._parts = self._parts, []
+        return [Delta(field, "".join(texts)) for field, texts in parts]
+
+
+class Strip:
+    """`str.strip` by instalments: whitespace waits until something follows it."""
+
+    def __init__(self) -> None:
+        self._started = False
+        self._held: list[str] = []
+
+    def push(self, text: str) -> str:
+        if not self._started:
+            text = text.lstrip()
+            self._started = bool(text)
+        body = text.rstrip()
+        if not body:
+            if text:
+                self._held.append(text)
+            return ""
+        ready = "".join(self._held) + body
+        self._held = [text[len(body) :]] if len(body) < len(text) else []
+        return ready
+
+    def drop_held(self) -> None:
+        self._held = []

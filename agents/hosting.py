@@ -1,0 +1,104 @@
+"""Agents made of a DSPy program or of a function: `spec` and `run`, as `agents.base.Agent` asks.
+
+They hold nothing of a run, so any number of runs of one agent may go on at once (G8).
+"""
+
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from agents.base import AgentSpec, Emitter, Task, Turn
+from agents.schema import HISTORY, Call, Contract
+from agents.current import emitting
+from agents.streaming import run_program
+from agents.values import cut_text, plain
+
+HISTORY_TURNS = 20
+HISTORY_VALUE_BYTES = 4 * 1024
+
+
+class ProgramAgent:
+    """Runs a `dspy.Module`. The result is the signature's output fields, or the whole prediction without one, the
+    trajectory of a ReAct loop left out."""
+
+    def __init__(self, spec: AgentSpec, program: Any, contract: Contract, messages: Collection[str] | None) -> None:
+        self.spec = spec
+        self.program = program
+        self._contract = contract
+        self._messages = messages
+
+    async def run(self, task: Task, emit: Emitter) -> Any:
+        inputs = _fields(task.input)
+        if self._contract.takes_history:
+            inputs[HISTORY] = history_text(task.history)
+        with emitting(emit):
+            outcome = await run_program(self.program, inputs, emit, messages=self._messages)
+        return self._result(outcome.prediction)
+
+    def _result(self, prediction: Any) -> Any:
+        outputs = self._contract.outputs
+        if not hasattr(prediction, "items"):
+            return plain(prediction)
+        if outputs is None:
+            return {key: plain(value) for key, value in prediction.items() if key != "trajectory"}
+        values = dict(prediction.items())
+        return {key: _plain(adapter, values[key]) for key, adapter in outputs.items() if key in values}
+
+
+class FunctionAgent:
+    """Runs an async function."""
+
+    def __init__(self, spec: AgentSpec, function: Callable[..., Awaitable[Any]], call: Call) -> None:
+        self.spec = spec
+        self.function = function
+        self._call = call
+
+    async def run(self, task: Task, emit: Emitter) -> Any:
+        call = self._call
+        arguments = {call.whole: task.input} if call.whole else _fields(task.input)
+        if call.emit:
+            arguments[call.emit] = emit
+        if call.task:
+            arguments[call.task] = task
+        with emitting(emit):
+            result = await self.function(**arguments)
+        return result if call.result is None else self._checked(call.result, result)
+
+    def _checked(self, adapter: TypeAdapter[Any], result: Any) -> Any:
+        try:
+            return adapter.dump_python(adapter.validate_python(result), mode="json")
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ValueError(
+                f"{self.spec.name} returned something else than it declares"
+                f"{f' in {where}' if where else ''}: {first['msg']}"
+            ) from error
+
+
+def history_text(turns: Iterable[Turn]) -> str:
+    """Earlier turns as text: a line for each named value, an empty line between turns, the last ones only."""
+    return "\n\n".join(
+        "\n".join([*_lines(turn.input, "input"), *_lines(turn.result, "result")])
+        for turn in list(turns)[-HISTORY_TURNS:]
+    )
+
+
+def _lines(value: Any, name: str) -> list[str]:
+    named = value if isinstance(value, Mapping) else {name: value}
+    return [
+        f"{key}: {cut_text(item if isinstance(item, str) else str(item), HISTORY_VALUE_BYTES)}"
+        for key, item in named.items()
+    ]
+
+
+def _fields(model: BaseModel) -> dict[str, Any]:
+    return {name: getattr(model, name) for name in type(model).model_fields}
+
+
+def _plain(adapter: TypeAdapter[Any], value: Any) -> Any:
+    try:
+        return adapter.dump_python(value, mode="json", warnings="error")
+    except ValueError:  # a program may return something else than its signature says
+        return plain(value)

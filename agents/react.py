@@ -1,0 +1,265 @@
+"""ReAct agents: `dspy.ReAct` with tools that cannot hurt.
+
+Sync tools run on threads, so that none blocks the event loop (G3). A tool that fails, or a reply of the model that
+cannot be read, becomes an observation which says what was wrong, without traceback or path (G9), while callbacks, and
+with them the event stream, still see the tool fail. Prompts are byte for byte those of `dspy.ReAct`.
+
+This module must not know runs or registries.
+"""
+
+import functools
+import inspect
+import logging
+import re
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import dspy
+from dspy.adapters.types.base_type import Type as CustomType
+from dspy.adapters.utils import format_field_value
+from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError
+from pydantic import PrivateAttr, ValidationError
+from pydantic.fields import FieldInfo
+
+from agents.base import ToolError, public_message
+from agents.current import emit_event
+from agents.events import StepLimit
+from agents.threads import in_thread
+from agents.values import cut_text, plain
+
+DEFAULT_MAX_ITERS = 12
+MAX_MISREAD = 3
+"""Replies in a row that cannot be read, after which the run fails."""
+FINISH = "finish"
+TURN_FIELDS = ("next_thought", "next_tool_name", "next_tool_args")
+
+_log = logging.getLogger(__name__)
+_TEXT_FIELD = FieldInfo(annotation=str)
+
+
+def react_agent(
+    signature: Any, tools: Sequence[Callable[..., Any] | Any], max_iters: int = DEFAULT_MAX_ITERS
+) -> "ReAct":
+    """A ReAct program for `signature` (a `dspy.Signature` class or "question -> answer").
+
+    `tools` are functions with type hints, sync or async, or `dspy.Tool` objects; `max_iters` is the most tool calls.
+
+    :raises ValueError: a tool has no use: its name is taken, or it is not callable; or `max_iters` is below 1.
+    """
+    return ReAct(signature, tools, max_iters)
+
+
+class ReAct(dspy.ReAct):  # type: ignore[misc]
+    """`dspy.ReAct` whose loop is robust. `message_fields` are the outputs worth streaming as text."""
+
+    def __init__(self, signature: Any, tools: Sequence[Any], max_iters: int = DEFAULT_MAX_ITERS) -> None:
+        if max_iters < 1:
+            raise ValueError(f"max_iters is {max_iters}; it must be 1 or more")
+        super().__init__(signature, guarded(tools), max_iters)
+        self.tools[FINISH] = _Finish(self.tools[FINISH])
+
+    @property
+    def message_fields(self) -> Collection[str]:
+        texts = [name for name, info in self.signature.output_fields.items() if info.annotation is str]
+        return ("next_thought", "reasoning", *texts)
+
+    async def aforward(self, **inputs: Any) -> Any:
+        """Run the loop. Differs from DSPy's own in what it does with failures; see the module."""
+        limit = inputs.pop("max_iters", self.max_iters)
+        trajectory: dict[str, Any] = {}
+        misread = 0
+        for turn in range(limit):
+            try:
+                move = await self._async_call_with_potential_trajectory_truncation(self.react, trajectory, **inputs)
+                thought, name, args = (getattr(move, field) for field in TURN_FIELDS)
+                misread = 0
+            except ContextWindowExceededError:
+                _log.warning("the trajectory no longer fits the model's context: answering from what there is")
+                break
+            except (AdapterParseError, ValidationError) as error:
+                if (misread := misread + 1) == MAX_MISREAD:
+                    raise
+                thought, name, args, observation = await self._recover(error)
+            else:
+                observation = await self._observe(name, args)
+            trajectory |= {f"thought_{turn}": thought, f"tool_name_{turn}": name}
+            trajectory |= {f"tool_args_{turn}": args, f"observation_{turn}": observation}
+            if name == FINISH:
+                break
+        else:
+            emit_event(StepLimit(max_steps=limit, message=f"No answer after {limit} steps; answering from these."))
+        extract = await self._async_call_with_potential_trajectory_truncation(self.extract, trajectory, **inputs)
+        return dspy.Prediction(trajectory=trajectory, **extract)
+
+    async def _observe(self, name: str, args: dict[str, Any]) -> Any:
+        tool = self.tools.get(name) or _unknown_tool(name, list(self.tools))
+        return await tool.acall(**args)
+
+    async def _recover(self, error: Exception) -> tuple[str, str, dict[str, Any], Any]:
+        """What a reply that does not fit the format was meant as, as far as it can be read."""
+        reply = getattr(error, "lm_response", "") or ""
+        thought, name = _section(reply, "next_thought"), _section(reply, "next_tool_name")
+        if name and name not in self.tools:
+            return thought, name, {}, await self._observe(name, {})
+        options = ", ".join(self.tools)
+        problem = (
+            f"Your reply could not be read: next_tool_args must be a JSON object with the arguments of {name}."
+            if name
+            else f"Your reply could not be read: next_tool_name must be one of {options}, and next_tool_args a JSON object."
+        )
+        return thought, name or "none", {}, problem
+
+    def _format_trajectory(self, trajectory: dict[str, Any]) -> Any:
+        """As DSPy's own does it for the Chat adapter, without building a signature of all fields for each step: that
+        was two thirds of the time of a step."""
+        adapter = dspy.settings.adapter
+        if adapter is not None and type(adapter) is not dspy.ChatAdapter:
+            return super()._format_trajectory(trajectory)
+        sections = (f"[[ ## {name} ## ]]\n{_section_text(value)}" for name, value in trajectory.items())
+        return "\n\n".join(sections).strip()
+
+
+def _section_text(value: Any) -> Any:
+    return value if type(value) is str else format_field_value(_TEXT_FIELD, value)
+
+
+def _section(reply: str, name: str) -> str:
+    match = re.search(rf"\[\[ ## {name} ## \]\]\s*(.*?)\s*(?=\[\[ ## |\Z)", reply, re.S)
+    return cut_text(match[1], 4_096) if match else ""
+
+
+# -- Tools ---------------------------------------------------------------------------------------------------------
+
+
+def guarded(tools: Sequence[Any]) -> list["GuardedTool"]:
+    """`tools` as tools that never raise and never block.
+
+    :raises ValueError: one is not callable or not usable as a tool, or two have one name.
+    """
+    found: dict[str, GuardedTool] = {}
+    for tool in tools:
+        guard = tool if isinstance(tool, GuardedTool) else GuardedTool(_as_tool(tool))
+        if guard.name in found or guard.name == FINISH:
+            raise ValueError(f"there are two tools named {guard.name!r}: give one of them another name")
+        found[guard.name] = guard
+    return list(found.values())
+
+
+def _as_tool(tool: Any) -> Any:
+    if isinstance(tool, dspy.Tool):
+        return tool
+    if not callable(tool):
+        raise ValueError(f"a tool must be a function or a dspy.Tool, not {type(tool).__name__}")
+    try:
+        return dspy.Tool(tool)
+    except Exception as error:
+        name = getattr(tool, "__name__", type(tool).__name__)
+        raise ValueError(f"{name} cannot be a tool: {error}") from error
+
+
+class GuardedTool(dspy.Tool):  # type: ignore[misc]
+    """A `dspy.Tool` that returns its errors as text for the model and runs a sync function on a thread.
+
+    Callbacks run around the call inside, so they see the error itself.
+    """
+
+    _plain: Any = PrivateAttr()
+    _parameters: inspect.Signature | None = PrivateAttr(default=None)
+
+    def __init__(self, plain_tool: Any) -> None:
+        super().__init__(
+            func=_unblocking(plain_tool.func, plain_tool.name),
+            name=plain_tool.name,
+            desc=plain_tool.desc,
+            args=plain_tool.args,
+            arg_types=plain_tool.arg_types,
+            arg_desc=plain_tool.arg_desc,
+        )
+        self.has_kwargs = plain_tool.has_kwargs
+        self._plain = plain_tool
+        self._parameters = inspect.signature(plain_tool.func)
+
+    async def acall(self, /, **args: Any) -> Any:
+        try:
+            self._refuse_reserved(args)
+            return _observation(await super().acall(**args))
+        except Exception as error:  # noqa: BLE001 -- whatever a tool raises is for the model to deal with
+            return self._failure(error)
+
+    def __call__(self, /, **args: Any) -> Any:
+        try:
+            self._refuse_reserved(args)
+            return _observation(self._plain(**args))
+        except Exception as error:  # noqa: BLE001 -- as above
+            return self._failure(error)
+
+    def _refuse_reserved(self, args: dict[str, Any]) -> None:
+        """Names that DSPy's own calls use up: with them, the call would fail before it is checked."""
+        for name in ("self", "instance"):
+            if name in args:
+                raise ToolError(f"it has no argument {name!r}; it takes {', '.join(self.args) or 'none'}")
+
+    def _failure(self, error: Exception) -> str:
+        if not isinstance(error, ToolError | ValueError):
+            _log.warning("tool %s failed", self.name, exc_info=error)
+        return f"Tool {self.name} failed: {public_message(error)}"
+
+    def _validate_and_parse_args(self, /, **args: Any) -> dict[str, Any]:
+        """DSPy's own checks, argument by argument, so that the message can name the one that is wrong."""
+        parsed: dict[str, Any] = {}
+        for name, value in args.items():
+            if name not in self.args and not self.has_kwargs:
+                raise ToolError(f"it has no argument {name!r}; it takes {', '.join(self.args) or 'none'}")
+            try:
+                parsed |= super()._validate_and_parse_args(**{name: value})
+            except ValidationError as error:
+                raise ToolError(f"argument {name!r}: {error.errors()[0]['msg']}") from error
+        if self._parameters is not None:
+            try:
+                self._parameters.bind(**parsed)
+            except TypeError as error:  # says which argument is missing, and nothing else
+                raise ToolError(str(error)) from error
+        return parsed
+
+
+class _Finish(dspy.Tool):  # type: ignore[misc]
+    """Ends the loop, with whatever arguments the model gives; no step of the agent's, so no callback sees it."""
+
+    def __init__(self, plain_tool: Any) -> None:
+        super().__init__(func=_completed, name=plain_tool.name, desc=plain_tool.desc, args=plain_tool.args)
+
+    async def acall(self, /, **_: Any) -> str:
+        return _completed()
+
+    def __call__(self, /, **_: Any) -> str:
+        return _completed()
+
+
+def _completed() -> str:
+    return "Completed."
+
+
+def _unknown_tool(name: str, known: list[str]) -> GuardedTool:
+    def refuse(**_: Any) -> str:
+        raise ToolError(f"there is no such tool; next_tool_name must be one of {', '.join(known)}")
+
+    return GuardedTool(dspy.Tool(refuse, name=name, desc="", args={}))
+
+
+def _unblocking(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`function` as an async one; a sync one runs on a thread."""
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
+        return function
+
+    async def call(**args: Any) -> Any:
+        result = await in_thread(functools.partial(function, **args), f"tool {name}")
+        return await result if inspect.isawaitable(result) else result
+
+    return call
+
+
+def _observation(result: Any) -> Any:
+    """A result as plain data of bounded size: it goes into every prompt that follows."""
+    if isinstance(result, CustomType):
+        return result
+    return cut_text(result) if isinstance(result, str) else plain(result)

@@ -1,0 +1,379 @@
+"""Registries: which agents there are, by name.
+
+    registry = Registry()
+    registry.add("summarizer", dspy.ChainOfThought("text -> summary"))
+
+    @registry.react(tools=[search])
+    class Researcher(dspy.Signature): ...
+
+    @registry.agent
+    async def greeter(name: str, emit: Emitter) -> str: ...
+
+Names, descriptions, input models and JSON Schemas come from signatures, types and docstrings. What cannot be derived
+is an error at once, which says what to do. `load` gets registries from strings such as "package.module:registry".
+"""
+
+import importlib
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from typing import Any, TypeVar, overload
+
+import dspy
+from pydantic import BaseModel
+
+from agents.base import DEFAULT_MAX_CONCURRENT, DEFAULT_TIMEOUT, Agent, AgentSpec
+from agents.hosting import FunctionAgent, ProgramAgent
+from agents.react import DEFAULT_MAX_ITERS, ReAct, react_agent
+from agents.schema import Contract, SchemaError, function_call, module_contract, signature_contract
+
+DEFAULT_ATTRIBUTE = "registry"
+
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+_SPEC = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*(?::[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)?")
+
+F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
+S = TypeVar("S", bound=type)
+
+
+class RegistryError(Exception):
+    """An agent cannot be registered, or a registry cannot be loaded.
+
+    `subject` is the agent or the spec that it is about, `problem` what is wrong, `remedy` what to do.
+    """
+
+    def __init__(self, subject: str, problem: str, remedy: str) -> None:
+        super().__init__(subject, problem, remedy)
+        self.subject = subject
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.problem}. {self.remedy[:1].upper()}{self.remedy[1:]}."
+
+
+class Registry:
+    """Agents by name, in the order in which they were added. Iterating gives the agents."""
+
+    def __init__(self) -> None:
+        self._agents: dict[str, Agent] = {}
+        self._places: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[Agent]:
+        return iter(self._agents.values())
+
+    def __len__(self) -> int:
+        return len(self._agents)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._agents
+
+    def __getitem__(self, name: str) -> Agent:
+        return self._agents[name]
+
+    def get(self, name: str) -> Agent | None:
+        return self._agents.get(name)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._agents)
+
+    # -- Adding ----------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        name: str,
+        program: Any,
+        *,
+        signature: Any = None,
+        input_model: type[BaseModel] | None = None,
+        description: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        max_concurrent: int = DEFAULT_MAX_CONCURRENT,
+        messages: Collection[str] | None = None,
+    ) -> Agent:
+        """Add a `dspy.Module` as an agent.
+
+        What it takes and gives is told by its signature, or by `signature`, or by the typed parameters of its
+        `aforward` or `forward`; `input_model` replaces what it takes. An input field `history` of type `str` is
+        filled with the earlier turns of the run's thread and is not asked for. `messages` are the output fields that
+        stream as text; `None`: all. `timeout` is in seconds; `max_concurrent` are runs at once in one process.
+
+        :raises RegistryError: the name is wrong or taken, or the types cannot be told.
+        """
+        if not isinstance(program, dspy.Module):
+            raise RegistryError(
+                f"agent {name!r}",
+                f"{_kind(program)} is not a dspy.Module",
+                "pass a module such as dspy.Predict(…); for a function use @registry.agent",
+            )
+        given = None if signature is None else dspy.Signature(signature) if isinstance(signature, str) else signature
+        contract = _derived(
+            name, lambda: module_contract(name, program) if given is None else signature_contract(name, given)
+        )
+        if input_model is not None:
+            contract = Contract(input_model, contract.outputs, contract.output_schema, contract.takes_history)
+        if messages is None and isinstance(program, ReAct):
+            messages = program.message_fields
+        spec = _spec(
+            name=name,
+            description=description if description is not None else _description(given, program),
+            input_model=contract.input_model,
+            output_schema=contract.output_schema,
+            timeout=timeout,
+            max_concurrent=max_concurrent,
+        )
+        return self.register(ProgramAgent(spec, program, contract, messages))
+
+    def react(
+        self,
+        *,
+        tools: Sequence[Any],
+        max_iters: int = DEFAULT_MAX_ITERS,
+        name: str | None = None,
+        description: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        max_concurrent: int = DEFAULT_MAX_CONCURRENT,
+    ) -> Callable[[S], S]:
+        """Decorate a `dspy.Signature` class: a ReAct agent that answers it with `tools` (see `react.react_agent`).
+
+        :raises RegistryError: as `add`; or what is decorated is no signature, or a tool is of no use.
+        """
+
+        def decorate(signature: S) -> S:
+            agent_name = name or snake_case(getattr(signature, "__name__", ""))
+            if not (isinstance(signature, type) and issubclass(signature, dspy.Signature)):
+                raise RegistryError(
+                    f"agent {agent_name!r}",
+                    f"@registry.react decorates a dspy.Signature class, not {_kind(signature)}",
+                    "write `class Name(dspy.Signature)`, or use @registry.agent for a function",
+                )
+            try:
+                program = react_agent(signature, tools, max_iters)
+            except ValueError as error:
+                raise RegistryError(f"agent {agent_name!r}", str(error), "mend what is given to @registry.react") from error
+            self.add(
+                agent_name, program, description=description, timeout=timeout, max_concurrent=max_concurrent
+            )
+            return signature
+
+        return decorate
+
+    @overload
+    def agent(self, function: F, /) -> F: ...
+
+    @overload
+    def agent(
+        self,
+        *,
+        name: str | None = None,
+        description: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        max_concurrent: int = DEFAULT_MAX_CONCURRENT,
+    ) -> Callable[[F], F]: ...
+
+    def agent(
+        self,
+        function: Any = None,
+        /,
+        *,
+        name: str | None = None,
+        description: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        max_concurrent: int = DEFAULT_MAX_CONCURRENT,
+    ) -> Any:
+        """Decorate an `async def`: an agent that runs it. The function itself stays as it is.
+
+        Its input is the one parameter that is a pydantic model, or else its typed parameters together. A parameter
+        annotated `Emitter` is given the run's emitter, one annotated `Task` the task. What it returns is checked
+        against its annotation.
+
+        :raises RegistryError: it is not `async def`, its types cannot be told, or the name is wrong or taken.
+        """
+
+        def decorate(function: F) -> F:
+            agent_name = name or snake_case(getattr(function, "__name__", ""))
+            _check_function(agent_name, function)
+            call = _derived(agent_name, lambda: function_call(agent_name, function))
+            spec = _spec(
+                name=agent_name,
+                description=description if description is not None else _first_paragraph(function.__doc__),
+                input_model=call.input_model,
+                output_schema=call.output_schema,
+                timeout=timeout,
+                max_concurrent=max_concurrent,
+            )
+            self.register(FunctionAgent(spec, function, call))
+            return function
+
+        return decorate if function is None else decorate(function)
+
+    def register(self, agent: Agent) -> Agent:
+        """Add any object with the shape of `agents.base.Agent`.
+
+        :raises RegistryError: the name is wrong or taken.
+        """
+        self._put(agent, _place())
+        return agent
+
+    def update(self, other: "Registry") -> None:
+        """Add all agents of `other`. An agent that both have, the same object, is no conflict.
+
+        :raises RegistryError: both have an agent of one name.
+        """
+        for agent in other:
+            self._put(agent, other._places[agent.spec.name])
+
+    def _put(self, agent: Agent, place: str) -> None:
+        name = agent.spec.name
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise RegistryError(
+                f"agent {name!r}",
+                "the name must start with a letter a-z and go on with up to 63 of a-z, 0-9, _ and -",
+                "give it another one with name=…",
+            )
+        known = self._agents.setdefault(name, agent)
+        if known is not agent:
+            raise RegistryError(
+                f"agent {name!r}",
+                f"there are two of that name, at {self._places[name]} and at {place}",
+                "rename one of them",
+            )
+        self._places[name] = place
+
+
+def _spec(**fields: Any) -> AgentSpec:
+    name = fields["name"]
+    for field, least in (("timeout", 0), ("max_concurrent", 0)):
+        if not fields[field] > least:
+            raise RegistryError(f"agent {name!r}", f"{field} is {fields[field]}", "give it a number above 0")
+    return AgentSpec(**fields)
+
+
+T = TypeVar("T")
+
+
+def _derived(name: str, derive: Callable[[], T]) -> T:
+    try:
+        return derive()
+    except SchemaError as error:
+        raise RegistryError(f"agent {name!r}", error.problem, error.remedy) from error
+
+
+def _check_function(name: str, function: Any) -> None:
+    if inspect.isasyncgenfunction(function):
+        problem, remedy = "it yields", "emit events with `emit: Emitter` and return the result"
+    elif isinstance(function, type) or not callable(function):
+        problem, remedy = f"@registry.agent decorates an async function, not {_kind(function)}", "write `async def`"
+    elif not inspect.iscoroutinefunction(function):
+        problem = "it is not `async def`, so it would block every other run"
+        remedy = "write `async def` and await what takes long; blocking calls go through anyio.to_thread.run_sync"
+    else:
+        return
+    raise RegistryError(f"agent {name!r}", problem, remedy)
+
+
+def snake_case(name: str) -> str:
+    """`name` as an agent's name: "HTTPReader" gives "http_reader"."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower().strip("_")
+
+
+def _description(signature: Any, program: Any) -> str:
+    source = signature or getattr(program, "signature", None)
+    if source is None and isinstance(program, dspy.ChainOfThought):
+        source = program.predict.signature
+    if source is not None:
+        return _first_paragraph(source.instructions)
+    return _first_paragraph(type(program).__dict__.get("__doc__"))
+
+
+def _first_paragraph(text: str | None) -> str:
+    return " ".join(inspect.cleandoc(text or "").partition("\n\n")[0].split())
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+def _place() -> str:
+    """File and line of whoever called into this module."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__") == __name__:
+        frame = frame.f_back
+    return "an unknown place" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+# -- Loading -------------------------------------------------------------------------------------------------------
+
+
+def load(specs: str) -> Registry:
+    """The registries named by `specs`, as one: "package.module:registry", several parted by commas. The current
+    directory can be imported from; without ":name" the module's `registry` is meant.
+
+    :raises RegistryError: one cannot be loaded, or two have an agent of one name.
+    """
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
+    merged = Registry()
+    for spec in filter(None, (part.strip() for part in specs.split(","))):
+        try:
+            merged.update(_load_one(spec))
+        except RegistryError as error:
+            if error.subject == spec:
+                raise
+            raise RegistryError(spec, f"{error.subject}: {error.problem}", error.remedy) from error
+    if not len(merged):
+        raise RegistryError(repr(specs), "it names no agents", "write it as package.module:registry")
+    return merged
+
+
+def _load_one(spec: str) -> Registry:
+    if not _SPEC.fullmatch(spec):
+        raise RegistryError(spec, "it is not of the form package.module:registry", _spelling(spec))
+    module_name, _, attribute = spec.partition(":")
+    found: Any = _import(spec, module_name)
+    for part in (attribute or DEFAULT_ATTRIBUTE).split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            names = [key for key, value in vars(found).items() if isinstance(value, Registry)]
+            remedy = f"use one of its registries: {', '.join(names)}" if names else "write `registry = Registry()` there"
+            raise RegistryError(spec, f"{module_name} has no attribute {part!r}", remedy) from None
+    if not isinstance(found, Registry):
+        remedy = "give the name of a Registry; a program goes into one with registry.add(name, program)"
+        raise RegistryError(spec, f"it is {_kind(found)}, not a Registry", remedy)
+    return found
+
+
+def _spelling(spec: str) -> str:
+    path, _, attribute = spec.partition(":")
+    dotted = re.sub(r"[\\/]+", ".", path.removesuffix(".py").strip("./\\"))
+    guess = f"{dotted}:{attribute or DEFAULT_ATTRIBUTE}"
+    return f"write {guess}" if _SPEC.fullmatch(guess) else "write it as package.module:registry"
+
+
+def _import(spec: str, module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except RegistryError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
+            problem, remedy = f"there is no module {error.name!r}", "start in the folder that holds it, or install it"
+        else:
+            problem = f"{module} imports {error.name!r}, which is not installed ({_raised_at(error)})"
+            remedy = "install that package"
+        raise RegistryError(spec, problem, remedy) from error
+    except (Exception, SystemExit) as error:  # noqa: BLE001 -- a module may raise anything when it is imported
+        problem = f"importing {module} raised {type(error).__name__}: {error} ({_raised_at(error)})"
+        raise RegistryError(spec, problem, "mend that module") from error
+
+
+def _raised_at(error: BaseException) -> str:
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "at import"

@@ -1,0 +1,214 @@
+"""Input models and JSON Schemas of agents, derived from DSPy signatures and from typed functions.
+
+This module must not know registries or runs.
+"""
+
+import inspect
+import typing
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import dspy
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, create_model
+from pydantic.fields import FieldInfo
+
+from agents.base import Emitter, Task
+
+HISTORY = "history"
+"""The input field, of type `str`, that earlier turns of the thread fill instead of whoever starts a run."""
+
+
+class SchemaError(Exception):
+    """Types are missing or unusable. `problem` says what is wrong, `remedy` what to do."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(problem, remedy)
+        self.problem = problem
+        self.remedy = remedy
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What an agent takes and gives."""
+
+    input_model: type[BaseModel]
+    outputs: Mapping[str, TypeAdapter[Any]] | None = None
+    """Serialisers of the output fields, or `None` if the program alone knows what it returns."""
+    output_schema: Mapping[str, Any] = field(default_factory=dict)
+    takes_history: bool = False
+
+
+def input_model(name: str, fields: Mapping[str, tuple[Any, Any]]) -> type[BaseModel]:
+    """A model that takes exactly `fields` (annotation, and default or `FieldInfo`).
+
+    :raises SchemaError: a type is none that pydantic can check, or a name is none that a field can have.
+    """
+    title = "".join(part.capitalize() for part in name.split("_")) + "Input"
+    config = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=False, title=title)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a field may well be called "schema" or "copy"
+            definitions: dict[str, Any] = dict(fields)
+            model: type[BaseModel] = create_model(title, __config__=config, **definitions)
+            model.model_json_schema()
+    except Exception as error:
+        raise SchemaError(f"its inputs make no JSON Schema: {_first_line(error)}", "use types that pydantic knows") from error
+    return model
+
+
+def signature_contract(name: str, signature: Any) -> Contract:
+    """The contract of a `dspy.Signature` class.
+
+    :raises SchemaError: a field's type has no JSON Schema.
+    """
+    inputs = dict(signature.input_fields)
+    takes_history = HISTORY in inputs and inputs[HISTORY].annotation is str
+    if takes_history:
+        del inputs[HISTORY]
+    fields = {key: (_constrained(info), _field(key, info)) for key, info in inputs.items()}
+    outputs = {key: TypeAdapter(info.annotation) for key, info in signature.output_fields.items()}
+    try:
+        properties = {key: _output_schema(key, signature.output_fields[key], outputs[key]) for key in outputs}
+    except Exception as error:
+        problem = f"its outputs make no JSON Schema: {_first_line(error)}"
+        raise SchemaError(problem, "use types that pydantic knows") from error
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    return Contract(input_model(name, fields), outputs, schema, takes_history)
+
+
+def module_contract(name: str, program: Any) -> Contract:
+    """The contract of a `dspy.Module`: by its signature, or else by the typed parameters of `aforward` or `forward`.
+
+    :raises SchemaError: it has neither.
+    """
+    signature = _signature_of(program)
+    if signature is not None:
+        return signature_contract(name, signature)
+    method = getattr(program, "aforward", None) or getattr(program, "forward", None)
+    if method is None:
+        raise SchemaError(f"{type(program).__name__} has no forward method", "write one with typed parameters")
+    where = f"{type(program).__name__}.{method.__name__}"
+    fields = dict(parameter_fields(method, where, "pass signature=…"))
+    takes_history = HISTORY in fields and fields[HISTORY][0] is str
+    if takes_history:
+        del fields[HISTORY]
+    return Contract(input_model(name, fields), takes_history=takes_history, output_schema={"type": "object"})
+
+
+def _signature_of(program: Any) -> Any:
+    for holder in (program, getattr(program, "predict", None) if isinstance(program, dspy.ChainOfThought) else None):
+        signature = getattr(holder, "signature", None)
+        if isinstance(signature, type) and issubclass(signature, dspy.Signature):
+            return signature
+    return None
+
+
+# -- Functions -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """How an agent function is called."""
+
+    input_model: type[BaseModel]
+    whole: str | None
+    """The parameter that takes the input model itself; `None`: one parameter takes each of its fields."""
+    emit: str | None
+    task: str | None
+    result: TypeAdapter[Any] | None
+    """Validates and serialises what the function returns; `None`: it declares no type."""
+    output_schema: Mapping[str, Any]
+
+
+def function_call(name: str, function: Callable[..., Any]) -> Call:
+    """Read a function's annotations: an `Emitter` and a `Task` are recognised; of the other parameters, a single one
+    that is a pydantic model is the input, or else each is a field of it.
+
+    :raises SchemaError: a parameter has no type, or one that has no JSON Schema.
+    """
+    hints = _hints(function)
+    special = {kind: next((key for key, hint in hints.items() if hint is kind), None) for kind in (Emitter, Task)}
+    fields = parameter_fields(function, f"{function.__name__}()", "annotate it", skip=set(special.values()))
+    whole = None
+    if len(fields) == 1:
+        (key, (hint, _)), *_ = fields.items()
+        whole = key if isinstance(hint, type) and issubclass(hint, BaseModel) else None
+    model = hints[whole] if whole else input_model(name, fields)
+    result, schema = _result(function, hints)
+    return Call(model, whole, special[Emitter], special[Task], result, schema)
+
+
+def parameter_fields(
+    function: Callable[..., Any], where: str, remedy: str, skip: Collection[str | None] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """The parameters of `function` as fields of a model.
+
+    :raises SchemaError: one has no type or cannot be given by name; the text names it.
+    """
+    hints = _hints(function)
+    fields: dict[str, tuple[Any, Any]] = {}
+    for key, parameter in inspect.signature(function).parameters.items():
+        if key in skip:
+            continue
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            raise SchemaError(f"the inputs cannot be told from {where}, which takes {parameter}", f"name and type its parameters, or {remedy}")
+        if key not in hints:
+            hint = " (write `emit: Emitter`)" if key == "emit" else " (write `task: Task`)" if key == "task" else ""
+            raise SchemaError(f"parameter {key!r} of {where} has no type{hint}", remedy)
+        fields[key] = hints[key], ... if parameter.default is parameter.empty else parameter.default
+    return fields
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except Exception as error:
+        name = getattr(function, "__qualname__", type(function).__name__)
+        problem = f"a type of {name} cannot be found: {_first_line(error)}"
+        raise SchemaError(problem, "define it at the top of its module") from error
+
+
+def _result(function: Callable[..., Any], hints: Mapping[str, Any]) -> tuple[TypeAdapter[Any] | None, dict[str, Any]]:
+    if hints.get("return", Any) is Any:
+        return None, {}
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(hints["return"])
+        return adapter, adapter.json_schema(mode="serialization")
+    except Exception as error:
+        problem = f"what {function.__name__}() returns makes no JSON Schema: {_first_line(error)}"
+        raise SchemaError(problem, "return a type that pydantic knows") from error
+
+
+# -- Fields --------------------------------------------------------------------------------------------------------
+
+
+def _constrained(info: FieldInfo) -> Any:
+    annotation: Any = info.annotation
+    for constraint in info.metadata:
+        annotation = Annotated[annotation, constraint]
+    return annotation
+
+
+def _field(name: str, info: FieldInfo) -> Any:
+    description = _description(name, info)
+    if info.default_factory is not None:
+        return Field(default_factory=info.default_factory, description=description)
+    return Field(default=... if info.is_required() else info.default, description=description)
+
+
+def _description(name: str, info: FieldInfo) -> str | None:
+    extra = info.json_schema_extra
+    desc = extra.get("desc") if isinstance(extra, dict) else None
+    return desc if isinstance(desc, str) and desc and desc != f"${{{name}}}" else None
+
+
+def _output_schema(name: str, info: FieldInfo, adapter: TypeAdapter[Any]) -> dict[str, Any]:
+    schema = adapter.json_schema(mode="serialization")
+    description = _description(name, info)
+    return {**schema, "description": description} if description else schema
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

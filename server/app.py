@@ -1,0 +1,98 @@
+"""The composition root: the one place where the parts of a hub are put together."""
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from secrets import token_hex
+
+import anyio
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.routing import WebSocketRoute
+
+from agents.base import Agent
+from agents.channel import Channel
+from agents.llm import ModelInfo
+from server.bus.base import Bus
+from server.bus.memory import MemoryBus
+from server.config import Settings
+from server.endpoint import Connections
+from server.http import Api, Guard
+from server.hub import Hub
+from server.runs import Runs
+from server.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+
+class AgentCast:
+    """One hub: its parts, and the order in which they start and stop. `app` is what an ASGI server serves."""
+
+    def __init__(
+        self, agents: Mapping[str, Agent], model: ModelInfo, settings: Settings, bus: Bus | None = None
+    ) -> None:
+        self.bus: Bus = MemoryBus() if bus is None else bus
+        self.hub = Hub(self.bus)
+        self.runs = Runs(self.bus, agents, settings, worker=f"w-{token_hex(4)}")
+        self.connections = Connections(self.hub, self.runs, settings)
+        self.watchdog = Watchdog(_culprit)
+        self.crashed: str | None = None
+        """The part that broke, if one did: the hub is not ready from then on, and its server should exit."""
+        self._started = False
+        self._stopping = False
+        api = Api(self.bus, self.hub, self.runs, model, ready=lambda: self.ready)
+        self.app = Starlette(
+            routes=[*api.routes, WebSocketRoute("/ws", self.connections.endpoint)],
+            middleware=[Middleware(Guard, allowed=settings.allowed_hosts)],
+            lifespan=self._lifespan,
+        )
+
+    @property
+    def ready(self) -> bool:
+        """Whether the hub takes new runs."""
+        return self._started and not self._stopping and self.crashed is None
+
+    async def stop(self) -> None:
+        """End in order: no new runs, running ones end, their last events go out, then the clients are let go."""
+        if self._stopping:
+            return
+        self._stopping = True
+        await self.runs.stop()
+        self.connections.close()
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(self._guarded, "hub", self.hub.run)
+            await tasks.start(self._guarded, "runs", self.runs.serve)
+            tasks.start_soon(self._guarded, "connections", self.connections.tick)
+            tasks.start_soon(self._guarded, "watchdog", self.watchdog.run)
+            self._started = True
+            try:
+                yield
+            finally:
+                await self.stop()
+                tasks.cancel_scope.cancel()
+        await self.bus.aclose()
+
+    async def _guarded(
+        self,
+        part: str,
+        run: Callable[..., Awaitable[None]],
+        *,
+        task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Run one part. If it crashes, the hub must not go on answering as if nothing had happened."""
+        try:
+            if task_status is anyio.TASK_STATUS_IGNORED:
+                await run()
+            else:
+                await run(task_status=task_status)
+        except Exception:
+            logger.critical("%s crashed; this hub is going down", part, exc_info=True)
+            self.crashed = part
+
+
+def _culprit() -> str | None:
+    channel = Channel.resumed
+    return channel.label if channel is not None else None

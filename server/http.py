@@ -1,0 +1,244 @@
+"""The page, the REST interface beside the socket, health, and the guard at the door (G9).
+
+Every error has one shape, `{"error": {code, message, retryable, details?}}`, and the status that fits it.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+from pydantic import TypeAdapter
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from agents.base import Agent
+from agents.llm import ModelInfo
+from server import protocol
+from server.bus.base import ACTIVE, Bus, Filter, RunInfo
+from server.errors import BadRequest, CommandError, Forbidden, NotFound, Unavailable
+from server.hub import Hub
+from server.protocol import Cancel, Start
+from server.runs import Runs
+from server.session import ANONYMOUS, authorize
+
+PAGE = Path(__file__).parent / "web" / "index.html"
+STATUSES = ("queued", "running", "cancelling", "done", "failed", "cancelled")
+
+logger = logging.getLogger(__name__)
+
+_START = TypeAdapter(Start)
+_CANCEL = TypeAdapter(Cancel)
+
+
+class NotJson(BadRequest):
+    """The body is not declared as JSON, so a foreign page could have sent it."""
+
+    status = 415
+
+
+class TooLarge(BadRequest):
+    """The body is over `MESSAGE_BYTES`."""
+
+    status = 413
+
+
+class Api:
+    """The HTTP routes."""
+
+    def __init__(self, bus: Bus, hub: Hub, runs: Runs, model: ModelInfo, ready: Callable[[], bool]) -> None:
+        self._bus = bus
+        self._hub = hub
+        self._runs = runs
+        self._model = model
+        self._ready = ready
+
+    @property
+    def routes(self) -> list[Route]:
+        return [
+            Route("/", self._page),
+            Route("/v1/agents", _json(self._agents)),
+            Route("/v1/runs", _json(self._list), methods=["GET"]),
+            Route("/v1/runs", _json(self._start), methods=["POST"]),
+            Route("/v1/runs/{run}", _json(self._show)),
+            Route("/v1/runs/{run}/cancel", _json(self._cancel), methods=["POST"]),
+            Route("/healthz", _json(self._healthz)),
+            Route("/readyz", _json(self._readyz)),
+        ]
+
+    async def _page(self, request: Request) -> Response:
+        return FileResponse(PAGE, headers={"Cache-Control": "no-cache"})
+
+    async def _agents(self, request: Request) -> Any:
+        return {
+            "agents": [_described(agent) for agent in self._runs.agents.values()],
+            "model": {"name": self._model.name, "offline": self._model.offline},
+        }
+
+    async def _start(self, request: Request) -> Any:
+        document = await _body(request)
+        command: Start = protocol.parse(_START, document | {"op": "start"})
+        authorize(ANONYMOUS, "start")
+        created = await self._runs.start(ANONYMOUS, command)
+        return {"run": created.run, "epoch": created.epoch}
+
+    async def _list(self, request: Request) -> Any:
+        authorize(ANONYMOUS, "subscribe")
+        runs = await self._bus.list(_filter(request))
+        return {"runs": [_listed(run) for run in runs]}
+
+    async def _show(self, request: Request) -> Any:
+        authorize(ANONYMOUS, "subscribe")
+        run = request.path_params["run"]
+        info = (await self._bus.info([run])).get(run)
+        if info is None or info.principal != ANONYMOUS:
+            raise NotFound(f"there is no run {run[:64]!r}")
+        snapshot = await self._hub.snapshot(run)
+        return protocol.snapshot(snapshot.run, snapshot.epoch, snapshot.seq, snapshot.state)
+
+    async def _cancel(self, request: Request) -> Any:
+        document = await _body(request, optional=True)
+        command: Cancel = protocol.parse(_CANCEL, document | {"op": "cancel", "run": request.path_params["run"]})
+        authorize(ANONYMOUS, "cancel")
+        await self._runs.cancel(ANONYMOUS, command.run, command.reason)
+        return {}
+
+    async def _healthz(self, request: Request) -> Any:
+        return {"status": "ok"}
+
+    async def _readyz(self, request: Request) -> Any:
+        if not self._ready():
+            raise Unavailable("not ready: starting, shutting down, or broken")
+        await self._bus.check()
+        return {"status": "ok", "runs": self._runs.active}
+
+
+Handler = Callable[[Request], Awaitable[Any]]
+
+
+def _json(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    async def respond(request: Request) -> Response:
+        try:
+            return _response(await handler(request))
+        except CommandError as error:
+            return _response({"error": error.wire()}, error.status)
+        except Exception:
+            logger.exception("%s %s failed", request.method, request.url.path)
+            return _response({"error": CommandError("something went wrong in the hub").wire()}, 500)
+
+    return respond
+
+
+def _response(content: Any, status: int = 200) -> Response:
+    data = content if isinstance(content, bytes) else orjson.dumps(content)
+    return Response(data, status, media_type="application/json")
+
+
+async def _body(request: Request, *, optional: bool = False) -> dict[str, Any]:
+    """The JSON object in the body. Only a declared one: a form on a foreign page cannot declare it."""
+    data = b""
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > protocol.MESSAGE_BYTES:
+            raise TooLarge(f"the body is over {protocol.MESSAGE_BYTES} bytes")
+    if not data and optional:
+        return {}
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise NotJson("send the body as `Content-Type: application/json`")
+    try:
+        document = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"not valid JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise BadRequest("the body must be one JSON object")
+    return document
+
+
+def _filter(request: Request) -> Filter:
+    query = request.query_params
+    unknown = set(query) - {"agent", "thread", "status", "limit", "before"}
+    if unknown:
+        raise BadRequest(f"unknown parameter {sorted(unknown)[0]!r}; known are agent, thread, status, limit, before")
+    statuses = [part for value in query.getlist("status") for part in value.split(",")] or None
+    for status in statuses or ():
+        if status not in STATUSES:
+            raise BadRequest(f"status: {status[:64]!r} is none of {', '.join(STATUSES)}")
+    limit = query.get("limit", "100")
+    if not limit.isdecimal() or not 1 <= int(limit[:9]) <= 1_000:
+        raise BadRequest("limit: must be a number from 1 to 1000")
+    return Filter(
+        principal=ANONYMOUS,
+        agent=query.get("agent"),
+        thread=query.get("thread"),
+        statuses=statuses,  # type: ignore[arg-type]  # checked above
+        before=query.get("before"),
+        limit=int(limit),
+    )
+
+
+def _described(agent: Agent) -> dict[str, Any]:
+    spec = agent.spec
+    return {
+        "name": spec.name,
+        "description": spec.description,
+        "input": spec.input_model.model_json_schema(),
+        "output": spec.output_schema,
+        "timeout": spec.timeout,
+        "max_concurrent": spec.max_concurrent,
+        "available": True,
+    }
+
+
+def _listed(run: RunInfo) -> dict[str, Any]:
+    fields = asdict(run)
+    del fields["principal"]
+    fields["seq"] = fields.pop("head")
+    fields["active"] = run.status in ACTIVE
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+class Guard:
+    """Refuses requests that come under a foreign name (DNS rebinding) or from a foreign page.
+
+    `Host` must be an allowed name, and so must the host of `Origin` where a browser sends one. Covers HTTP and
+    WebSocket alike.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: frozenset[str]) -> None:
+        self._app = app
+        self._allowed = allowed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or (problem := self._problem(Headers(scope=scope))) is None:
+            await self._app(scope, receive, send)
+            return
+        response = _response({"error": Forbidden(problem).wire()}, Forbidden.status)
+        if scope["type"] == "websocket":
+            await receive()
+            await response(scope, receive, send)
+        else:
+            await response(scope, receive, send)
+
+    def _problem(self, headers: Headers) -> str | None:
+        if "*" in self._allowed:
+            return None
+        host = _hostname(f"//{headers.get('host', '')}")
+        if host not in self._allowed:
+            return f"this hub does not answer to the host name {host[:64]!r}; allow it with AGENTCAST_HOSTS"
+        origin = headers.get("origin")
+        if origin is not None and (name := _hostname(origin)) not in self._allowed:
+            return f"pages of {name[:64]!r} may not use this hub; allow them with AGENTCAST_HOSTS"
+        return None
+
+
+def _hostname(url: str) -> str:
+    try:
+        return (urlsplit(url).hostname or "").rstrip(".")
+    except ValueError:
+        return ""
