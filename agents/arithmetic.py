@@ -32,7 +32,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Number]] = {
     "round": round,
     "sqrt": math.sqrt,
 }
-_SPELLINGS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "\n": " "})
+_SPELLINGS = str.maketrans({"×": "*", "·": "*", "÷": "/", "\N{MINUS SIGN}": "-", "\n": " "})
 
 
 def evaluate(expression: str) -> Number:
@@ -112,7 +112,10 @@ def _bounded(value: Number) -> Number:
 
 # -- Sums in prose -------------------------------------------------------------------------------------------------
 
-_NUMBER = r"\d(?:[\d,]*\d)?(?:\.\d+)?"
+MAX_PROSE: Final = 1_000
+"""Characters of a text in which sums are looked for."""
+
+_NUMBER = r"\d+(?:,\d+)*(?:\.\d+)?"
 _WORDS: tuple[tuple[str, str], ...] = (
     (rf"\b(?:the )?square root of ({_NUMBER})", r"sqrt(\1)"),
     (rf"({_NUMBER}) ?(?:%|percent) of ", r"\1 / 100 * "),
@@ -126,23 +129,23 @@ _WORDS: tuple[tuple[str, str], ...] = (
 )
 _LIST = rf"{_NUMBER}(?:(?:, ?and |, ?| and ){_NUMBER})+"
 _LIST_OF = re.compile(rf"\b(?:the )?(sum|total|product|average|mean|largest|maximum|smallest|minimum) of ({_LIST})")
-_RUN = re.compile(rf"(?<![\w.:/-])(?:\(|-?{_NUMBER}|(?:sqrt|round|min|max|abs)\()[\d\s.,+*/%^×÷−()a-z-]*")
-_NOT_ARITHMETIC = re.compile(r"(?!sqrt|round|min|max|abs)\b[a-z]+|,(?!\s*[\d(-])")
+_RUN = re.compile(rf"(?<![\w.:/-])(?=\(|-?{_NUMBER}|[smra])(?:(?:sqrt|round|min|max|abs)\(|[\d\s.,+*/%^×÷()-])+")
 _CUE = re.compile(r"\b(?:what(?:'s| is)|calculate|compute|evaluate|how much|work out|result of|solve)\b|=", re.I)
-_OPERATOR = re.compile(r"[\d)]\s*(?:\*\*|//|[-+*/%^×÷−])\s*[\d(s-]|\b(?:sqrt|round|min|max|abs)\(")
+_OPERATOR = re.compile(r"[\d)]\s*(?:\*\*|//|[-+*/%^×÷])\s*[\d(s-]|\b(?:sqrt|round|min|max|abs)\(")
 _TIGHT = re.compile(r"^[\d,.]+(?:[-/][\d,.]+)+$")
 
 
 def find_sums(text: str) -> list[str]:
     """The arithmetic expressions in `text`, in order, each one that `evaluate` takes; few words of prose are read too
     ("12 times 7", "15% of 80", "the sum of 3, 4 and 5"). Dates, versions and ranges are not sums."""
-    text = text[:4_000]
+    text = text[:MAX_PROSE]
     found = [_list_sum(*match.groups()) for match in _LIST_OF.finditer(text.lower())]
-    rest = _LIST_OF.sub(" ", text.lower())
+    rest = _LIST_OF.sub(" ", text.lower().replace("\N{MINUS SIGN}", "-"))
     for pattern, replacement in _WORDS:
         rest = re.sub(pattern, replacement, rest)
     asked = bool(_CUE.search(text))
-    found += [sum_ for match in _RUN.finditer(rest) if (sum_ := _trim(match.group(), asked=asked))]
+    runs = (part for match in _RUN.finditer(rest) for part in _top_level_parts(match.group()))
+    found += [sum_ for run in runs if (sum_ := _trim(run, asked=asked))]
     return list(dict.fromkeys(found))
 
 
@@ -157,10 +160,21 @@ def _list_sum(kind: str, numbers: str) -> str:
     return f"{'max' if kind in ('largest', 'maximum') else 'min'}({', '.join(items)})"
 
 
+def _top_level_parts(run: str) -> list[str]:
+    """`run` parted at the commas between sums; those inside brackets, or inside a number, stay."""
+    parts, depth = [""], 0
+    for at, character in enumerate(run):
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth <= 0 and not run[at + 1 : at + 2].isdigit():
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
 def _trim(run: str, *, asked: bool) -> str:
     """The longest start of `run` that is a sum; empty if there is none."""
-    end = _NOT_ARITHMETIC.search(run)
-    run = (run[: end.start()] if end else run).strip()
+    run = run[:MAX_CHARS].strip()
     if "(" not in run:
         run = re.sub(r"(?<=\d),(?=\d{3}\b)", "", run)
     while run:

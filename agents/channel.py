@@ -3,25 +3,18 @@
 Events come from everywhere: the agent's coroutine, tasks it spawned, synchronous callbacks on the loop, worker
 threads, other event loops. They leave in the order in which they were emitted, through one consumer.
 
-Back-pressure without blocking is the point here. A synchronous callback on the loop cannot wait, so it always puts
-its event; instead, whoever called it is not *resumed* while the channel is congested. `drive` steps the agent's
-coroutine by hand and holds it back; a task factory does the same for each task that is created inside the run (50
-gathered sub-calls would otherwise fill the channel without bound). Threads wait for room themselves, unless the loop
-is blocked, perhaps on them: then they put and go on, so that nothing deadlocks. What cannot be held back at all (a
-callback in a tight loop) meets a hard cap, which stops the run.
-
-asyncio, not anyio, on purpose: stepping coroutines and wrapping tasks has no anyio counterpart.
+A synchronous callback on the loop cannot wait, so it always puts its event; the `gate` holds its caller back instead.
+Threads wait for room themselves, unless the loop is blocked, perhaps on them: then they put and go on, so that nothing
+deadlocks. What cannot be held back at all (a callback in a tight loop) meets a hard cap, which stops the run.
 """
 
 import asyncio
 import contextlib
 import threading
 import time
-import types
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
-from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple
 
 from agents.base import Stopped
 from agents.events import AgentEvent
@@ -32,10 +25,6 @@ HARD_CAP = 10_000
 """Events waiting in a channel at which its run is stopped (`event_overflow`)."""
 LOOP_BLOCKED_AFTER = 0.2
 """Seconds without an answer from the loop after which a waiting thread takes it as blocked."""
-
-T = TypeVar("T")
-
-_current: ContextVar["Channel | None"] = ContextVar("agentcast_channel", default=None)
 
 
 class Emitted(NamedTuple):
@@ -196,112 +185,3 @@ class Channel:
 def _resolve(future: "asyncio.Future[None]") -> None:
     if not future.done():
         future.set_result(None)
-
-
-# -- Driving a run by hand -----------------------------------------------------------------------------------------
-
-
-async def drive(run: Coroutine[Any, Any, T], channel: Channel, *, on_cancel: Callable[[], None] | None = None) -> T:
-    """Await `run`, holding it and every task that it creates back while `channel` is congested.
-
-    `on_cancel` is called as a cancellation is about to be thrown into `run`.
-
-    :raises Stopped: the channel was abandoned; `run` was closed instead of being resumed.
-    """
-    _install_gate(asyncio.get_running_loop())
-    token = _current.set(channel)
-    try:
-        return await _step(run, channel, on_cancel)
-    finally:
-        _current.reset(token)
-
-
-@types.coroutine
-def _step(
-    run: Coroutine[Any, Any, T], channel: Channel, on_cancel: Callable[[], None] | None = None
-) -> Generator[Any, Any, T]:
-    """Step `run`, passing on the futures that it waits for and whatever is thrown in. Cancellation passes the gate."""
-    error: BaseException | None = None
-    while True:
-        if error is None:
-            error = yield from _pass_gate(channel)
-        if channel.abandoned:
-            _drop(run)
-            raise Stopped from error
-        if on_cancel is not None and isinstance(error, asyncio.CancelledError):
-            on_cancel()
-        try:
-            waiting_for = _resume(run, channel, error)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
-        error = None
-        try:
-            yield waiting_for
-        except GeneratorExit:
-            run.close()
-            raise
-        except BaseException as thrown:  # noqa: BLE001 -- handed on to `run` above
-            error = thrown
-
-
-def _pass_gate(channel: Channel) -> Generator[Any, Any, BaseException | None]:
-    """Wait while `channel` is congested; gives what was thrown in meanwhile."""
-    try:
-        while channel.congested:
-            yield from channel.room()
-    except BaseException as thrown:  # noqa: BLE001 -- handed on to the run
-        return thrown
-    return None
-
-
-def _resume(run: Coroutine[Any, Any, T], channel: Channel, error: BaseException | None) -> Any:
-    """One step of `run`: the future that it waits for next. Raises `StopIteration` when it returns."""
-    Channel.resumed = channel
-    try:
-        return run.send(None) if error is None else run.throw(error)
-    finally:
-        Channel.resumed = None
-
-
-_undead: list[Coroutine[Any, Any, Any]] = []
-"""Coroutines that ignored GeneratorExit: kept, since the interpreter would resume them again to collect them."""
-
-
-def _drop(run: Coroutine[Any, Any, Any]) -> None:
-    try:
-        run.close()
-    except RuntimeError:
-        _undead.append(run)
-
-
-async def _gated(run: Coroutine[Any, Any, Any], channel: Channel) -> Any:
-    try:
-        return await _step(run, channel)
-    except Stopped:
-        if channel.abandoned:  # nobody waits for this task any more
-            return None
-        raise
-
-
-def _install_gate(loop: asyncio.AbstractEventLoop) -> None:
-    """Make `loop` hold back the tasks that runs create, on top of the task factory that it has."""
-    inner = loop.get_task_factory()
-    if isinstance(inner, _Gate):
-        return
-    loop.set_task_factory(_Gate(inner))
-
-
-class _Gate:
-    """A task factory that wraps each task made inside a run. Other tasks pass untouched."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-
-    def __call__(self, loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> Any:
-        context = options.get("context")
-        channel = _current.get() if context is None else context.get(_current)
-        if channel is not None:
-            coro = _gated(coro, channel)
-        if self._inner is not None:
-            return self._inner(loop, coro, **options)
-        return asyncio.Task(coro, loop=loop, **options)

@@ -1,26 +1,26 @@
 """The run that code is part of, for code that is not handed an `Emitter`: tools, above all.
 
-A context variable, so it is right in every task and thread that carries its run's context.
+The emitter travels in DSPy's settings, since these reach further than a context variable would: DSPy carries them
+into the threads of `dspy.Parallel` too.
 """
 
-import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
+from contextlib import contextmanager
+
+import dspy
 
 from agents.base import Emitter
 from agents.events import AgentEvent, Status
+from agents.streaming import current_span
 
-_emitter: ContextVar[Emitter | None] = ContextVar("agentcast_emitter", default=None)
+_SETTING = "agentcast_emitter"
 
 
-@contextlib.contextmanager
+@contextmanager
 def emitting(emit: Emitter) -> Iterator[None]:
     """Inside, `emit_event` and `status` go to `emit`."""
-    token = _emitter.set(emit)
-    try:
+    with dspy.context(**{_SETTING: emit}):
         yield
-    finally:
-        _emitter.reset(token)
 
 
 def emit_event(event: AgentEvent) -> None:
@@ -28,7 +28,8 @@ def emit_event(event: AgentEvent) -> None:
 
     :raises Stopped: the run has ended, or is to end now.
     """
-    if (emit := _emitter.get()) is not None:
+    emit: Emitter | None = dspy.settings.get(_SETTING)
+    if emit is not None:
         emit.nowait(event)
 
 
@@ -37,4 +38,4 @@ def status(message: str) -> None:
 
     :raises Stopped: as `emit_event`.
     """
-    emit_event(Status(message=message))
+    emit_event(Status(message=message, span=current_span()))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from agents.values import cut_text, plain, plain_fields
+from agents.values import clean_text, cut_text, plain, plain_fields
 
 NAME_BYTES = 256
 
@@ -190,7 +190,7 @@ class MessageEnd(_Fact):
 
     event: Literal["message_end"] = "message_end"
     message: Id
-    text: str
+    text: Annotated[str, AfterValidator(clean_text)]
 
 
 class MessageRetracted(_Fact):

@@ -1,7 +1,7 @@
 """One agent's coroutine while it runs: started, asked to stop, and, if it does not listen, left behind (G6).
 
 The coroutine lives in a task that belongs to no task group, since nobody can be forced to end: a task group would wait
-for an agent that swallows its cancellation for as long as it likes. Instead it is driven by hand (`channel.drive`), so
+for an agent that swallows its cancellation for as long as it likes. Instead it is driven by hand (`gate.drive`), so
 that abandoning it means never resuming it again.
 
 Cancelling is gentle: the cancellation is delivered once, and from then on the agent is shielded, so that it can clean
@@ -14,7 +14,8 @@ from typing import Any
 
 import anyio
 
-from agents.channel import Channel, drive
+from agents.channel import Channel
+from agents.gate import close_unstarted, drive
 
 
 class Execution:
@@ -31,7 +32,7 @@ class Execution:
         self._channel = channel
         self._scope = anyio.CancelScope()
         self._task = asyncio.create_task(self._run(run), name=channel.label)  # noqa: TID251 -- see above
-        self._task.add_done_callback(lambda _: self.done.set())
+        self._task.add_done_callback(lambda _: self._end(run))
 
     def cancel(self) -> None:
         """Ask the agent to stop."""
@@ -41,6 +42,10 @@ class Execution:
         """Never resume the agent again. Its threads run on until they emit or return."""
         self._channel.abandon()
         self._task.cancel()
+
+    def _end(self, run: Coroutine[Any, Any, Any]) -> None:
+        close_unstarted(run)
+        self.done.set()
 
     async def _run(self, run: Coroutine[Any, Any, Any]) -> None:
         try:

@@ -91,7 +91,7 @@ def make_lm(name: str) -> Any:
 def _check_with_litellm(name: str) -> None:
     """litellm serves what DSPy has no client for: ask it, as it would be asked at the first call."""
     try:
-        litellm = importlib.import_module("litellm")
+        litellm: Any = importlib.import_module("litellm")
     except ImportError:
         raise ModelError(name, "this provider needs the package litellm: pip install litellm") from None
     litellm.suppress_debug_info = True

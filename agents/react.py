@@ -7,6 +7,7 @@ with them the event stream, still see the tool fail. Prompts are byte for byte t
 This module must not know runs or registries.
 """
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -102,12 +103,8 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
         if name and name not in self.tools:
             return thought, name, {}, await self._observe(name, {})
         options = ", ".join(self.tools)
-        problem = (
-            f"Your reply could not be read: next_tool_args must be a JSON object with the arguments of {name}."
-            if name
-            else f"Your reply could not be read: next_tool_name must be one of {options}, and next_tool_args a JSON object."
-        )
-        return thought, name or "none", {}, problem
+        problem = f"next_tool_name must be one of {options}" if not name else "next_tool_args must be a JSON object"
+        return thought, name or "none", {}, f"Your reply could not be read: {problem}."
 
     def _format_trajectory(self, trajectory: dict[str, Any]) -> Any:
         """As DSPy's own does it for the Chat adapter, without building a signature of all fields for each step: that
@@ -177,7 +174,8 @@ class GuardedTool(dspy.Tool):  # type: ignore[misc]
         )
         self.has_kwargs = plain_tool.has_kwargs
         self._plain = plain_tool
-        self._parameters = inspect.signature(plain_tool.func)
+        with contextlib.suppress(ValueError):  # some built-in functions have none
+            self._parameters = inspect.signature(plain_tool.func)
 
     async def acall(self, /, **args: Any) -> Any:
         try:

@@ -44,6 +44,7 @@ async def in_thread(call: Callable[[], T], name: str) -> T:
     async with _this_loops_limiter():
         work = _Work(call, name)
         work.thread.start()
+        value: T
         try:
             value, error = await work.outcome
         except anyio.get_cancelled_exc_class():

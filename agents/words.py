@@ -16,7 +16,7 @@ STOP_WORDS = frozenset(
     please re s same say says shall she should show so some sort such sure t tell than that the their theirs them then
     there these they thing things this those through to too under until up upon us use used uses using ve very want was
     we were what what's when where which while who whom whose why will with without would yes you your yours explain
-    describe list find look mean means happen happens work works
+    describe list find look large long big often mean means happen happens work works
     """.split()
 )
 _ENDINGS = ("ations", "ation", "ings", "ing", "edly", "ed", "ies", "es", "s", "ly", "er", "ers")

@@ -7,6 +7,7 @@ from secrets import token_hex
 
 import anyio
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import WebSocketRoute
 
@@ -17,7 +18,7 @@ from server.bus.base import Bus
 from server.bus.memory import MemoryBus
 from server.config import Settings
 from server.endpoint import Connections
-from server.http import Api, Guard
+from server.http import Api, Guard, no_route
 from server.hub import Hub
 from server.runs import Runs
 from server.watchdog import Watchdog
@@ -44,6 +45,7 @@ class AgentCast:
         self.app = Starlette(
             routes=[*api.routes, WebSocketRoute("/ws", self.connections.endpoint)],
             middleware=[Middleware(Guard, allowed=settings.allowed_hosts)],
+            exception_handlers={HTTPException: no_route},
             lifespan=self._lifespan,
         )
 

@@ -78,6 +78,11 @@ class FrameProtocol(WebSocketsSansIOProtocol):
             extensions: dict[str, Any] = self.scope["extensions"]
             extensions[EXTENSION] = self._writer
 
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        # A refusal completes the handshake as well. uvicorn does not note that, and would log an error for each.
+        self.handshake_complete = self.handshake_complete or self.close_sent
+
     def resume_writing(self) -> None:
         super().resume_writing()
         self._writer.on_writable()

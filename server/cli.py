@@ -1,24 +1,32 @@
-"""The command line: serve a hub, list its agents, start a run and watch it."""
+"""The command line: serve a hub, list its agents, start a run and watch it.
 
-import logging
+Only what every command needs is imported here; see `serving` for the reason.
+"""
+
 import os
-import socket
-from types import FrameType
-from typing import Annotated, Any
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import anyio
+import orjson
 import typer
-import uvicorn
-from agents.registry import RegistryError, load
 from pydantic import ValidationError
+from rich.console import Console
 
-from agents import llm
-from agents.base import redact
 from server import __version__
-from server.app import AgentCast
-from server.asgi import FrameProtocol
+from server.arguments import BadArgument, typed_input
+from server.client import BadUrl, ClientError, Refused, Run, TooBig, Unreachable, describe_agents
 from server.config import Settings
-from server.protocol import MESSAGE_BYTES
+from server.terminal import AgentsView, RunView
+
+FAILED, WRONG_USAGE, CANCELLED, NO_HUB, LEFT = 1, 2, 3, 4, 130
+"""Exit codes. `LEFT`: by a second Ctrl-C; 128 + SIGINT, as shells have it."""
+EXIT_CODES = {"done": 0, "failed": FAILED, "cancelled": CANCELLED}
+USAGE_ERRORS = frozenset({"bad_request", "unknown_agent", "invalid_input", "conflict"})
+"""Error codes of the hub that a different command line would have avoided."""
+REFRESH = 0.1
 
 cli = typer.Typer(
     name="agentcast",
@@ -28,7 +36,20 @@ cli = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+Url = Annotated[
+    str,
+    typer.Option(
+        metavar="URL",
+        envvar="AGENTCAST_URL",
+        show_envvar=False,
+        show_default=False,
+        help="Where the hub is. [env: AGENTCAST_URL; default: http://127.0.0.1:8000]",
+    ),
+]
+DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def _version(value: bool) -> None:
@@ -46,35 +67,46 @@ def _main(
     pass
 
 
+# -- serve ---------------------------------------------------------------------------------------------------------
+
+
 @cli.command()
 def serve(
     agents: Annotated[
         str | None,
         typer.Option(
+            metavar="REGISTRIES",
             help="Registries to load, as `package.module:registry`, comma separated. "
-            "[env: AGENTCAST_AGENTS; default: the demo agents]"
+            "[env: AGENTCAST_AGENTS; default: the demo agents]",
         ),
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to bind. [env: AGENTCAST_HOST; default: 127.0.0.1]")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Address to bind. [env: AGENTCAST_HOST; default: 127.0.0.1]"),
+    ] = None,
     port: Annotated[
-        int | None, typer.Option(help="Port to bind; 0 takes a free one. [env: AGENTCAST_PORT; default: 8000]")
+        int | None,
+        typer.Option(metavar="PORT", help="Port to bind; 0 takes a free one. [env: AGENTCAST_PORT; default: 8000]"),
     ] = None,
     hosts: Annotated[
         str | None,
         typer.Option(
+            metavar="NAMES",
             help="Further host names under which browsers and clients may reach the hub, comma separated; "
-            "`*` for any. [env: AGENTCAST_HOSTS]"
+            "`*` for any. [env: AGENTCAST_HOSTS]",
         ),
     ] = None,
     lm: Annotated[
         str | None,
         typer.Option(
+            metavar="MODEL",
             help="The language model: any string that `dspy.LM` takes (`openai/gpt-5-mini`, `ollama_chat/llama3`), "
-            "or `offline`. Keys come from the provider's usual variables. [env: AGENTCAST_LM; default: offline]"
+            "or `offline`. Keys come from the provider's usual variables. [env: AGENTCAST_LM; default: offline]",
         ),
     ] = None,
     log_level: Annotated[
-        str | None, typer.Option(help="debug, info, warning or error. [env: AGENTCAST_LOG_LEVEL; default: info]")
+        str | None,
+        typer.Option(metavar="LEVEL", help="debug, info, warning or error. [env: AGENTCAST_LOG_LEVEL; default: info]"),
     ] = None,
 ) -> None:
     """Start a hub: agents, WebSocket, HTTP and a page, in one process.
@@ -84,74 +116,20 @@ def serve(
     * `agentcast serve` runs the demo agents, without keys or Redis.
 
     * `agentcast serve --agents shop.agents:registry --port 9000` runs your own.
+
+    * `agentcast serve --lm openai/gpt-5-mini` takes a real model; its key is in `OPENAI_API_KEY`.
+
+    Ctrl-C, or SIGTERM, lets running agents finish for a while, then ends them; a second one ends them at once.
     """
+    from server import serving
+
     given = {"agents": agents, "host": host, "port": port, "hosts": hosts, "lm": lm, "log_level": log_level}
     settings = _settings({name: value for name, value in given.items() if value is not None})
-    _set_up_logging(settings.log_level)
     try:
-        registry = load(",".join(settings.agents))
-    except RegistryError as error:
+        code = serving.serve(settings)
+    except serving.CannotServe as error:
         raise _failure(str(error)) from None
-    try:
-        model = llm.configure(settings.lm)
-    except ValueError as error:
-        raise _failure(f"the language model {settings.lm!r} cannot be used: {error}") from None
-    sock = _bind(settings)
-    hub = AgentCast({agent.spec.name: agent for agent in registry}, model, settings)
-    server = _Server(hub, settings, banner=_banner(hub, model, sock))
-    server.run(sockets=[sock])
-    logging.shutdown()
-    if hub.runs.abandoned:  # their threads would keep the interpreter from exiting, for as long as they like
-        os._exit(server.exit_code)
-    raise typer.Exit(server.exit_code)
-
-
-class _Server(uvicorn.Server):
-    """uvicorn, except that a stop first ends the runs and lets their last events out.
-
-    Left to itself, uvicorn would close the sockets first.
-    """
-
-    def __init__(self, hub: AgentCast, settings: Settings, banner: str) -> None:
-        super().__init__(
-            uvicorn.Config(
-                hub.app,
-                ws=FrameProtocol,
-                ws_max_size=MESSAGE_BYTES,
-                ws_ping_interval=None,
-                ws_per_message_deflate=False,
-                timeout_graceful_shutdown=5,
-                lifespan="on",
-                log_config=None,
-                access_log=settings.log_level == "debug",
-                server_header=False,
-            )
-        )
-        self._hub = hub
-        self._banner = banner
-        self.exit_code = 0
-        self._stopping = anyio.CancelScope()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            typer.echo(self._banner)
-
-    async def on_tick(self, counter: int) -> bool:
-        if self._hub.crashed is not None:
-            self.exit_code = 1
-            return True
-        return await super().on_tick(counter)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        with self._stopping:
-            await self._hub.stop()
-        await super().shutdown(sockets)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
-        if self.force_exit:  # a second Ctrl-C
-            self._stopping.cancel()
+    raise typer.Exit(code)
 
 
 def _settings(given: dict[str, Any]) -> Settings:
@@ -162,54 +140,240 @@ def _settings(given: dict[str, Any]) -> Settings:
         raise _failure("wrong settings: " + "; ".join(lines)) from None
 
 
-def _bind(settings: Settings) -> socket.socket:
+# -- agents --------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+def agents(
+    url: Url = DEFAULT_URL,
+    json: Annotated[bool, typer.Option("--json", help="Print the hub's answer, with the whole JSON Schemas.")] = False,
+) -> None:
+    """List the agents of a running hub and what they take.
+
+    Examples:
+
+    * `agentcast agents`
+
+    * `agentcast agents --json | jq '.agents[].name'`
+
+    Exit codes: 0 listed, 2 wrong usage, 4 no hub reachable.
+    """
+    document = _described(url)
+    if json:
+        typer.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())
+    else:
+        console = _Console()
+        with console.capture() as capture:
+            console.print(AgentsView(document, url), highlight=False)
+        for line in capture.get().splitlines():
+            typer.echo(line.rstrip())
+
+
+def _described(url: str) -> dict[str, Any]:
     try:
-        family, *_, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        return describe_agents(url)
+    except ClientError as error:
+        raise _client_failure(error) from None
+
+
+# -- run -----------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+def run(
+    agent: Annotated[str, typer.Argument(metavar="AGENT", help="The agent's name; `agentcast agents` lists them.")],
+    values: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Its input, field by field. The agent's schema says what a value is: text is taken as it is, "
+            "numbers, `true` and `false`, lists and objects as JSON.",
+        ),
+    ] = None,
+    url: Url = DEFAULT_URL,
+    input: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON|@FILE|-",
+            help="The input as one JSON object: written out, from a file, or from stdin. KEY=VALUE wins over it.",
+        ),
+    ] = None,
+    thread: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="The conversation that this run is a turn of: it knows the earlier turns."),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="Idempotency key: for a day, the same key, agent and input give the same run. [default: a new one]",
+        ),
+    ] = None,
+    detail: Annotated[
+        Literal["full", "progress"], typer.Option(help="`progress` leaves out the streaming of texts.")
+    ] = "full",
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the frames as the hub sends them, one per line, and nothing else.")
+    ] = False,
+    patience: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="How long a lost hub is looked for.")
+    ] = 60.0,
+) -> None:
+    """Start a run on a running hub and watch it live, to its end.
+
+    Examples:
+
+    * `agentcast run researcher question="How does a slow client affect others?"`
+
+    * `agentcast run researcher question="And who cuts it?" --thread t1`
+
+    * `agentcast run researcher --input @question.json --json | jq -r .event`
+
+    A lost connection is replaced, and the run goes on where it was. Ctrl-C asks the run to stop and waits until it has;
+    a second Ctrl-C leaves at once.
+
+    Exit codes:
+
+    * 0: the run is done (`run_end`).
+
+    * 1: it failed (`run_error`), or the hub would not have it.
+
+    * 2: wrong usage, input or agent.
+
+    * 3: it was cancelled (`run_cancelled`).
+
+    * 4: no hub reachable.
+
+    * 130: left by a second Ctrl-C.
+    """
+    document = _described(url)
+    schema = next((known.get("input", {}) for known in document["agents"] if known["name"] == agent), None)
+    if schema is None:
+        names = ", ".join(known["name"] for known in document["agents"]) or "none"
+        raise _failure(f"there is no agent {agent!r} at {url}; known are: {names}")
+    try:
+        typed = typed_input(schema, values or [], None if input is None else _read(input))
+    except BadArgument as error:
+        raise _failure(f"input of {agent}: {error}") from None
+    watch = _Watch(agent, json)
+    following = Run(url, agent, typed, thread=thread, key=key, detail=detail, patience=patience, on_drop=watch.on_drop)
+    try:
+        code = anyio.run(watch.follow, following)
+    except ClientError as error:
+        raise _client_failure(error, following.id) from None
+    except BrokenPipeError:  # who read our output has enough; the run goes on without us
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FAILED
+    raise typer.Exit(code)
+
+
+def _read(input: str) -> str:
+    try:
+        if input == "-":
+            return sys.stdin.read()
+        return Path(input[1:]).read_text(encoding="utf-8") if input.startswith("@") else input
     except OSError as error:
-        reason = error.strerror or str(error)
-        where = f"{settings.host}:{settings.port}"
-        raise _failure(f"cannot listen on {where}: {reason}; choose another --port (0 takes a free one)") from None
+        raise _failure(f"--input: cannot read {input[1:]}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise _failure(f"--input: {input.lstrip('@')} is not UTF-8 text") from None
 
 
-def _banner(hub: AgentCast, model: llm.ModelInfo, sock: socket.socket) -> str:
-    host, port = sock.getsockname()[:2]
-    shown = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host  # noqa: S104
-    names = ", ".join(hub.runs.agents) or "none"
-    lines = [
-        f"agentcast {__version__} is running at http://{shown}:{port}",
-        f"  agents  {names}",
-        f"  model   {model.name}" + ("  (offline; set AGENTCAST_LM for a real one)" if model.offline else ""),
-        "  stop    Ctrl-C",
-    ]
-    return "\n".join(lines)
+class _Watch:
+    """One run on the screen, or as JSON lines, and what Ctrl-C does to it."""
+
+    def __init__(self, agent: str, json: bool) -> None:
+        self._json = json
+        self._view = RunView(_Console(), agent)
+        self._left = False
+
+    async def follow(self, run: Run) -> int:
+        """Show the run to its end; gives the exit code."""
+        failure: Exception | None = None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._interrupts, run, tasks.cancel_scope)
+            tasks.start_soon(self._refresh)
+            try:
+                await self._show(run)
+            except (ClientError, BrokenPipeError) as error:
+                failure = error  # raised outside of the group, which would wrap it
+            tasks.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        return LEFT if self._left else EXIT_CODES[run.state.document["status"]]
+
+    def on_drop(self, reason: str, attempt: int) -> None:
+        """The connection is lost, or could not be had again."""
+        if attempt == 1:
+            self._say(f"the connection is lost ({reason}); connecting again …")
+        elif attempt == 3:
+            self._say(f"the hub cannot be reached ({reason}); still trying …")
+
+    async def _show(self, run: Run) -> None:
+        async with run:
+            if self._json:
+                async for frame in run:
+                    sys.stdout.buffer.write(orjson.dumps(frame, option=orjson.OPT_APPEND_NEWLINE))
+                    sys.stdout.buffer.flush()
+            else:
+                with self._view as view:
+                    async for frame in run:
+                        view.show(frame, run.state)
+
+    async def _interrupts(self, run: Run, scope: anyio.CancelScope) -> None:
+        with anyio.open_signal_receiver(signal.SIGINT) as signals:
+            async for _ in signals:
+                if run.cancelling or not await run.cancel("cancelled with Ctrl-C"):
+                    self._left = True
+                    if run.id is not None:
+                        self._say(f"left; run {run.id} may still be ending")
+                    scope.cancel()
+                    return
+                self._say("asked the run to stop; Ctrl-C again leaves at once")
+
+    async def _refresh(self) -> None:
+        while True:
+            self._view.refresh()
+            await anyio.sleep(REFRESH)
+
+    def _say(self, text: str) -> None:
+        if self._json:
+            typer.echo(f"agentcast: {text}", err=True)
+        else:
+            self._view.note(text)
 
 
-class _Redacting(logging.Formatter):
-    """Log lines without the secrets of this process's environment, tracebacks included."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+# -- Shared --------------------------------------------------------------------------------------------------------
 
 
-def _set_up_logging(level: str) -> None:
-    number = logging.getLevelNamesMapping().get(level.upper())
-    if number is None:
-        raise _failure(f"log level {level!r} is none of debug, info, warning, error")
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Redacting("%(asctime)s %(levelname)-8s %(name)s: %(message)s"))
-    logging.basicConfig(level=number, handlers=[handler], force=True)
-    logging.getLogger("uvicorn").setLevel(max(number, logging.WARNING) if number > logging.DEBUG else number)
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
-def _failure(message: str) -> typer.Exit:
+def _client_failure(error: ClientError, run: str | None = None) -> typer.Exit:
+    """What went wrong between the hub and us, and what to do."""
+    match error:
+        case BadUrl() | TooBig():
+            return _failure(str(error))
+        case Unreachable():
+            hint = f"run {run} may go on there" if run else "start one with `agentcast serve`, or give --url"
+            return _failure(f"{error}; {hint}", NO_HUB)
+        case Refused() if error.code == "not_found" and run is not None:
+            return _failure(f"the hub has lost run {run}: it was restarted, or the run ended long ago", FAILED)
+        case Refused():
+            return _failure(error.message, WRONG_USAGE if error.code in USAGE_ERRORS else FAILED)
+        case _:
+            return _failure(str(error), FAILED)
+
+
+def _failure(message: str, code: int = WRONG_USAGE) -> typer.Exit:
     typer.echo(f"agentcast: {message}", err=True)
-    return typer.Exit(2)
+    return typer.Exit(code)
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without UTF-8 must not end a run
     cli()
 
 

@@ -9,11 +9,12 @@ connections.
 import asyncio
 import logging
 import secrets
+from contextlib import suppress
 from time import monotonic
 
 import anyio
 from anyio.abc import TaskGroup
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from server import __version__, protocol
 from server.asgi import EXTENSION, FrameWriter
@@ -187,7 +188,8 @@ class Connection:
     async def _say_goodbye(self, reason: CloseReason) -> None:
         with anyio.move_on_after(CLOSE_TIMEOUT, shield=True):
             self._flush()
-            await self._websocket.close(reason.code, reason.reason)
+            with suppress(WebSocketDisconnect):  # the client was faster
+                await self._websocket.close(reason.code, reason.reason)
             return
         self._writer.abort()
 

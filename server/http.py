@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import orjson
 from pydantic import TypeAdapter
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
@@ -47,6 +48,12 @@ class TooLarge(BadRequest):
     """The body is over `MESSAGE_BYTES`."""
 
     status = 413
+
+
+class WrongMethod(BadRequest):
+    """The route does not take this method."""
+
+    status = 405
 
 
 class Api:
@@ -138,6 +145,17 @@ def _json(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
 def _response(content: Any, status: int = 200) -> Response:
     data = content if isinstance(content, bytes) else orjson.dumps(content)
     return Response(data, status, media_type="application/json")
+
+
+async def no_route(request: Request, error: Exception) -> Response:
+    """What Starlette's router raises, in the shape that errors have."""
+    if not isinstance(error, HTTPException):
+        raise error
+    where = f"{request.method} {request.url.path[:200]}"
+    told = WrongMethod(f"no {where}") if error.status_code == 405 else NotFound(f"there is no {where}")
+    response = _response({"error": told.wire()}, told.status)
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def _body(request: Request, *, optional: bool = False) -> dict[str, Any]:

@@ -346,7 +346,7 @@ class Hub:
             if page is None:
                 outbox.lose(follower, "trimmed")
             else:
-                outbox.add_page(follower, page, topic.head)
+                outbox.add_page(follower, page, topic.head, ended=topic.ended)
         else:
             snapshot = await self.snapshot(topic.run)
             topic.advance(snapshot.epoch, snapshot.seq, ended=False)

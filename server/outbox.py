@@ -124,7 +124,12 @@ class Outbox:
     # -- Followers -------------------------------------------------------------------------------------------------
 
     def subscribe(self, subscription: str, *, single: bool) -> None:
-        """:raises TooMany: the connection has as many subscriptions as it may have."""
+        """Add a subscription; one that was added before stays as it is.
+
+        :raises TooMany: the connection has as many subscriptions as it may have.
+        """
+        if subscription in self.subscriptions:
+            return
         if len(self.subscriptions) >= protocol.MAX_SUBSCRIPTIONS:
             raise TooMany(f"a connection may have {protocol.MAX_SUBSCRIPTIONS} subscriptions; end one of them first")
         self.subscriptions[subscription] = single
@@ -182,14 +187,15 @@ class Outbox:
         self._behind[follower] = None  # to the end of the line
         return follower
 
-    def add_page(self, follower: Follower, page: Page, head: int) -> None:
-        """Queue the page after the cursor, as far as there is room. At `head`, the follower is live."""
+    def add_page(self, follower: Follower, page: Page, head: int, *, ended: bool = False) -> None:
+        """Queue the page after the cursor, as far as there is room. At `head`, the follower is live; or done, if the
+        log has `ended`."""
         for frame in page.frames:
             if self.full:
                 return
             if frame.seq == follower.cursor + 1:
                 self._push(follower, frame)
-        self._check_live(follower, head)
+        self._check_live(follower, head, ended=ended)
 
     def add_snapshot(self, follower: Follower, snapshot: Snapshot, head: int, *, ended: bool) -> None:
         """Queue the snapshot that is due, after a `gap` unless it was asked for."""
@@ -199,13 +205,14 @@ class Outbox:
         self.put(protocol.snapshot(snapshot.run, snapshot.epoch, snapshot.seq, snapshot.state))
         follower.epoch, follower.cursor = snapshot.epoch, snapshot.seq
         follower.resync, follower.shown = None, True
-        if ended and snapshot.seq >= head:
+        self._check_live(follower, head, ended=ended)
+
+    def _check_live(self, follower: Follower, head: int, *, ended: bool) -> None:
+        if follower.cursor < head or follower.done:
+            return
+        if ended:
             self.finish(follower)
         else:
-            self._check_live(follower, head)
-
-    def _check_live(self, follower: Follower, head: int) -> None:
-        if follower.cursor >= head and not follower.done:
             follower.live, follower.whole = True, False
             self._behind.pop(follower, None)
 

@@ -80,15 +80,21 @@ class Session:
                 assert_never(command)
 
     async def _start(self, command: Start) -> None:
-        created = await self._runs.start(self.principal, command)
-        result: dict[str, Any] = {"run": created.run, "epoch": created.epoch}
         if not command.subscribe:
-            self._reply(command, result)
+            created = await self._runs.start(self.principal, command)
+            self._reply(command, {"run": created.run, "epoch": created.epoch})
             return
         subscription = self._new_subscription()
+        self._outbox.subscribe(subscription, single=True)  # before the run: a start that is refused starts nothing
+        try:
+            created = await self._runs.start(self.principal, command)
+        except BaseException:
+            self._hub.leave(self._outbox, subscription)
+            raise
+        result = {"run": created.run, "epoch": created.epoch, "subscription": subscription}
         to, since = To(run=created.run), {created.run: Position(seq=0)}
         async with self._hub.join(self._outbox, subscription, self.principal, to, command.detail, since) as join:
-            self._reply(command, result | {"subscription": subscription})
+            self._reply(command, result)
             join.commit()
 
     async def _subscribe(self, command: Subscribe) -> None:

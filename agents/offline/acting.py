@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from agents.arithmetic import find_sums
-from agents.offline.arguments import fill, required, takes
+from agents.offline.arguments import fill, named_places, required, takes
 from agents.offline.evidence import found_nothing, passages, quotes
 from agents.offline.prompt import Prompt, Tool
 from agents.words import keywords, stem, stems
@@ -24,6 +24,10 @@ MAX_QUERY_WORDS = 8
 
 _CALCULATES = re.compile(r"calculat|arithmetic|\bmath|evaluate", re.I)
 _SEARCHES = re.compile(r"search|look ?up|retriev|\bfind", re.I)
+_OF_SUMS = re.compile(
+    r"\d|^(?:sum|total|plus|minus|times|divided|multiplied|percent|square[d]?|cubed|root|power|average|mean|product|result"
+    r"|value|number|answer|equals?|calculat\w*|comput\w*|evaluate|solve|largest|smallest|maximum|minimum|round\w*)$"
+)
 _READS = re.compile(r"\bread|\bopen|fetch|\bload|\bview|\bcat\b", re.I)
 
 
@@ -41,10 +45,19 @@ def question_of(values: dict[str, str]) -> str:
     return "\n".join(value for name, value in values.items() if name != "history")
 
 
+def with_topic(question: str, values: dict[str, str]) -> str:
+    """`question`, and, if it is a follow-up that says little itself, the question of the turn before it."""
+    history = values.get("history", "").strip()
+    if not history or len(keywords(question)) >= 2:
+        return question
+    last = history.rpartition("\n\n")[2].partition("\n")[0].partition(": ")[2]
+    return f"{question} {last[:200]}"
+
+
 def next_move(prompt: Prompt) -> Move:
     """The next turn of the ReAct loop that `prompt` shows."""
     turn = _Turn(prompt)
-    for rule in (turn.sums, turn.chosen, turn.search, turn.read, turn.search_again, turn.any_tool):
+    for rule in (turn.sums, turn.named, turn.chosen, turn.search, turn.read, turn.search_again, turn.any_tool):
         for move in rule():
             if turn.is_new(move):
                 return move
@@ -73,21 +86,16 @@ class _Turn:
 
     @cached_property
     def words(self) -> list[str]:
-        """What to search for; of a follow-up question that says little, the words of the last turn too."""
+        """What to search for."""
         numbers = set(re.findall(r"[\d.]+", " ".join(find_sums(self.question))))
-        words = [word for word in keywords(self.question) if word not in numbers]
-        if len(words) < 2 and (history := self.prompt.values.get("history")):
-            last = history.strip().rpartition("\n\n")[2].partition("\n")[0]
-            words += [word for word in keywords(last.partition(": ")[2][:200]) if word not in words]
-        return words
+        return [word for word in keywords(with_topic(self.question, self.prompt.values)) if word not in numbers]
 
     @cached_property
     def has_text_question(self) -> bool:
         """Whether anything is left to look up once the sums are done."""
         if not find_sums(self.question):
             return True
-        numbers = re.compile(r"\d|^(?:sum|total|plus|minus|times|divided|percent|square|root|average|calculate|compute)$")
-        return len([word for word in self.words if not numbers.search(word.lower())]) >= 2
+        return not all(_OF_SUMS.search(word.lower()) for word in self.words)
 
     def uses(self, tool: Tool | None) -> int:
         return sum(step.tool == tool.name for step in self.steps) if tool else 0
@@ -103,6 +111,15 @@ class _Turn:
                 args = fill(self.calculator, self.prompt, self.words, given={"expression": sum_})
                 if args is not None:
                     yield Move(f"There is a sum in the question, {sum_}: I calculate it.", self.calculator.name, args)
+
+    def named(self) -> Iterator[Move]:
+        """The files and addresses that the question names."""
+        if self.reader is None or self.uses(self.reader) >= MAX_READS:
+            return
+        for place in named_places(self.question):
+            args = fill(self.reader, self.prompt, self.words, given={"file": place})
+            if args is not None and place in args.values():
+                yield Move(f"The question names {place}, so I read it.", self.reader.name, args)
 
     def chosen(self) -> Iterator[Move]:
         """Tools without a role here, if the question speaks of what they do."""
@@ -123,7 +140,7 @@ class _Turn:
     def search(self) -> Iterator[Move]:
         if self.searcher is None or self.uses(self.searcher) or not self.words or not self.has_text_question:
             return
-        yield from self._search(self.words[:MAX_QUERY_WORDS], "To answer this I need what is written about it.")
+        yield from self._search(self.words[:MAX_QUERY_WORDS], "I start with the words of the question.")
 
     def search_again(self) -> Iterator[Move]:
         """After a search that found nothing: fewer words. After one that left words of the question open: those."""
@@ -158,9 +175,9 @@ class _Turn:
             for passage in passages(step.observation, "")
             if passage.source
         ]
-        places = [(quote.source, quote.line) for quote in quotes(" ".join(self.words), hits, limit=2)]
-        places += [(hit.source, hit.line) for hit in hits[:1]]
-        for source, line in places:
+        for hit in hits[:3]:
+            best = next(iter(quotes(" ".join(self.words), [hit], limit=1)), hit)
+            source, line = hit.source, best.line
             if any(step.tool == self.reader.name and source in step.args.values() for step in self.steps):
                 continue
             where = {"file": source, **({"line": line} if line is not None else {})}
@@ -171,7 +188,7 @@ class _Turn:
 
     def any_tool(self) -> Iterator[Move]:
         """Rather than finish with empty hands: whatever can be called with what the question gives."""
-        if self.steps or find_sums(self.question) and self.calculator:
+        if self.steps or (self.calculator and find_sums(self.question)):
             return
         for tool in sorted(self.tools, key=lambda tool: -self._fit(tool)):
             args = fill(tool, self.prompt, self.words)

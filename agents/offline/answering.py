@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from agents.arithmetic import evaluate, find_sums, show
-from agents.offline.acting import question_of
+from agents.offline.acting import question_of, with_topic
 from agents.offline.evidence import Passage, Quote, central, found_nothing, passages, quotes
 from agents.offline.prompt import Field, Prompt
 from agents.words import STOP_WORDS, keywords, stem, stems
@@ -74,7 +74,7 @@ class _Reply:
 
     @cached_property
     def question(self) -> str:
-        return self._split[0] or question_of(self.prompt.values)
+        return with_topic(self._split[0] or question_of(self.prompt.values), self.prompt.values)
 
     @cached_property
     def read(self) -> list[Passage]:
@@ -105,10 +105,8 @@ class _Reply:
     @cached_property
     def quotes(self) -> list[Quote]:
         if self._split[0] or self.steps:
-            found = quotes(self.question, self.read, limit=3) or self._what_tools_said()
-        else:
-            found = central(self.read)
-        return [quote for quote in found if "[[ ##" not in quote.text]
+            return quotes(self.question, self.read, limit=3) or self._what_tools_said()
+        return central(self.read)
 
     def _what_tools_said(self) -> list[Quote]:
         """The start of what tools gave that share no word with the question: still an answer to the call."""
@@ -185,9 +183,7 @@ class _Reply:
     def _number(self, output: Field, schema: dict[str, Any], *, whole: bool) -> float | int:
         low, high = schema.get("minimum", float("-inf")), schema.get("maximum", float("inf"))
         fitting = [
-            number
-            for number in self._numbers(output)
-            if low <= number <= high and (number.is_integer() or not whole)
+            number for number in self._numbers(output) if low <= number <= high and (number.is_integer() or not whole)
         ]
         number = fitting[0] if fitting else min(max(0.0, low), high)
         return int(number) if whole else number

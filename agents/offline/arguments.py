@@ -18,8 +18,9 @@ _NAMES: dict[str, tuple[str, ...]] = {
 """Names under which tools commonly take what a rule gives."""
 _WHOLE_TEXT = ("text", "content", "message", "input", "question", "prompt", "sentence", "body", "request")
 
-_QUOTED = re.compile(r"[\"“'‘`]([^\"”'’`]{1,80})[\"”'’`]")
+_QUOTED = re.compile(r"[\"“'`]([^\"”'’`]{1,80})[\"”'’`]")
 _FILE = re.compile(r"\b[\w./-]+\.[a-z]{1,5}\b")
+_IS_FILE = re.compile(r"\w\.(?:md|txt|rst|py|toml|json|ya?ml|csv|html?|log)$")
 _EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
 _URL = re.compile(r"https?://[^\s)>\]\"']+")
 _DATE = re.compile(r"\b\d{4}-\d{2}-\d{2}\b")
@@ -41,6 +42,13 @@ def required(tool: Tool) -> list[str]:
 def takes(tool: Tool, names: tuple[str, ...]) -> bool:
     """Whether `tool` has an argument of one of these names."""
     return any(name.lower() in names for name in tool.args)
+
+
+def named_places(text: str) -> list[str]:
+    """The web addresses, and the files with a usual ending, that `text` names."""
+    places = [place.rstrip(".,?!") for place in _URL.findall(text)]
+    files = [place for place in _FILE.findall(_URL.sub(" ", text)) if _IS_FILE.search(place)]
+    return list(dict.fromkeys(places + files))
 
 
 def fill(tool: Tool, prompt: Prompt, words: list[str], given: dict[str, Any] | None = None) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ It reads the prompt that any model would get and writes the reply that DSPy's ad
 human pace. It needs no network and no key, and gives the same reply to the same prompt.
 """
 
+import functools
 import json
 import os
 import re
@@ -27,11 +28,15 @@ from dspy.lm15 import (
 from agents.offline.acting import next_move
 from agents.offline.answering import NOTE, answer
 from agents.offline.prompt import Prompt, parse
+from agents.threads import in_thread
 
 MODEL = "offline/rules"
 DEFAULT_DELAY = 0.03
 DELAY_VARIABLE = "AGENTCAST_OFFLINE_DELAY"
 """Environment variable: seconds between words; 0 streams without a pause."""
+
+MAX_ON_LOOP = 4_000
+"""Characters of a prompt up to which it is answered without a thread, in a few milliseconds."""
 
 _PIECE = re.compile(r"\s*\[\[ ## \w+ ## \]\]\s*|\S+\s*|\s+")
 
@@ -122,14 +127,20 @@ class OfflineEngine:
         """Nothing is held open."""
 
 
+async def _reply(request: Request) -> str:
+    if sum(len(message.text or "") for message in request.messages) <= MAX_ON_LOOP:
+        return reply(request)
+    return await in_thread(functools.partial(reply, request), "offline model")
+
+
 class AsyncOfflineEngine:
-    """The asynchronous half: what it does on the loop takes a few milliseconds at most."""
+    """The asynchronous half: thinks on the loop for a few milliseconds, about a long prompt on a thread."""
 
     async def complete(self, request: Request) -> Response:
-        return _response(request, reply(request))
+        return _response(request, await _reply(request))
 
     async def stream(self, request: Request) -> AsyncIterator[Any]:
-        text = reply(request)
+        text = await _reply(request)
         yield StreamStartEvent(model=request.model)
         for piece, seconds in _paced(text):
             if seconds:

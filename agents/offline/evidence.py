@@ -6,7 +6,7 @@ Nothing here is made up: a quote is a piece of the given text with its line brea
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from agents.words import keywords, stem, stems
@@ -15,13 +15,18 @@ MAX_CHARS = 60_000
 """Of one text, so much is read: ranking runs on the event loop."""
 MAX_QUOTE = 320
 
+_MARKER = "[[ ##"
+"""What parts the fields of a reply: a quote that holds it would tear the reply apart."""
+
 _HEADER = re.compile(
     r"^(?P<file>\w[\w./ -]*\.\w{1,8}):(?P<line>\d+)(?:[-–]\d+)?(?: \((?P<title>.*)\))?(?:: ?(?P<text>.*))?$"
 )
-_NEW_UNIT = re.compile(r"^\s*(?:[-*+•] |\d+[.)] |\||#|>|```|$)|^ {4}")
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(`*_]*[A-Z0-9])")
+_NEW_UNIT = re.compile(r"^\s*(?:[-*+•] |\d+[.)] |\||#|>|```|$)")
+_TABLE_HEAD = re.compile(r"^\s*\|.*\n\s*\|[-:|\s]+$")
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(*_]*(?:`|[A-Z0-9]))")
 _SKIPPED = re.compile(r"^(?:```|~~~|#{1,6} |[-=|:\s]+$|\[\[ ##)")
 _MARKUP = re.compile(r"^[\s>*+•#|\-]+|^\d+[.)] ")
+_BULLET = re.compile(r"^(?:[-*+•>] +|\d+[.)] +)+")
 _NOTHING = re.compile(
     r"^\W*(?:none|null|n/a)?\W*$|^\W*(?:sorry\W+)?(?:no|nothing|not|could not|cannot|couldn't|0)\b.{0,60}"
     r"\b(?:found|find|match(?:es|ed)?|results?|passages?|hits?|entries)\b|^tool \S+ failed",
@@ -80,15 +85,12 @@ def quotes(question: str, read: Iterable[Passage], limit: int = 3) -> list[Quote
     """Up to `limit` pieces of what was read that bear on `question` most, the best first; empty if none does."""
     wanted = {stem(word) for word in keywords(question)}
     pieces = _pieces(read)
-    seen = Counter(term for _, _, terms in pieces for term in terms & wanted)
+    seen = Counter(term for piece in pieces for term in piece.terms & wanted)
     weight = {term: math.log(1 + len(pieces) / count) for term, count in seen.items()}
-    ranked = sorted(
-        (_quote(passage, (line, text), terms & wanted, weight, question) for passage, (line, text), terms in pieces),
-        key=lambda quote: -quote.score,
-    )
+    ranked = sorted((_quote(piece, weight, question) for piece in pieces), key=lambda quote: -quote.score)
     chosen: list[Quote] = []
     for quote in ranked:
-        if quote.score <= 0 or (chosen and quote.score < 0.45 * chosen[0].score) or len(chosen) == limit:
+        if quote.score <= 0 or (chosen and quote.score < 0.5 * chosen[0].score) or len(chosen) == limit:
             break
         if not any(_same(quote.text, other.text) for other in chosen):
             chosen.append(quote)
@@ -98,16 +100,15 @@ def quotes(question: str, read: Iterable[Passage], limit: int = 3) -> list[Quote
 def central(read: Sequence[Passage], limit: int = 2) -> list[Quote]:
     """The pieces whose words the whole text uses most, in the order of the text: a summary by extraction."""
     pieces = _pieces(read)
-    counts = Counter(term for _, _, terms in pieces for term in terms)
+    counts = Counter(term for piece in pieces for term in piece.terms)
     scored = [
-        (sum(counts[term] for term in terms) / math.sqrt(8 + len(terms)), at)
-        for at, (_, _, terms) in enumerate(pieces)
-        if len(terms) >= 3 or len(pieces) <= limit
+        (sum(counts[term] for term in piece.terms) / math.sqrt(8 + len(piece.terms)), at)
+        for at, piece in enumerate(pieces)
+        if len(piece.terms) >= 3 or len(pieces) <= limit
     ]
     best = sorted(at for _, at in sorted(scored, key=lambda item: (-item[0], item[1]))[:limit])
-    return [
-        Quote(_cut(pieces[at][1][1]), pieces[at][0].source, pieces[at][1][0], 1.0, frozenset()) for at in best
-    ]
+    chosen = (pieces[at] for at in best)
+    return [Quote(_cut(piece.text), piece.passage.source, piece.line, 1.0, frozenset()) for piece in chosen]
 
 
 def units(text: str) -> list[tuple[int, str]]:
@@ -115,8 +116,11 @@ def units(text: str) -> list[tuple[int, str]]:
     found: list[tuple[int, str]] = []
     block: list[str] = []
     start = 0
-    for at, line in enumerate([*text.splitlines(), ""]):
-        if _NEW_UNIT.match(line):
+    lines = [*text.splitlines(), "", ""]
+    for at, line in enumerate(lines[:-1]):
+        if _TABLE_HEAD.match(f"{line}\n{lines[at + 1]}"):
+            continue  # it names columns and says nothing itself
+        if _NEW_UNIT.match(line) or (block and _SKIPPED.match(block[0])):
             found += _sentences(block, start)
             block, start = [], at
         if not block:
@@ -124,6 +128,13 @@ def units(text: str) -> list[tuple[int, str]]:
         if line.strip():
             block.append(line)
     return found + _sentences(block, start)
+
+
+def _units_of(passage: Passage) -> list[tuple[int, str]]:
+    text = passage.text[:MAX_CHARS]
+    if not passage.source.endswith(".py"):
+        return units(text)
+    return [(at, " ".join(line.split())) for at, line in enumerate(text.splitlines()) if line.strip()]
 
 
 def _sentences(block: list[str], start: int) -> list[tuple[int, str]]:
@@ -141,39 +152,47 @@ def _sentences(block: list[str], start: int) -> list[tuple[int, str]]:
     return found
 
 
-Piece = tuple[Passage, tuple[int | None, str], frozenset[str]]
+@dataclass(frozen=True)
+class _Piece:
+    passage: Passage
+    line: int | None
+    text: str
+    terms: frozenset[str]
+    around: frozenset[str]
+    """Terms of the sentences next to it and of its heading."""
 
 
-def _pieces(read: Iterable[Passage]) -> list[Piece]:
-    pieces: list[Piece] = []
+def _pieces(read: Iterable[Passage]) -> list[_Piece]:
+    pieces: list[_Piece] = []
     known: set[tuple[str, str]] = set()
     for passage in read:
-        for offset, text in units(passage.text[:MAX_CHARS]):
-            if (passage.source, text) not in known:
+        title = frozenset(stems(passage.title))
+        found = [(at, text, frozenset(stems(text))) for at, text in _units_of(passage)]
+        for index, (at, text, terms) in enumerate(found):
+            near = found[max(0, index - 4) : index + 5]
+            around = title.union(*(others for where, _, others in near if abs(where - at) <= 3))
+            if (passage.source, text) not in known and _MARKER not in text:
                 known.add((passage.source, text))
-                line = None if passage.line is None else passage.line + offset
-                pieces.append((passage, (line, text), frozenset(stems(text))))
+                line = None if passage.line is None else passage.line + at
+                pieces.append(_Piece(passage, line, text, terms, around))
     return pieces
 
 
-def _quote(
-    passage: Passage,
-    piece: tuple[int | None, str],
-    matched: frozenset[str],
-    weight: dict[str, float],
-    question: str,
-) -> Quote:
-    line, text = piece
-    score = sum(weight[term] for term in matched) * (1 + 0.25 * (len(matched) - 1))
-    score += 0.5 * sum(weight.get(term, 0) for term in {*stems(passage.title)}) if matched else 0
-    words = len(text.split())
-    if words < 4:
+def _quote(piece: _Piece, weight: dict[str, float], question: str) -> Quote:
+    """`piece` scored: by the terms of the question that it holds, the rare ones most, and by those next to it."""
+    matched = frozenset(term for term in piece.terms if term in weight)
+    score = _worth(matched, weight) + 0.6 * _worth(piece.around & weight.keys(), weight) if matched else 0.0
+    if len(re.findall(r"\w+", piece.text)) < 4:
         score *= 0.4
-    if text.endswith("?"):
+    if piece.text.endswith("?"):
         score *= 0.5
-    if _defines(text, question):
+    if _defines(piece.text, question):
         score *= 1.4
-    return Quote(_cut(text), passage.source, line, score, matched)
+    return Quote(_cut(piece.text), piece.passage.source, piece.line, score, matched)
+
+
+def _worth(terms: Collection[str], weight: dict[str, float]) -> float:
+    return sum(weight[term] for term in terms) * (1 + 0.25 * (len(terms) - 1))
 
 
 def _defines(text: str, question: str) -> bool:
@@ -191,5 +210,5 @@ def _same(one: str, other: str) -> bool:
 
 def _cut(text: str) -> str:
     """`text`, or its start up to a word's end: still verbatim."""
-    text = text.strip()
+    text = _BULLET.sub("", text.strip())
     return text if len(text) <= MAX_QUOTE else text[:MAX_QUOTE].rsplit(" ", 1)[0]

@@ -8,12 +8,18 @@ import json
 import re
 import textwrap
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
+
+TRAJECTORY = "trajectory"
+"""The input field in which a ReAct loop gives its turns so far."""
+MAX_VALUE = 60_000
+"""Characters of an input that are read."""
 
 _FIELD = re.compile(r"^\d+\. `(\w+)` \((.+?)\):[ ]?(.*)$")
 _NOTE = re.compile(r"^\{(\w+)\}\s+# note: the value you produce (.*)$", re.M)
-_TOOL = re.compile(r"^\(\d+\) (\S+?)(?:, whose description is <desc>(.*)</desc>)?\. It takes arguments (\{.*\})\.$", re.M)
+_TOOL = re.compile(
+    r"^\(\d+\) (\S+?)(?:, whose description is <desc>(.*)</desc>)?\. It takes arguments (\{.*\})\.$", re.M
+)
 _STEP = re.compile(r"^\[\[ ## (thought|tool_name|tool_args|observation)_(\d+) ## \]\]$", re.M)
 _OBJECTIVE = "In adhering to this structure, your objective is:"
 _INPUTS, _OUTPUTS = "Your input fields are:\n", "Your output fields are:\n"
@@ -84,10 +90,10 @@ def parse(system: str, user: str) -> Prompt:
     return Prompt(
         inputs=inputs,
         outputs=_fields(outputs_text, notes),
-        values={name: value for name, value in values.items() if name != "trajectory"},
+        values={name: value for name, value in values.items() if name != TRAJECTORY},
         objective=objective,
         tools=tuple(_tool(*match) for match in _TOOL.findall(objective)),
-        steps=tuple(_steps(values.get("trajectory", ""))),
+        steps=tuple(_steps(values.get(TRAJECTORY, ""))),
         as_json=as_json,
     )
 
@@ -134,10 +140,9 @@ def _values(inputs: tuple[Field, ...], user: str, *, as_json: bool) -> dict[str,
         if match := re.compile(rf"^\[\[ ## {item.name} ## \]\]$", re.M).search(body, position):
             starts.append((item.name, match.start(), match.end()))
             position = match.end()
-    ends = [start for _, start, _ in starts[1:]]
-    return {
-        name: body[begin:end].strip() for (name, _, begin), end in zip_longest(starts, ends, fillvalue=len(body))
-    }
+    ends = [*(start for _, start, _ in starts), len(body)][1:]
+    values = {name: body[begin:end].strip() for (name, _, begin), end in zip(starts, ends, strict=False)}
+    return {name: value if name == TRAJECTORY else value[:MAX_VALUE] for name, value in values.items()}
 
 
 def _tool(name: str, desc: str, args: str) -> Tool:
@@ -159,11 +164,8 @@ def _steps(trajectory: str) -> list[Step]:
         if match[1] == due and (index is None or number == index + (due == "thought")):
             index = number
             sections.append((match.start(), match.end()))
-    ends = [start for start, _ in sections[1:]]
-    texts = [
-        trajectory[begin:end].strip()
-        for (_, begin), end in zip_longest(sections, ends, fillvalue=len(trajectory))
-    ]
+    ends = [*(start for start, _ in sections), len(trajectory)][1:]
+    texts = [trajectory[begin:end].strip() for (_, begin), end in zip(sections, ends, strict=False)]
     return [
         Step(texts[at], texts[at + 1], _arguments(texts[at + 2]), texts[at + 3]) for at in range(0, len(texts) - 3, 4)
     ]

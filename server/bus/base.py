@@ -224,16 +224,19 @@ class Bus(Protocol):
 
 
 _ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
+_last_stamp = 0
 
 
 def new_run_id() -> str:
-    """Sortable by creation time (milliseconds first), and unguessable: 100 random bits follow."""
-    millis = int(time.time() * 1000)
+    """Sortable by creation (microseconds first, never twice the same in one process), and unguessable: 100 random
+    bits follow."""
+    global _last_stamp
+    _last_stamp = micros = max(_last_stamp + 1, time.time_ns() // 1_000)
     stamp = ""
-    while millis:
-        millis, digit = divmod(millis, 36)
+    while micros:
+        micros, digit = divmod(micros, 36)
         stamp = _ALPHABET[digit] + stamp
-    return stamp.rjust(9, "0") + "".join(secrets.choice(_ALPHABET) for _ in range(20))
+    return stamp.rjust(11, "0") + "".join(secrets.choice(_ALPHABET) for _ in range(20))
 
 
 def new_epoch() -> str:

@@ -61,8 +61,9 @@ class _Log:
         return self.info.ended is not None
 
     def deliver(self, news: Sequence[Frame] | Head) -> None:
-        for deliver in list(self.subscribers.values()):
-            deliver(news)
+        for token, deliver in list(self.subscribers.items()):
+            if token in self.subscribers:  # one delivery may close another's subscription
+                deliver(news)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +137,9 @@ class MemoryBus:
         position = f"{self._feed_id}:{self._announced}"
         announcement = Announcement(position, new.run, new.epoch, new.agent, new.thread, new.principal)
         self._feed.append(announcement)
-        for announce in list(self._watchers.values()):
-            announce(announcement)
+        for token, announce in list(self._watchers.items()):
+            if token in self._watchers:
+                announce(announcement)
         return Created(new.run, new.epoch, 1)
 
     async def claim(self, run: str) -> int:
@@ -172,6 +174,8 @@ class MemoryBus:
         log.frames, log.bytes = [], 0
         log.snapshot = Snapshot(run, epoch, seq, state)
         log.deliver(Head(run, epoch, seq, ended=log.ended))
+        if log.ended:
+            self._retire(run, log)
         return epoch
 
     async def info(self, runs: Collection[str]) -> dict[str, RunInfo]:
@@ -186,7 +190,7 @@ class MemoryBus:
         start = after - first + 1
         frames: list[Frame] = []
         size = 0
-        for frame in islice(log.frames, start, start + PAGE_EVENTS):
+        for frame in log.frames[start : start + PAGE_EVENTS]:
             frames.append(frame)
             size += len(frame.data)
             if size >= PAGE_BYTES:
@@ -195,7 +199,8 @@ class MemoryBus:
 
     async def save_snapshot(self, fence: int, snapshot: Snapshot) -> None:
         log = self._owned(snapshot.run, fence)
-        if snapshot.epoch != log.info.epoch:
+        saved = log.snapshot
+        if snapshot.epoch != log.info.epoch or (saved is not None and snapshot.seq < saved.seq):
             return
         log.snapshot = snapshot
         self._trim(log, snapshot.seq)
@@ -212,8 +217,7 @@ class MemoryBus:
         return _Registration(lambda: log.subscribers.pop(token, None))
 
     async def list(self, filter: Filter) -> Sequence[RunInfo]:
-        # Run ids sort by creation, and so does the dictionary that holds them.
-        ids = list(self._logs)
+        ids = sorted(self._logs)  # by creation; within a millisecond in any order, but always the same
         end = len(ids) if filter.before is None else bisect.bisect_left(ids, filter.before)
         fitting = (info for run in reversed(ids[:end]) if _fits(info := self._logs[run].info, filter))
         return list(islice(fitting, filter.limit))

@@ -52,11 +52,29 @@ def parsed(adapter: type, sig: Any, text: str) -> dict[str, Any] | None:
 
 
 sizes = st.lists(st.integers(1, 40) | st.just(1), min_size=1, max_size=6)
-spice = st.sampled_from(
-    ["[", "]", "[[", "[[ ", "[[ ## ", " ## ]]", "[[ ## answer ## ]]", "[[ ## reasoning ## ]]", "[[ ## completed ## ]]"]
-    + ["[[ ## other ## ]]", "[[ ##  ## ]]", "[[ ## a b ## ]]", "##", "\n", "\n\n", "\r\n", "\r", " ", "  ", "\t", "\x85"]
-    + ["\u2028", "\x1f", "\x0b", "é", "😀", "x", "word", '"', "\\", "{", "}", ":", ",", "<", ">", "&", "]]>", "</answer>"]
-)
+HEADERS = [f"[[ ## {name} ## ]]" for name in ("answer", "reasoning", "completed", "other", "", "a b")]
+PARTS = [
+    "[",
+    "]",
+    "[[",
+    "[[ ",
+    "[[ ## ",
+    " ## ]]",
+    "##",
+    '"',
+    "\\",
+    "{",
+    "}",
+    ":",
+    ",",
+    "<",
+    ">",
+    "&",
+    "]]>",
+    "</answer>",
+]
+SPACE = ["\n", "\n\n", "\r\n", "\r", " ", "  ", "\t", "\x85", "\u2028", "\x1f", "\x0b"]
+spice = st.sampled_from([*HEADERS, *PARTS, *SPACE, "é", "😀", "x", "word"])
 texts = st.lists(spice | st.text(max_size=8), max_size=12).map("".join)
 
 
@@ -146,14 +164,29 @@ def test_json_values_that_are_no_strings_come_as_they_are_written(
         assert json.loads(written) == value
 
 
+def test_json_key_that_comes_again_is_left_to_the_end():
+    assert split(dspy.JSONAdapter, TEXT_FIELDS, ['{"answer": "one", "answer": "two"}']) == {"answer": "one"}
+
+
 def test_json_number_in_a_text_field_is_left_to_the_end():
     assert split(dspy.JSONAdapter, TEXT_FIELDS, ['{"reasoning": 1e5, "answer": "x"}']) == {"answer": "x"}
 
 
 @pytest.mark.parametrize(
     "text",
-    ["{'reasoning': 'a'}", '{"reasoning" "a"}', '{"reasoning": }', '{"reasoning": "a\\x"}', '{"reasoning": "\\u00zz"}']
-    + ["no object", '{"reasoning": ', '{"reasoning": "a', "{]", '{"\\z": 1, "answer": "x"}', '["reasoning"]'],
+    [
+        "{'reasoning': 'a'}",
+        '{"reasoning" "a"}',
+        '{"reasoning": }',
+        '{"reasoning": "a\\x"}',
+        '{"reasoning": "\\u00zz"}',
+        '{"reasoning": ',
+        '{"reasoning": "a',
+        '{"\\z": 1, "answer": "x"}',
+        '["reasoning"]',
+        "{]",
+        "no object",
+    ],
 )
 def test_json_that_is_broken_silences_the_splitter(text: str):
     joined = split(dspy.JSONAdapter, TEXT_FIELDS, [*text, ', "answer": "never"}'])

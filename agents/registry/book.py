@@ -1,24 +1,7 @@
-"""Registries: which agents there are, by name.
+"""A registry: agents by name, and the ways to add one. It must not know how registries are found."""
 
-    registry = Registry()
-    registry.add("summarizer", dspy.ChainOfThought("text -> summary"))
-
-    @registry.react(tools=[search])
-    class Researcher(dspy.Signature): ...
-
-    @registry.agent
-    async def greeter(name: str, emit: Emitter) -> str: ...
-
-Names, descriptions, input models and JSON Schemas come from signatures, types and docstrings. What cannot be derived
-is an error at once, which says what to do. `load` gets registries from strings such as "package.module:registry".
-"""
-
-import importlib
 import inspect
-import os
 import re
-import sys
-import traceback
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar, overload
 
@@ -26,33 +9,15 @@ import dspy
 from pydantic import BaseModel
 
 from agents.base import DEFAULT_MAX_CONCURRENT, DEFAULT_TIMEOUT, Agent, AgentSpec
-from agents.hosting import FunctionAgent, ProgramAgent
 from agents.react import DEFAULT_MAX_ITERS, ReAct, react_agent
-from agents.schema import Contract, SchemaError, function_call, module_contract, signature_contract
-
-DEFAULT_ATTRIBUTE = "registry"
+from agents.registry.errors import RegistryError
+from agents.registry.hosting import FunctionAgent, ProgramAgent
+from agents.registry.schema import Contract, SchemaError, function_call, module_contract, signature_contract
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
-_SPEC = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*(?::[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)?")
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 S = TypeVar("S", bound=type)
-
-
-class RegistryError(Exception):
-    """An agent cannot be registered, or a registry cannot be loaded.
-
-    `subject` is the agent or the spec that it is about, `problem` what is wrong, `remedy` what to do.
-    """
-
-    def __init__(self, subject: str, problem: str, remedy: str) -> None:
-        super().__init__(subject, problem, remedy)
-        self.subject = subject
-        self.problem = problem
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        return f"{self.subject}: {self.problem}. {self.remedy[:1].upper()}{self.remedy[1:]}."
 
 
 class Registry:
@@ -107,7 +72,7 @@ class Registry:
         if not isinstance(program, dspy.Module):
             raise RegistryError(
                 f"agent {name!r}",
-                f"{_kind(program)} is not a dspy.Module",
+                f"{kind_of(program)} is not a dspy.Module",
                 "pass a module such as dspy.Predict(…); for a function use @registry.agent",
             )
         given = None if signature is None else dspy.Signature(signature) if isinstance(signature, str) else signature
@@ -145,19 +110,19 @@ class Registry:
 
         def decorate(signature: S) -> S:
             agent_name = name or snake_case(getattr(signature, "__name__", ""))
-            if not (isinstance(signature, type) and issubclass(signature, dspy.Signature)):
+            if not _is_signature(signature):
                 raise RegistryError(
                     f"agent {agent_name!r}",
-                    f"@registry.react decorates a dspy.Signature class, not {_kind(signature)}",
+                    f"@registry.react decorates a dspy.Signature class, not {kind_of(signature)}",
                     "write `class Name(dspy.Signature)`, or use @registry.agent for a function",
                 )
             try:
                 program = react_agent(signature, tools, max_iters)
             except ValueError as error:
-                raise RegistryError(f"agent {agent_name!r}", str(error), "mend what is given to @registry.react") from error
-            self.add(
-                agent_name, program, description=description, timeout=timeout, max_concurrent=max_concurrent
-            )
+                raise RegistryError(
+                    f"agent {agent_name!r}", str(error), "mend what is given to @registry.react"
+                ) from error
+            self.add(agent_name, program, description=description, timeout=timeout, max_concurrent=max_concurrent)
             return signature
 
         return decorate
@@ -177,14 +142,13 @@ class Registry:
 
     def agent(
         self,
-        function: Any = None,
-        /,
+        function: F | None = None,
         *,
         name: str | None = None,
         description: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         max_concurrent: int = DEFAULT_MAX_CONCURRENT,
-    ) -> Any:
+    ) -> F | Callable[[F], F]:
         """Decorate an `async def`: an agent that runs it. The function itself stays as it is.
 
         Its input is the one parameter that is a pydantic model, or else its typed parameters together. A parameter
@@ -229,7 +193,7 @@ class Registry:
 
     def _put(self, agent: Agent, place: str) -> None:
         name = agent.spec.name
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not _NAME.fullmatch(str(name)):
             raise RegistryError(
                 f"agent {name!r}",
                 "the name must start with a letter a-z and go on with up to 63 of a-z, 0-9, _ and -",
@@ -263,11 +227,15 @@ def _derived(name: str, derive: Callable[[], T]) -> T:
         raise RegistryError(f"agent {name!r}", error.problem, error.remedy) from error
 
 
+def _is_signature(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, dspy.Signature)
+
+
 def _check_function(name: str, function: Any) -> None:
     if inspect.isasyncgenfunction(function):
         problem, remedy = "it yields", "emit events with `emit: Emitter` and return the result"
     elif isinstance(function, type) or not callable(function):
-        problem, remedy = f"@registry.agent decorates an async function, not {_kind(function)}", "write `async def`"
+        problem, remedy = f"@registry.agent decorates an async function, not {kind_of(function)}", "write `async def`"
     elif not inspect.iscoroutinefunction(function):
         problem = "it is not `async def`, so it would block every other run"
         remedy = "write `async def` and await what takes long; blocking calls go through anyio.to_thread.run_sync"
@@ -294,8 +262,12 @@ def _first_paragraph(text: str | None) -> str:
     return " ".join(inspect.cleandoc(text or "").partition("\n\n")[0].split())
 
 
-def _kind(value: Any) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+def kind_of(value: Any) -> str:
+    """What `value` is, for people."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 def _place() -> str:
@@ -304,76 +276,3 @@ def _place() -> str:
     while frame is not None and frame.f_globals.get("__name__") == __name__:
         frame = frame.f_back
     return "an unknown place" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-# -- Loading -------------------------------------------------------------------------------------------------------
-
-
-def load(specs: str) -> Registry:
-    """The registries named by `specs`, as one: "package.module:registry", several parted by commas. The current
-    directory can be imported from; without ":name" the module's `registry` is meant.
-
-    :raises RegistryError: one cannot be loaded, or two have an agent of one name.
-    """
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
-    merged = Registry()
-    for spec in filter(None, (part.strip() for part in specs.split(","))):
-        try:
-            merged.update(_load_one(spec))
-        except RegistryError as error:
-            if error.subject == spec:
-                raise
-            raise RegistryError(spec, f"{error.subject}: {error.problem}", error.remedy) from error
-    if not len(merged):
-        raise RegistryError(repr(specs), "it names no agents", "write it as package.module:registry")
-    return merged
-
-
-def _load_one(spec: str) -> Registry:
-    if not _SPEC.fullmatch(spec):
-        raise RegistryError(spec, "it is not of the form package.module:registry", _spelling(spec))
-    module_name, _, attribute = spec.partition(":")
-    found: Any = _import(spec, module_name)
-    for part in (attribute or DEFAULT_ATTRIBUTE).split("."):
-        try:
-            found = getattr(found, part)
-        except AttributeError:
-            names = [key for key, value in vars(found).items() if isinstance(value, Registry)]
-            remedy = f"use one of its registries: {', '.join(names)}" if names else "write `registry = Registry()` there"
-            raise RegistryError(spec, f"{module_name} has no attribute {part!r}", remedy) from None
-    if not isinstance(found, Registry):
-        remedy = "give the name of a Registry; a program goes into one with registry.add(name, program)"
-        raise RegistryError(spec, f"it is {_kind(found)}, not a Registry", remedy)
-    return found
-
-
-def _spelling(spec: str) -> str:
-    path, _, attribute = spec.partition(":")
-    dotted = re.sub(r"[\\/]+", ".", path.removesuffix(".py").strip("./\\"))
-    guess = f"{dotted}:{attribute or DEFAULT_ATTRIBUTE}"
-    return f"write {guess}" if _SPEC.fullmatch(guess) else "write it as package.module:registry"
-
-
-def _import(spec: str, module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except RegistryError:
-        raise
-    except ModuleNotFoundError as error:
-        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
-            problem, remedy = f"there is no module {error.name!r}", "start in the folder that holds it, or install it"
-        else:
-            problem = f"{module} imports {error.name!r}, which is not installed ({_raised_at(error)})"
-            remedy = "install that package"
-        raise RegistryError(spec, problem, remedy) from error
-    except (Exception, SystemExit) as error:  # noqa: BLE001 -- a module may raise anything when it is imported
-        problem = f"importing {module} raised {type(error).__name__}: {error} ({_raised_at(error)})"
-        raise RegistryError(spec, problem, "mend that module") from error
-
-
-def _raised_at(error: BaseException) -> str:
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}:{error.lineno}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "at import"

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from agents.base import AgentSpec, Emitter, Task, Turn
-from agents.schema import HISTORY, Call, Contract
 from agents.current import emitting
+from agents.registry.schema import HISTORY, Call, Contract
 from agents.streaming import run_program
 from agents.values import cut_text, plain
 
@@ -33,7 +33,7 @@ class ProgramAgent:
         if self._contract.takes_history:
             inputs[HISTORY] = history_text(task.history)
         with emitting(emit):
-            outcome = await run_program(self.program, inputs, emit, messages=self._messages)
+            outcome = await run_program(self.program, inputs, emit, messages=self._messages, name=self.spec.name)
         return self._result(outcome.prediction)
 
     def _result(self, prediction: Any) -> Any:
@@ -56,7 +56,7 @@ class FunctionAgent:
 
     async def run(self, task: Task, emit: Emitter) -> Any:
         call = self._call
-        arguments = {call.whole: task.input} if call.whole else _fields(task.input)
+        arguments: dict[str, Any] = {call.whole: task.input} if call.whole else _fields(task.input)
         if call.emit:
             arguments[call.emit] = emit
         if call.task:

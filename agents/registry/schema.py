@@ -54,7 +54,9 @@ def input_model(name: str, fields: Mapping[str, tuple[Any, Any]]) -> type[BaseMo
             model: type[BaseModel] = create_model(title, __config__=config, **definitions)
             model.model_json_schema()
     except Exception as error:
-        raise SchemaError(f"its inputs make no JSON Schema: {_first_line(error)}", "use types that pydantic knows") from error
+        raise SchemaError(
+            f"its inputs make no JSON Schema: {_first_line(error)}", "use types that pydantic knows"
+        ) from error
     return model
 
 
@@ -153,7 +155,10 @@ def parameter_fields(
         if key in skip:
             continue
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
-            raise SchemaError(f"the inputs cannot be told from {where}, which takes {parameter}", f"name and type its parameters, or {remedy}")
+            raise SchemaError(
+                f"the inputs cannot be told from {where}, which takes {parameter}",
+                f"name and type its parameters, or {remedy}",
+            )
         if key not in hints:
             hint = " (write `emit: Emitter`)" if key == "emit" else " (write `task: Task`)" if key == "task" else ""
             raise SchemaError(f"parameter {key!r} of {where} has no type{hint}", remedy)

@@ -1,0 +1,207 @@
+"""A folder of texts that can be searched: BM25 over its paragraphs, built when first asked, renewed when files change.
+
+Everything here blocks and is meant to run on a thread. Files are known by their path inside the folder, never by
+where the folder is. This module must not know agents.
+"""
+
+import math
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from agents.base import ToolError
+from agents.words import stems
+
+SUFFIXES = frozenset({".md", ".txt", ".rst", ".py"})
+MAX_FILES = 2_000
+MAX_FILE_BYTES = 1_000_000
+MAX_READ_LINES = 60
+PASSAGE_LINES = 25
+MAX_HEADING = 80
+
+_SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules", "venv", "build", "dist"})
+_HEADING = re.compile(r"^#{1,6} +(.+?)\s*#*$")
+_UNDERLINE = re.compile(r"^([=\-~^])\1{2,}$")
+_K, _B = 1.4, 0.6
+_HEADING_WEIGHT = 2
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A paragraph, list, table or piece of code."""
+
+    file: str
+    line: int
+    """Its first line, from 1."""
+    text: str
+    heading: str
+
+    @property
+    def place(self) -> str:
+        return place(self.file, str(self.line), self.heading)
+
+
+def place(file: str, lines: str, heading: str) -> str:
+    """Where a text stands: "guide.md:12 (Start)"."""
+    return f"{file}:{lines}" + (f" ({heading[:MAX_HEADING]})" if heading else "")
+
+
+class Corpus:
+    """The texts of some folders and files. Safe to use from several threads at once."""
+
+    def __init__(self, *roots: Path) -> None:
+        self._roots = [root.resolve() for root in roots]
+        self._lock = threading.Lock()
+        self._stamp: tuple[tuple[str, int, int], ...] | None = None
+        self._index = _Index([])
+
+    def files(self) -> dict[str, Path]:
+        """The text files by name, hidden ones and those behind links to elsewhere left out."""
+        found: dict[str, Path] = {}
+        for root in self._roots:
+            folder = root if root.is_dir() else root.parent
+            for path in _walk(root):
+                name = path.relative_to(folder).as_posix()
+                found.setdefault(name if len(self._roots) == 1 or root.is_file() else f"{root.name}/{name}", path)
+                if len(found) >= MAX_FILES:
+                    return found
+        return found
+
+    def search(self, query: str, limit: int) -> list[Passage]:
+        """The passages that fit `query` best, the best first; empty if none shares a word with it."""
+        return self._fresh().search(query, limit)
+
+    def open(self, name: str) -> tuple[str, list[str]]:
+        """The file that `name` means: its name here and its lines.
+
+        :raises ToolError: it is outside, or there is none; the text says which files there are.
+        """
+        files = self.files()
+        known = _find(name, files)
+        return known, _read(files[known]).splitlines()
+
+    def _fresh(self) -> "_Index":
+        files = self.files()
+        stamp = tuple(_stamp(name, path) for name, path in files.items())
+        with self._lock:  # built once, however many ask at the same time
+            if stamp != self._stamp:
+                self._index = _Index([part for name, path in files.items() for part in passages(name, _read(path))])
+                self._stamp = stamp
+            return self._index
+
+
+def _find(name: str, files: Collection[str]) -> str:
+    wanted = name.strip().strip("`'\"").replace("\\", "/").removeprefix("./")
+    if wanted in files:
+        return wanted
+    if wanted.startswith(("/", "~")) or ".." in wanted.split("/") or re.match(r"[A-Za-z]:", wanted):
+        raise ToolError(f"{wanted!r} is outside the folder; only files inside it can be read")
+    same_name = [known for known in files if known.rpartition("/")[2] == wanted.rpartition("/")[2]]
+    if len(same_name) == 1:
+        return same_name[0]
+    some = ", ".join(sorted(same_name or files)[:20]) or "none"
+    raise ToolError(f"there is no file {wanted!r}; there are: {some}")
+
+
+class _Index:
+    """BM25; a passage's heading counts as part of it."""
+
+    def __init__(self, parts: list[Passage]) -> None:
+        self._parts = parts
+        self._words = [Counter(stems(f"{f'{part.heading} ' * _HEADING_WEIGHT}{part.text}")) for part in parts]
+        self._lengths = [sum(words.values()) for words in self._words]
+        self._mean = sum(self._lengths) / len(parts) if parts else 1.0
+        self._holders: dict[str, list[int]] = {}
+        for at, words in enumerate(self._words):
+            for word in words:
+                self._holders.setdefault(word, []).append(at)
+
+    def search(self, query: str, limit: int) -> list[Passage]:
+        scores: Counter[int] = Counter()
+        for word in dict.fromkeys(stems(query)):
+            holders = self._holders.get(word, [])
+            rarity = math.log(1 + (len(self._parts) - len(holders) + 0.5) / (len(holders) + 0.5))
+            for at in holders:
+                times = self._words[at][word]
+                length = 1 - _B + _B * self._lengths[at] / self._mean
+                scores[at] += rarity * times * (_K + 1) / (times + _K * length)  # type: ignore[assignment]
+        ranked = sorted(scores, key=lambda at: (-scores[at], at))
+        return [self._parts[at] for at in ranked[:limit]]
+
+
+def passages(file: str, text: str) -> Iterator[Passage]:
+    """The parts of `text` between empty lines, each with the heading that it stands under; long ones are parted."""
+    lines = text.splitlines()
+    heading = ""
+    block: list[str] = []
+    for number, line in enumerate([*lines, ""], start=1):
+        title = _title(lines, number - 1)
+        if line.strip() and title is None and len(block) < PASSAGE_LINES:
+            block.append(line)
+            continue
+        if any(character.isalnum() for held in block for character in held):
+            yield Passage(file, number - len(block), "\n".join(block), heading)
+        heading = heading if title is None else title
+        block = [line] if line.strip() and title is None else []
+
+
+def section(lines: list[str], around: int) -> tuple[int, int]:
+    """The lines, from and to (from 1, both included), of the section that line `around` is in, at most
+    `MAX_READ_LINES` of them."""
+    start = end = min(max(around, 1), max(len(lines), 1))
+    while start > 1 and _title(lines, start - 1) is None:
+        start -= 1
+    while end < len(lines) and _title(lines, end) is None:
+        end += 1
+    if end - start >= MAX_READ_LINES:
+        start = max(start, around - MAX_READ_LINES // 3)
+        end = min(end, start + MAX_READ_LINES - 1)
+    return start, end
+
+
+def heading_above(lines: list[str], line: int) -> str:
+    """The title of the section that `line` (from 1) is in."""
+    titles = (_title(lines, at) for at in range(min(line, len(lines)) - 1, -1, -1))
+    return next((title for title in titles if title is not None), "")
+
+
+def _title(lines: list[str], at: int) -> str | None:
+    """The heading in line `at` (from 0), if it is one."""
+    if at >= len(lines):
+        return None
+    if match := _HEADING.match(lines[at]):
+        return match[1]
+    underlined = at + 1 < len(lines) and lines[at].strip() and _UNDERLINE.match(lines[at + 1])
+    return lines[at].strip() if underlined and len(lines[at]) <= len(lines[at + 1]) + 2 else None
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    if root.is_file():
+        yield root
+        return
+    for folder, names, files in os.walk(root):
+        names[:] = sorted(name for name in names if not name.startswith(".") and name not in _SKIPPED_FOLDERS)
+        for name in sorted(files):
+            path = Path(folder, name)
+            inside = path.suffix in SUFFIXES and not name.startswith(".") and path.resolve().is_relative_to(root)
+            if inside and path.is_file() and path.stat().st_size <= MAX_FILE_BYTES:
+                yield path
+
+
+def _stamp(name: str, path: Path) -> tuple[str, int, int]:
+    try:
+        status = path.stat()
+    except OSError:  # it went away a moment ago
+        return name, 0, 0
+    return name, status.st_mtime_ns, status.st_size
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

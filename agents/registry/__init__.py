@@ -1,0 +1,20 @@
+"""Registries: which agents there are, by name.
+
+    registry = Registry()
+    registry.add("summarizer", dspy.ChainOfThought("text -> summary"))
+
+    @registry.react(tools=[search])
+    class Researcher(dspy.Signature): ...
+
+    @registry.agent
+    async def greeter(name: str, emit: Emitter) -> str: ...
+
+Names, descriptions, input models and JSON Schemas come from signatures, types and docstrings. What cannot be derived
+is an error at once, which says what to do. `load` gets registries from strings such as "package.module:registry".
+"""
+
+from agents.registry.book import Registry
+from agents.registry.errors import RegistryError
+from agents.registry.loading import load
+
+__all__ = ["Registry", "RegistryError", "load"]

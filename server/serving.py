@@ -1,0 +1,138 @@
+"""A hub as a process: settings in, exit code out. The socket, the log, uvicorn, and the order of a stop (G6).
+
+Kept apart from the command line because it loads everything that agents need, which takes a second: commands that only
+talk to a hub should not wait for it.
+"""
+
+import logging
+import os
+import socket
+from types import FrameType
+
+import anyio
+import typer
+import uvicorn
+
+from agents import llm
+from agents.base import redact
+from agents.registry import RegistryError, load
+from server import __version__
+from server.app import AgentCast
+from server.asgi import FrameProtocol
+from server.config import Settings
+from server.protocol import MESSAGE_BYTES
+
+
+class CannotServe(Exception):
+    """The hub cannot start; the text says why and what to do."""
+
+
+def serve(settings: Settings) -> int:
+    """Run a hub until it is told to stop; gives the process's exit code.
+
+    :raises CannotServe: an agent, the model, the address or the log level is wrong.
+    """
+    _set_up_logging(settings.log_level)
+    try:
+        registry = load(",".join(settings.agents))
+        model = llm.configure(settings.lm)
+    except (RegistryError, llm.ModelError) as error:
+        raise CannotServe(str(error)) from None
+    sock = _bind(settings)
+    hub = AgentCast({agent.spec.name: agent for agent in registry}, model, settings)
+    server = _Server(hub, settings, banner=_banner(hub, model, sock))
+    server.run(sockets=[sock])
+    logging.shutdown()
+    if hub.runs.abandoned:  # their threads would keep the interpreter from exiting, for as long as they like
+        os._exit(server.exit_code)
+    return server.exit_code
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, except that a stop first ends the runs and lets their last events out.
+
+    Left to itself, uvicorn would close the sockets first.
+    """
+
+    def __init__(self, hub: AgentCast, settings: Settings, banner: str) -> None:
+        super().__init__(
+            uvicorn.Config(
+                hub.app,
+                ws=FrameProtocol,
+                ws_max_size=MESSAGE_BYTES,
+                ws_ping_interval=None,
+                ws_per_message_deflate=False,
+                timeout_graceful_shutdown=5,
+                lifespan="on",
+                log_config=None,
+                access_log=settings.log_level == "debug",
+                server_header=False,
+            )
+        )
+        self._hub = hub
+        self._banner = banner
+        self.exit_code = 0
+        self._stopping: anyio.CancelScope | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            typer.echo(self._banner)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._hub.crashed is not None:
+            self.exit_code = 1
+            return True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        with anyio.CancelScope() as self._stopping:
+            await self._hub.stop()
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self.force_exit and self._stopping is not None:  # a second Ctrl-C
+            self._stopping.cancel()
+
+
+def _bind(settings: Settings) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        where = f"{settings.host}:{settings.port}"
+        raise CannotServe(f"cannot listen on {where}: {reason}; choose another --port (0 takes a free one)") from None
+
+
+def _banner(hub: AgentCast, model: llm.ModelInfo, sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    shown = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host  # noqa: S104
+    names = ", ".join(hub.runs.agents) or "none"
+    lines = [
+        f"agentcast {__version__} is running at http://{shown}:{port}",
+        f"  agents  {names}",
+        f"  model   {model.name}" + ("  (offline; set AGENTCAST_LM for a real one)" if model.offline else ""),
+        "  stop    Ctrl-C",
+    ]
+    return "\n".join(lines)
+
+
+class _Redacting(logging.Formatter):
+    """Log lines without the secrets of this process's environment, tracebacks included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def _set_up_logging(level: str) -> None:
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise CannotServe(f"log level {level!r} is none of debug, info, warning, error")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Redacting("%(asctime)s %(levelname)-8s %(name)s: %(message)s"))
+    logging.basicConfig(level=number, handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(max(number, logging.WARNING) if number > logging.DEBUG else number)

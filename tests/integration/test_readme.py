@@ -1,0 +1,166 @@
+"""README stays true: every snippet in it is run here, as it stands there."""
+
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+AGENTCAST = str(Path(sysconfig.get_path("scripts")) / "agentcast")
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every shell command of README, without comments, continued lines joined."""
+    lines = "\n".join(snippets("sh")).replace("\\\n", " ").splitlines()
+    return [line.partition("  #")[0].strip() for line in lines]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("readme")
+    (path / "my_agents.py").write_text(snippets("python")[0])
+    (path / "client.py").write_text(snippets("python")[1])
+    return path
+
+
+def environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, "AGENTCAST_OFFLINE_DELAY": "0", "NO_COLOR": "1", **variables}
+
+
+def serve(folder: Path, command: str, **variables: str) -> Iterator[tuple[str, str]]:
+    """Run README's command on a free port. Gives the URL and the banner, and stops the hub afterwards."""
+    words = shlex.split(command)
+    assert words[0] == "agentcast"
+    hub = subprocess.Popen(
+        [AGENTCAST, *words[1:], "--port", "0"],
+        cwd=folder,
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert hub.stdout is not None
+    try:
+        banner = "".join(iter(hub.stdout.readline, "  stop    Ctrl-C\n"))
+        url = re.search(r"http://\S+", banner)
+        assert url is not None, banner
+        yield url[0], banner
+    finally:
+        hub.terminate()
+        assert hub.wait(timeout=20) == 0
+        hub.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def hub(folder: Path) -> Iterator[str]:
+    command = next(line for line in commands() if line.startswith("agentcast serve --agents"))
+    for url, banner in serve(folder, command):
+        assert "summarizer, editor, countdown" in banner
+        yield url
+
+
+def test_every_snippet_is_covered_here():
+    known = ("make ", "AGENTCAST_LM=", "agentcast ", "curl ")
+    assert all(line.startswith(known) for line in commands())
+    assert len(snippets("python")) == 2
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"make (\w+)", README)) - {"it"}:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.parametrize(
+    ("agent", "input", "expected"),
+    [
+        ("summarizer", {"text": "One hub serves many clients. They all see every event."}, "summary"),
+        ("editor", {"question": "How many words has 'to be or not to be'?"}, "answer"),
+        ("countdown", {"start": 2}, None),
+    ],
+)
+def test_the_agents_run(hub: str, agent: str, input: dict[str, object], expected: str | None):
+    words = [f"{name}={value}" for name, value in input.items()]
+    done = subprocess.run(
+        [AGENTCAST, "run", agent, *words, "--url", hub, "--json"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["event"] == "run_end"
+    assert last["result"] == "lift-off" if expected is None else last["result"][expected]
+
+
+@pytest.mark.parametrize(
+    "command", [line for line in commands() if line.startswith(("agentcast agents", "agentcast run"))]
+)
+def test_the_terminal_commands_work(hub: str, command: str):
+    words = shlex.split(command)[1:]
+    done = subprocess.run(
+        [AGENTCAST, *words, "--url", hub], env=environment(), capture_output=True, text=True, timeout=30, check=True
+    )
+    assert ("countdown" if words[0] == "agents" else "lift-off") in done.stdout
+
+
+def test_the_client_sees_the_run_to_its_end(hub: str, folder: Path):
+    client = (folder / "client.py").read_text()
+    assert "ws://127.0.0.1:8000/ws" in client
+    done = subprocess.run(
+        [sys.executable, "-c", client.replace("ws://127.0.0.1:8000", hub.replace("http", "ws"))],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert "status 3…" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("run_end lift-off")
+
+
+@pytest.mark.parametrize("command", [line for line in commands() if line.startswith("curl")])
+def test_the_http_requests_are_answered(hub: str, command: str):
+    words = shlex.split(command)
+    options = dict(itertools.pairwise(words))
+    url = next(word for word in words if word.startswith(DEFAULT_URL)).replace(DEFAULT_URL, hub)
+    name, _, value = options.get("-H", "Accept: */*").partition(": ")
+    body = options.get("-d")
+    request = urllib.request.Request(url, None if body is None else body.encode(), {name: value})  # noqa: S310
+    with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
+        assert response.status == 200
+        assert set(json.load(response)) & {"agents", "run"}
+
+
+def test_a_real_model_is_taken_from_the_environment(folder: Path):
+    line = next(line for line in commands() if line.startswith("AGENTCAST_LM="))
+    variables = dict(word.split("=", 1) for word in shlex.split(line) if "=" in word)
+    for _, banner in serve(folder, "agentcast serve", **variables):
+        assert f"model   {variables['AGENTCAST_LM']}\n" in banner
+
+
+def test_the_public_host_name_is_allowed(folder: Path):
+    command = next(word for word in re.findall(r"`(agentcast serve --hosts [^`]+)`", README))
+    for url, _ in serve(folder, command):
+        request = urllib.request.Request(f"{url}/readyz", headers={"Host": "agents.example.org"})  # noqa: S310
+        with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
+            assert response.status == 200
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

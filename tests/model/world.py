@@ -1,0 +1,377 @@
+"""The world of the model test: a hub on a bus that dawdles, runs that keep their own books, connections without sockets."""
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Any, TypeVar, cast
+
+import anyio
+import orjson
+from anyio.abc import TaskGroup, TaskStatus
+from anyio.lowlevel import checkpoint
+
+from agents.events import FULL_ONLY_EVENTS, TERMINAL_EVENTS
+from server.bus.base import (
+    ACTIVE,
+    Announcement,
+    Created,
+    Deliver,
+    Filter,
+    Frame,
+    Head,
+    NewRun,
+    Page,
+    RunInfo,
+    Snapshot,
+    Status,
+    Subscription,
+)
+from server.bus.memory import MemoryBus
+from server.errors import Unavailable
+from server.hub import Hub
+from server.outbox import Outbox
+from server.protocol import Start, encode_event
+from server.runs import Runs
+from server.session import Session
+from server.state import RunState
+
+T = TypeVar("T")
+PRINCIPAL = "ann"
+AT_REST_AFTER = 20_000
+
+
+class DawdlingBus(MemoryBus):
+    """A bus that takes a few turns of the loop for each question, sometimes has no answer, and delivers late."""
+
+    def __init__(self, seed: int, *, late: bool, flaky: bool, log_events: int) -> None:
+        super().__init__(log_events=log_events)
+        self._random = random.Random(seed)
+        self._late = late
+        self._flaky = flaky
+        self._post: deque[Callable[[], None]] = deque()
+        self._posted = anyio.Event()
+        self.well = True
+        """Whether every question is answered at the moment, flaky or not."""
+
+    async def run(self) -> None:
+        """Deliver what is late, in order, until cancelled."""
+        while True:
+            while self._post:
+                await self._dawdle()
+                self._post.popleft()()
+            self._posted = anyio.Event()
+            await self._posted.wait()
+
+    async def _dawdle(self) -> None:
+        for _ in range(self._random.randrange(4)):
+            await checkpoint()
+
+    async def _ask(self, question: Awaitable[T]) -> T:
+        await self._dawdle()
+        answer = await question
+        await self._dawdle()
+        if self._flaky and not self.well and self._random.random() < 0.15:
+            raise Unavailable("the bus is away")
+        return answer
+
+    async def info(self, runs: Collection[str]) -> dict[str, RunInfo]:
+        return await self._ask(super().info(runs))
+
+    async def read(self, run: str, epoch: str, after: int) -> Page | None:
+        return await self._ask(super().read(run, epoch, after))
+
+    async def load_snapshot(self, run: str) -> Snapshot | None:
+        return await self._ask(super().load_snapshot(run))
+
+    async def list(self, filter: Filter) -> Sequence[RunInfo]:
+        return await self._ask(super().list(filter))
+
+    async def read_feed(self, after: str) -> Sequence[Announcement] | None:
+        return await self._ask(super().read_feed(after))
+
+    async def subscribe(self, run: str, deliver: Deliver) -> Subscription:
+        open = [True]
+
+        def post(news: Sequence[Frame] | Head) -> None:
+            if self._late:
+                self._post.append(lambda: deliver(news) if open else None)
+                self._posted.set()
+            else:
+                deliver(news)
+
+        inner = await self._ask(super().subscribe(run, post))
+        return _Closing(inner, open)
+
+    @property
+    def subscribed(self) -> int:
+        """Subscriptions to runs that are still open."""
+        return sum(len(log.subscribers) for log in self._logs.values())
+
+
+class _Closing:
+    def __init__(self, inner: Subscription, open: list[bool]) -> None:
+        self._inner = inner
+        self._open = open
+
+    def close(self) -> None:
+        self._inner.close()
+        self._open.clear()
+
+
+class Run:
+    """One run as its owner sees it: the reference for everything that clients are shown."""
+
+    def __init__(self, index: int, agent: str, thread: str | None) -> None:
+        self.id = f"run{index:05d}"
+        self.index = index
+        self.agent = agent
+        self.thread = thread
+        self.state = RunState.new(self.id, agent)
+        self.epoch = f"{self.id}-first"
+        self.epochs = [self.epoch]
+        self.fence = 0
+        self.logged: dict[int, bytes] = {}
+        """seq → the frame that clients may see. What the bus lost is not among them."""
+        self.progress: list[int] = []
+        """Every seq that detail `progress` shows, lost or not."""
+        self.states = [self.state.encode()]
+        """The encoded state after each seq."""
+        self.open: dict[str, str] = {}
+        """What has begun and not ended yet: id → `message` or `tool`."""
+
+    @property
+    def head(self) -> int:
+        return len(self.states) - 1
+
+    @property
+    def status(self) -> Status:
+        return cast(Status, self.state.document["status"])
+
+    @property
+    def ended(self) -> bool:
+        return self.status not in ACTIVE
+
+    def matches(self, to: dict[str, Any]) -> bool:
+        return (
+            "all" in to
+            or to.get("run") == self.id
+            or to.get("agent") == self.agent
+            or ("thread" in to and to["thread"] == self.thread)
+        )
+
+    async def create(self, bus: MemoryBus) -> Created:
+        thread = {} if self.thread is None else {"thread": self.thread}
+        first = self._stamp({"event": "run_queued", "epoch": self.epoch, "input": {"n": self.index}, **thread})
+        created = await bus.create(
+            NewRun(
+                run=self.id,
+                epoch=self.epoch,
+                agent=self.agent,
+                principal=PRINCIPAL,
+                thread=self.thread,
+                created=float(self.index),
+                first=first,
+            )
+        )
+        assert created.fence is not None
+        self.fence = created.fence
+        self._log([first])
+        return created
+
+    async def append(self, bus: MemoryBus, kinds: Sequence[str]) -> None:
+        batch = [self._stamp(self._fact(kind)) for kind in kinds]
+        await bus.append(self.id, self.fence, batch, self.status)
+        self._log(batch)
+
+    async def rebase(self, bus: MemoryBus, lost: Sequence[str]) -> None:
+        """The bus has lost the batch that held `lost`, as the owner finds out."""
+        for kind in lost:
+            self._stamp(self._fact(kind))
+        self.epoch = await bus.rebase(self.id, self.fence, self.head, self.state.encode(), self.status)
+        self.epochs.append(self.epoch)
+
+    async def save(self, bus: MemoryBus) -> None:
+        await bus.save_snapshot(self.fence, Snapshot(self.id, self.epoch, self.head, self.state.encode()))
+
+    def _log(self, batch: Sequence[Frame]) -> None:
+        self.logged.update({frame.seq: frame.data for frame in batch})
+
+    def _stamp(self, fact: dict[str, Any]) -> Frame:
+        seq = self.head + 1
+        prev = self.progress[-1] if self.progress else 0
+        data = encode_event(self.id, self.agent, seq, prev, float(seq), fact)
+        self.state.apply(orjson.loads(data))
+        self.states.append(self.state.encode())
+        progress = fact["event"] not in FULL_ONLY_EVENTS
+        if progress:
+            self.progress.append(seq)
+        return Frame(self.id, self.epoch, seq, data, progress, fact["event"] in TERMINAL_EVENTS)
+
+    def _fact(self, kind: str) -> dict[str, Any]:
+        match kind:
+            case "text":
+                return self._go_on("message")
+            case "tool":
+                return self._go_on("tool")
+            case "close":
+                return self._close()
+            case "end":
+                return {"event": "run_end", "result": {"n": self.head}, "duration": 1.0}
+            case "fail":
+                failure = {"code": "agent_error", "message": "no", "retryable": False}
+                return {"event": "run_error", "error": failure, "duration": 1.0}
+            case _:
+                return {"event": "status", "message": f"at {self.head}"}
+
+    def _go_on(self, what: str) -> dict[str, Any]:
+        id = next((id for id, kind in self.open.items() if kind == what), None)
+        if id is None:
+            id = f"{what}{self.head}"
+            self.open[id] = what
+            if what == "tool":
+                return {"event": "tool_start", "span": id, "tool": "search", "args": {"n": self.head}}
+            return {"event": "message_start", "message": id, "span": "s", "field": "answer"}
+        if what == "tool":
+            return {"event": "tool_progress", "span": id, "progress": float(self.head)}
+        return {"event": "token", "message": id, "delta": f"{self.head} "}
+
+    def _close(self) -> dict[str, Any]:
+        if not self.open:
+            return {"event": "run_start", "worker": "w", "attempt": 1}
+        id, what = self.open.popitem()
+        if what == "tool":
+            return {"event": "tool_end", "span": id, "tool": "search", "duration": 1.0, "result": None}
+        text = next(item["text"] for item in self.state.document["messages"] if item["message"] == id)
+        return {"event": "message_end", "message": id, "text": text}
+
+
+class Connection:
+    """What `server.endpoint` makes of a socket, without one."""
+
+    def __init__(self, hub: Hub, starter: object, queue_frames: int) -> None:
+        self._hub = hub
+        self.outbox = Outbox(_nothing, self._pull, _nothing, queue_frames=queue_frames)
+        self._session = Session("x", PRINCIPAL, hub, cast(Runs, starter), self.outbox)
+        self._tasks: TaskGroup | None = None
+        self._pulling = False
+        self.closed = anyio.Event()
+
+    async def serve(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        try:
+            async with anyio.create_task_group() as self._tasks:
+                task_status.started()
+                await anyio.sleep_forever()
+        finally:
+            self._hub.disconnect(self.outbox)
+            self.closed.set()
+
+    async def send(self, command: dict[str, Any]) -> None:
+        assert self._tasks is not None
+        self._tasks.start_soon(self._session.handle, orjson.dumps(command).decode())
+
+    async def read(self) -> dict[str, Any] | None:
+        """The next frame, if one waits."""
+        taken = self.outbox.take()
+        assert len(taken) <= 1
+        return cast(dict[str, Any], orjson.loads(taken[0])) if taken else None
+
+    async def cut(self) -> None:
+        assert self._tasks is not None
+        self._tasks.cancel_scope.cancel()
+        await self.closed.wait()
+
+    def _pull(self) -> None:
+        if not self._pulling and self._tasks is not None:
+            self._pulling = True
+            self._tasks.start_soon(self._catch_up)
+
+    async def _catch_up(self) -> None:
+        try:
+            await self._hub.catch_up(self.outbox)
+        finally:
+            self._pulling = False
+        if self.outbox.is_behind and not self.outbox.full:
+            self._pull()
+
+
+class World:
+    """A running hub and all runs. Coroutines are run in it one by one; its tasks stand still in between."""
+
+    def __init__(self, seed: int, *, late: bool, flaky: bool, log_events: int, queue_frames: int) -> None:
+        self._queue_frames = queue_frames
+        self._runner = asyncio.Runner()
+        self._loop = self._runner.get_loop()
+        self.runs: list[Run] = []
+        self.bus = self._runner.run(self._made_bus(seed, late, flaky, log_events))
+        self._main = self._loop.create_task(self._serve())
+        self.do(self.settle())
+        self.bus.well = False
+
+    async def _made_bus(self, seed: int, late: bool, flaky: bool, log_events: int) -> DawdlingBus:
+        return DawdlingBus(seed, late=late, flaky=flaky, log_events=log_events)
+
+    async def _serve(self) -> None:
+        self.hub = Hub(self.bus)
+        async with anyio.create_task_group() as self._tasks:
+            self._tasks.start_soon(self.bus.run)
+            await self._tasks.start(self.hub.run)
+            await anyio.sleep_forever()
+
+    def do(self, work: Awaitable[T]) -> T:
+        """Run a coroutine in the world, and nothing longer than that."""
+
+        async def guarded() -> T:
+            return await work
+
+        result = self._runner.run(guarded())
+        if self._main.done():
+            self._main.result()
+        return result
+
+    def close(self) -> None:
+        self._main.cancel()
+        self.do_quietly()
+        self._runner.close()
+
+    def do_quietly(self) -> None:
+        async def ended() -> None:
+            await asyncio.wait([self._main])
+
+        self._runner.run(ended())
+
+    async def connect(self) -> Connection:
+        connection = Connection(self.hub, self, self._queue_frames)
+        await self._tasks.start(connection.serve)
+        return connection
+
+    async def turns(self, count: int) -> None:
+        for _ in range(count):
+            await checkpoint()
+
+    async def settle(self) -> None:
+        """Let the hub run until all of it waits."""
+        me = asyncio.current_task()
+        for _ in range(AT_REST_AFTER):
+            if all(task is me or _waits(task) for task in asyncio.all_tasks()):
+                return
+            await checkpoint()
+        raise AssertionError("the hub does not come to rest")
+
+    async def create(self, agent: str, thread: str | None) -> Created:
+        run = Run(len(self.runs), agent, thread)
+        self.runs.append(run)
+        return await run.create(self.bus)
+
+    async def start(self, principal: str, command: Start) -> Created:
+        """Stands in for `Runs.start`."""
+        return await self.create(command.agent, command.thread)
+
+
+def _waits(task: "asyncio.Task[Any]") -> bool:
+    waiter = getattr(task, "_fut_waiter")  # noqa: B009 -- no public way to tell
+    return waiter is not None and not waiter.done()
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,117 @@
+"""A hub in this process, behind a real server on a free port."""
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import httpx
+import uvicorn
+
+from server.app import AgentCast
+from server.asgi import FrameProtocol
+from server.bus.base import Bus
+from server.config import Settings
+from server.protocol import MESSAGE_BYTES
+from tests.support.agents import OFFLINE, FunctionAgent
+from tests.support.client import Client, connect
+
+
+@dataclass
+class RunningHub:
+    """`core` is the hub itself, for tests that look inside."""
+
+    core: AgentCast
+    server: "_Server"
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def ws_url(self) -> str:
+        return f"ws://127.0.0.1:{self.port}/ws"
+
+    @asynccontextmanager
+    async def client(self, **options: Any) -> AsyncIterator[Client]:
+        """A strict client that has been greeted."""
+        async with connect(self.ws_url, **options) as client:
+            yield client
+
+    @asynccontextmanager
+    async def http(self) -> AsyncIterator[httpx.AsyncClient]:
+        async with httpx.AsyncClient(base_url=self.url, trust_env=False) as http:
+            yield http
+
+    async def stop(self) -> None:
+        """As `agentcast serve` does when it is told to stop: first the hub, then its server."""
+        await self.core.stop()
+        self.server.told_to_stop.set()
+
+    async def idle(self) -> None:
+        """Wait until every connection, and whatever it followed, is gone."""
+        with anyio.fail_after(5):
+            while len(self.core.connections) or self.core.hub._topics or self.core.hub._rules:
+                await anyio.sleep(0.005)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = anyio.Event()
+        self.told_to_stop = anyio.Event()
+        self.down = anyio.Event()
+
+    async def run_until_stopped(self) -> None:
+        try:
+            await self.serve()
+        finally:
+            self.down.set()
+
+    async def main_loop(self) -> None:
+        await self.told_to_stop.wait()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.up.set()
+
+
+@asynccontextmanager
+async def open_hub(*agents: FunctionAgent, bus: Bus | None = None, **settings: Any) -> AsyncIterator[RunningHub]:
+    """Serve `agents`. Graces are short unless `settings` says otherwise, so that nothing waits in vain."""
+    core = AgentCast(
+        {agent.spec.name: agent for agent in agents},
+        OFFLINE,
+        Settings(**{"grace": 0.0, "cancel_grace": 0.3} | settings),
+        bus,
+    )
+    server = _Server(
+        uvicorn.Config(
+            core.app,
+            port=0,
+            ws=FrameProtocol,
+            ws_max_size=MESSAGE_BYTES,
+            ws_ping_interval=None,
+            ws_per_message_deflate=False,
+            timeout_graceful_shutdown=5,
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+        )
+    )
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(server.run_until_stopped)
+        with anyio.fail_after(5):
+            await server.up.wait()
+        hub = RunningHub(core, server, server.servers[0].sockets[0].getsockname()[1])
+        try:
+            yield hub
+        finally:
+            with anyio.move_on_after(20, shield=True):
+                await hub.stop()
+                await server.down.wait()
+    assert core.crashed is None

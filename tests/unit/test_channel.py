@@ -1,0 +1,477 @@
+"""The channel's promises, with every kind of producer, on asyncio, asyncio in debug mode and uvloop."""
+
+import asyncio
+import contextvars
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from agents import channel as channel_module
+from agents.base import Stopped
+from agents.channel import Channel
+from agents.events import AgentEvent, Status, Token
+from agents.gate import drive
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(
+    params=[("asyncio", {}), ("asyncio", {"debug": True}), ("asyncio", {"use_uvloop": True})],
+    ids=["asyncio", "debug", "uvloop"],
+)
+def anyio_backend(request: Any) -> Any:
+    return request.param
+
+
+def token(producer: str, number: int) -> Token:
+    return Token(message=producer, delta=str(number))
+
+
+def by_producer(events: Iterable[AgentEvent]) -> dict[str, list[int]]:
+    result: dict[str, list[int]] = {}
+    for event in events:
+        assert isinstance(event, Token)
+        result.setdefault(event.message, []).append(int(event.delta))
+    return result
+
+
+async def drive_and_close(run: Any, channel: Channel) -> None:
+    try:
+        await drive(run, channel)
+    finally:
+        channel.close()
+
+
+async def receive_all(channel: Channel, pause: Callable[[], Any] | None = None) -> tuple[list[AgentEvent], int]:
+    """Every event until the channel is closed, and how many waited at most."""
+    events: list[AgentEvent] = []
+    deepest = 0
+    while items := await channel.receive():
+        events += [item.event for item in items]
+        deepest = max(deepest, len(items))
+        if pause is not None:
+            await pause()
+    return events, deepest
+
+
+async def some_turns() -> None:
+    """Let everything that can run on the loop run for a while."""
+    for _ in range(50):
+        await anyio.lowlevel.checkpoint()
+
+
+# -- Order -----------------------------------------------------------------------------------------------------------
+
+
+COUNT = 150
+
+
+async def in_task(channel: Channel, name: str) -> None:
+    for number in range(COUNT):
+        channel.nowait(token(name, number))
+        if number % 3 == 0:
+            await anyio.lowlevel.checkpoint()
+
+
+async def awaiting(channel: Channel, name: str) -> None:
+    for number in range(COUNT):
+        await channel.send(token(name, number))
+
+
+def in_thread(channel: Channel, name: str) -> None:
+    for number in range(COUNT):
+        channel.nowait(token(name, number))
+
+
+async def on_second_loop(channel: Channel) -> None:
+    async with anyio.create_task_group() as group:
+        group.start_soon(awaiting, channel, "second loop a")
+        group.start_soon(awaiting, channel, "second loop b")
+
+
+async def all_kinds(channel: Channel) -> None:
+    raw = [
+        threading.Thread(target=contextvars.copy_context().run, args=(in_thread, channel, f"raw {number}"))
+        for number in range(2)
+    ]
+    raw.append(threading.Thread(target=lambda: asyncio.run(on_second_loop(channel))))
+    for thread in raw:
+        thread.start()
+    async with anyio.create_task_group() as group:
+        for number in range(3):
+            group.start_soon(in_task, channel, f"task {number}")
+            group.start_soon(awaiting, channel, f"awaiting {number}")
+            group.start_soon(anyio.to_thread.run_sync, in_thread, channel, f"worker {number}")
+    for thread in raw:
+        await anyio.to_thread.run_sync(thread.join)
+
+
+async def test_events_of_all_kinds_of_producers_keep_their_order_and_none_is_lost():
+    channel = Channel()
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as group:
+            group.start_soon(drive_and_close, all_kinds(channel), channel)
+            events, deepest = await receive_all(channel, some_turns)
+    found = by_producer(events)
+    assert len(found) == 3 * 3 + 2 + 2
+    assert all(numbers == list(range(COUNT)) for numbers in found.values())
+    assert deepest <= 64 + len(found)
+
+
+async def test_a_cancelled_receive_loses_nothing():
+    channel = Channel()
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await channel.receive()
+    channel.nowait(token("a", 0))
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        items = await channel.receive()
+    if scope.cancelled_caught:
+        items = await channel.receive()
+    assert by_producer(item.event for item in items) == {"a": [0]}
+
+
+async def test_each_event_has_the_time_at_which_it_was_emitted():
+    channel = Channel()
+    before = time.time()
+    channel.nowait(token("a", 0))
+    between = time.time()
+    (item,) = await channel.receive()
+    assert before <= item.ts <= between
+
+
+# -- Back-pressure ---------------------------------------------------------------------------------------------------
+
+
+async def test_fifty_gathered_tasks_are_held_back_and_tasks_of_others_are_not():
+    async def child(channel: Channel, name: str) -> None:
+        for number in range(40):
+            channel.nowait(token(name, number))
+            await anyio.lowlevel.checkpoint()
+
+    async def run(channel: Channel) -> None:
+        async with anyio.create_task_group() as group:
+            for number in range(50):
+                group.start_soon(child, channel, f"c{number}")
+
+    channel = Channel(high_water=64)
+    async with anyio.create_task_group() as group:
+        group.start_soon(drive_and_close, run(channel), channel)
+        await some_turns()
+        held_at = len(channel)
+        assert 64 <= held_at <= 64 + 50
+        await some_turns()  # this task was not made inside the run
+        assert len(channel) == held_at
+        events, deepest = await receive_all(channel, some_turns)
+    assert deepest <= 64 + 50
+    assert all(numbers == list(range(40)) for numbers in by_producer(events).values())
+
+
+async def test_the_runs_own_coroutine_is_not_resumed_while_nobody_receives():
+    steps = 0
+
+    async def run(channel: Channel) -> None:
+        nonlocal steps
+        while steps < 1000:
+            channel.nowait(token("a", steps))
+            steps += 1
+            await anyio.lowlevel.checkpoint()
+
+    channel = Channel(high_water=8)
+    async with anyio.create_task_group() as group:
+        group.start_soon(drive_and_close, run(channel), channel)
+        await some_turns()
+        assert steps == 8
+        events, deepest = await receive_all(channel)
+    assert deepest == 8
+    assert len(events) == 1000
+
+
+async def test_two_runs_do_not_hold_each_other_back():
+    async def run(channel: Channel) -> None:
+        for number in range(100):
+            channel.nowait(token("a", number))
+            await anyio.lowlevel.checkpoint()
+
+    stuck, free = Channel(high_water=8), Channel(high_water=8)
+    async with anyio.create_task_group() as group:
+        group.start_soon(drive_and_close, run(stuck), stuck)
+        group.start_soon(drive_and_close, run(free), free)
+        with anyio.fail_after(5):
+            events, _ = await receive_all(free)
+        assert len(events) == 100
+        assert len(stuck) == 8
+        await receive_all(stuck)
+
+
+async def test_a_thread_waits_for_room_while_the_loop_answers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(channel_module, "LOOP_BLOCKED_AFTER", 0.02)
+    channel = Channel(high_water=8)
+
+    def produce() -> None:
+        for number in range(100):
+            channel.nowait(token("thread", number))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(anyio.to_thread.run_sync, produce)
+        while len(channel) < 8:
+            await anyio.lowlevel.checkpoint()
+        await anyio.sleep(0.1)  # five times what it takes for a blocked loop
+        assert len(channel) == 8
+        total = 0
+        while total < 100:
+            items = await channel.receive()
+            assert len(items) <= 8
+            total += len(items)
+
+
+async def test_a_thread_goes_on_when_the_loop_is_blocked_waiting_for_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(channel_module, "LOOP_BLOCKED_AFTER", 0.02)
+    channel = Channel(high_water=8)
+
+    def produce() -> None:
+        for number in range(100):
+            channel.nowait(token("thread", number))
+
+    async def run() -> None:
+        thread = threading.Thread(target=produce, daemon=True)
+        thread.start()
+        thread.join(10)  # what DSPy does in some places
+        assert not thread.is_alive()
+
+    await drive(run(), channel)
+    assert len(channel) == 100
+
+
+async def test_waiting_senders_go_on_in_time_and_may_give_up_with_their_event_sent():
+    channel = Channel(high_water=2)
+    channel.nowait(token("a", 0))
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await channel.send(token("a", 1))
+    assert scope.cancelled_caught
+    async with anyio.create_task_group() as group:
+        group.start_soon(channel.send, token("a", 2))
+        await anyio.wait_all_tasks_blocked()
+        items = await channel.receive()
+    assert by_producer(item.event for item in items) == {"a": [0, 1, 2]}
+
+
+# -- Its end ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_storm_meets_the_hard_cap_and_what_came_before_is_received():
+    channel = Channel(high_water=8, hard_cap=20)
+
+    async def run() -> None:
+        for number in range(1000):
+            channel.nowait(token("storm", number))
+
+    with pytest.raises(Stopped):
+        await drive(run(), channel)
+    assert channel.overflowed
+    assert not channel.abandoned
+    assert by_producer(item.event for item in await channel.receive()) == {"storm": list(range(20))}
+    assert await channel.receive() == []
+    with pytest.raises(Stopped):
+        await channel.send(token("storm", 0))
+
+
+async def test_closing_takes_nothing_more_but_gives_what_is_there():
+    channel = Channel()
+    channel.nowait(token("a", 0))
+    channel.close()
+    channel.close()
+    with pytest.raises(Stopped):
+        channel.nowait(token("a", 1))
+    with pytest.raises(Stopped):
+        await channel.send(token("a", 2))
+    assert len(await channel.receive()) == 1
+    assert await channel.receive() == []
+    assert not channel.overflowed
+
+
+async def test_closing_ends_a_waiting_receive_also_from_a_thread():
+    channel = Channel()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(anyio.to_thread.run_sync, channel.close)
+            assert await channel.receive() == []
+
+
+async def test_closing_stops_waiting_threads_and_releases_waiting_tasks():
+    channel = Channel(high_water=2)
+    channel.nowait(token("a", 0))
+    stopped = threading.Event()
+
+    def produce() -> None:
+        try:
+            channel.nowait(token("thread", 0))
+        except Stopped:
+            stopped.set()
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(anyio.to_thread.run_sync, produce)
+            while len(channel) < 2:
+                await anyio.lowlevel.checkpoint()
+            group.start_soon(channel.send, token("task", 0))
+            await some_turns()
+            channel.close()
+    assert stopped.is_set()
+
+
+async def test_cancelling_passes_the_gate():
+    cleaned_up = False
+
+    async def run(channel: Channel) -> None:
+        nonlocal cleaned_up
+        try:
+            while True:
+                channel.nowait(token("a", 0))
+                await anyio.lowlevel.checkpoint()
+        finally:
+            cleaned_up = True
+
+    channel = Channel(high_water=2)
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(drive, run(channel), channel)
+            await some_turns()
+            group.cancel_scope.cancel()
+    assert cleaned_up
+
+
+async def test_what_swallows_its_cancellation_is_dropped_when_abandoned_children_included():
+    swallowed = 0
+
+    async def stubborn() -> None:
+        nonlocal swallowed
+        while True:
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                swallowed += 1
+
+    children: list[asyncio.Task[None]] = []
+
+    async def run() -> None:
+        children.append(asyncio.get_running_loop().create_task(stubborn()))
+        await stubborn()
+
+    channel = Channel()
+    task = asyncio.get_running_loop().create_task(drive(run(), channel))
+    with anyio.fail_after(5):
+        await some_turns()
+        for each in (task, *children):
+            each.cancel()
+        await some_turns()
+        assert swallowed == 2
+        assert not task.done()
+        channel.abandon()
+        for each in (task, *children):
+            each.cancel()
+        with pytest.raises(Stopped):
+            await task
+        await children[0]
+    assert swallowed == 2
+    assert channel.abandoned
+    with pytest.raises(Stopped):
+        channel.nowait(token("a", 0))
+
+
+async def test_a_coroutine_that_ignores_even_its_closing_is_kept_away_for_good():
+    resumed = 0
+
+    async def run() -> None:
+        nonlocal resumed
+        for _ in range(5):  # not for ever: as the process exits, the interpreter does resume it
+            try:
+                await asyncio.sleep(3600)
+            except BaseException:  # noqa: BLE001 -- that is the point
+                resumed += 1
+
+    channel = Channel()
+    task = asyncio.get_running_loop().create_task(drive(run(), channel))
+    await some_turns()
+    channel.abandon()
+    task.cancel()
+    with pytest.raises(Stopped):
+        await task
+    gc.collect()
+    await some_turns()
+    assert resumed == 1
+
+
+async def test_what_the_run_returns_or_raises_comes_out_of_drive():
+    async def returns() -> int:
+        await anyio.lowlevel.checkpoint()
+        return 7
+
+    async def raises() -> None:
+        await anyio.lowlevel.checkpoint()
+        raise KeyError("mine")
+
+    assert await drive(returns(), Channel()) == 7
+    with pytest.raises(KeyError, match="mine"):
+        await drive(raises(), Channel())
+
+
+async def test_a_child_that_is_cancelled_before_its_first_step_leaves_no_warning():
+    async def child() -> None:
+        raise AssertionError("never started")
+
+    async def run() -> None:
+        task = asyncio.get_running_loop().create_task(child())
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    await drive(run(), Channel())
+    gc.collect()  # "coroutine was never awaited" would come from here, and fail the test
+
+
+async def test_the_watchdog_can_see_whose_run_the_loop_executes():
+    channel = Channel("mine")
+    seen = []
+
+    async def child() -> None:
+        seen.append(Channel.resumed)
+
+    async def run() -> None:
+        seen.append(Channel.resumed)
+        await asyncio.get_running_loop().create_task(child())
+
+    await drive(run(), channel)
+    assert seen == [channel, channel]
+    assert Channel.resumed is None
+
+
+async def test_a_task_factory_that_was_there_goes_on_being_used():
+    made = []
+
+    def factory(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
+        made.append(coro)
+        return asyncio.Task(coro, loop=loop, **options)
+
+    async def run(channel: Channel) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(channel.send, Status(message="from a child"))
+
+    loop = asyncio.get_running_loop()
+    before = loop.get_task_factory()
+    loop.set_task_factory(factory)
+    try:
+        channel = Channel()
+        await drive(run(channel), channel)
+        assert len(made) == 1
+        assert len(channel) == 1
+    finally:
+        loop.set_task_factory(before)
