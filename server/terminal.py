@@ -245,7 +245,7 @@ class RunView:
             indent = 2 * self._inside(message["span"])
             width = max(20, self._console.width - indent - 2)
             lines = Text(_clean(message["text"][-TAIL_CHARS:])).wrap(self._console, width)
-            yield Padding(Text(f"{message['field']}:", style="bold"), (0, 0, 0, indent))
+            yield Padding(Text(f"{_clean(message['field'])}:", style="bold"), (0, 0, 0, indent))
             yield Padding(Text("\n").join(list(lines)[-room:]), (0, 0, 0, indent + 2))
 
     def _step(self, span: Event) -> RenderableType:

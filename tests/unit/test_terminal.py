@@ -34,8 +34,9 @@ class Screen:
 
     def drawn(self) -> str:
         """What is in progress now."""
-        with self.console.capture() as capture:
-            self.console.print(self.view)
+        console = Console(file=io.StringIO(), force_terminal=True, width=60, height=20, color_system=None)
+        with console.capture() as capture:
+            console.print(self.view)
         return capture.get()
 
 
@@ -192,7 +193,9 @@ def test_a_terminal_shows_what_is_in_progress() -> None:
 
 def test_agents_are_shown_with_their_fields() -> None:
     console = Console(file=io.StringIO(), width=100, color_system=None)
-    schema = {"properties": {"q": {"type": "string", "description": "what\nto ask"}, "n": {"type": "integer"}}}
+    schema: dict[str, Any] = {
+        "properties": {"q": {"type": "string", "description": "what\nto ask"}, "n": {"type": "integer"}}
+    }
     schema |= {"required": ["q"]}
     agents = [
         {"name": "one", "description": "Does one.", "input": schema},
