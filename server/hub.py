@@ -283,12 +283,16 @@ class Hub:
         return topic
 
     def _deliver(self, topic: Topic, news: Sequence[Frame] | Head) -> None:
+        frames: Sequence[Frame] = ()
         if isinstance(news, Head):
             topic.advance(news.epoch, news.seq, ended=news.ended)
-            return
-        topic.advance(news[-1].epoch, news[-1].seq, ended=news[-1].terminal)
+        else:
+            topic.advance(news[-1].epoch, news[-1].seq, ended=news[-1].terminal)
+            frames = news
         for follower, outbox in list(topic.followers.items()):
-            outbox.deliver(follower, news)
+            outbox.deliver(follower, frames)
+            if topic.ended and follower.live and follower.cursor >= topic.head:
+                outbox.end(follower)  # its snapshot was ahead of the news
             if follower.done:
                 self._drop(follower)
 
@@ -349,7 +353,7 @@ class Hub:
                 outbox.add_page(follower, page, topic.head, ended=topic.ended)
         else:
             snapshot = await self.snapshot(topic.run)
-            topic.advance(snapshot.epoch, snapshot.seq, ended=False)
+            topic.advance(snapshot.epoch, snapshot.seq, ended=snapshot.ended)
             if not follower.done:
                 outbox.add_snapshot(follower, snapshot, topic.head, ended=topic.ended)
         if follower.done:
@@ -395,7 +399,7 @@ class Hub:
 
     async def _apply(self, rule: Rule, entry: Announcement) -> None:
         follower = None
-        if rule.matches(entry):
+        if rule.matches(entry) and entry.run not in rule.outbox.ended:
             try:
                 async with self._pinned(entry.run) as topic:
                     follower = Follower(entry.run, topic.epoch, 0, whole=True, wants={rule.subscription: rule.detail})

@@ -25,6 +25,7 @@ QUEUE_BYTES = 1024 * 1024
 TAKE_BYTES = 256 * 1024
 MAX_FOLLOWED = 5_000
 """Runs that one connection may follow at once; one that lets more pile up is cut."""
+MAX_ENDED = 256
 
 GapReason = Literal["trimmed", "overflow", "log_lost"]
 
@@ -82,6 +83,8 @@ class Outbox:
         self.followers: dict[str, Follower] = {}
         self.subscriptions: dict[str, bool] = {}
         """Subscription → whether it is to a single run, and so ends with it."""
+        self.ended: dict[str, None] = {}
+        """The last runs whose end was queued: an announcement that comes late must not bring them again."""
         self.moved_at = time.monotonic()
         """When the queue was last empty, or taken from."""
 
@@ -222,13 +225,20 @@ class Outbox:
             follower.shown = True
         follower.cursor = frame.seq
         if frame.terminal:
-            self.finish(follower)
+            self.end(follower)
 
     def _fall_behind(self, follower: Follower) -> None:
         follower.live = False
         self._behind[follower] = None
         if not self.full:
             self._pull()
+
+    def end(self, follower: Follower) -> None:
+        """The end of the run was queued."""
+        self.ended[follower.run] = None
+        if len(self.ended) > MAX_ENDED:
+            del self.ended[next(iter(self.ended))]
+        self.finish(follower)
 
     def finish(self, follower: Follower) -> None:
         """Nothing more is to be sent of the run; subscriptions to it alone end."""

@@ -64,6 +64,8 @@ class Snapshot:
     epoch: str
     seq: int
     state: bytes
+    ended: bool = False
+    """Whether `seq` is known to be the last event of all. Told by `load_state`; buses need not keep it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,7 @@
 """The state of a run, from what the bus holds: the saved snapshot, and the log after it folded on top (G10)."""
 
+from dataclasses import replace
+
 import orjson
 from anyio.lowlevel import checkpoint
 
@@ -31,7 +33,7 @@ async def _fold(bus: Bus, info: RunInfo) -> Snapshot | None:
     saved = await bus.load_snapshot(info.run)
     if saved is not None and saved.epoch == info.epoch:
         if saved.seq >= info.head:
-            return saved
+            return replace(saved, ended=info.ended is not None)
         state, seq = RunState.decode(saved.state), saved.seq
     else:
         state, seq = RunState.new(info.run, info.agent), 0
@@ -43,4 +45,4 @@ async def _fold(bus: Bus, info: RunInfo) -> Snapshot | None:
             state.apply(orjson.loads(frame.data))
             seq = frame.seq
         await checkpoint()  # a long log must not hold the loop
-    return Snapshot(info.run, info.epoch, seq, state.encode())
+    return Snapshot(info.run, info.epoch, seq, state.encode(), ended=info.ended is not None)

@@ -58,8 +58,10 @@ class Asked:
     sent_at: int
     since: dict[str, Known]
     feed: str | None
-    complete: bool
+    complete: bool = False
     """Whether `since` names every run that the client knows."""
+    started: bool = False
+    """Whether this is a `start`."""
 
 
 @dataclass
@@ -77,7 +79,7 @@ class Line:
     due: dict[str, str] = field(default_factory=dict)
     """Runs whose next frame must be a snapshot (or, where it says `gap`, a gap and then the snapshot)."""
     replaceable: set[str] = field(default_factory=set)
-    """Runs that are no longer followed, but that an open-ended subscription may yet bring, from seq 1."""
+    """Runs that an open-ended subscription may have brought, or may yet bring, from seq 1."""
 
 
 class Client:
@@ -111,7 +113,7 @@ class Client:
         line.asked[self._send(command)] = Asked(to, detail, len(self.world.runs), named, position, since != "none")
 
     def start(self, agent: str, detail: str) -> None:
-        asked = Asked({}, detail, len(self.world.runs), {}, None, False)
+        asked = Asked({}, detail, len(self.world.runs), {}, None, started=True)
         self._line().asked[self._send({"op": "start", "agent": agent, "input": {}, "detail": detail})] = asked
 
     def unsubscribe(self, subscription: str) -> None:
@@ -182,25 +184,30 @@ class Client:
         for entry in result["runs"]:
             run = entry["run"]
             if run not in line.last:
-                self._began(entry, asked)
+                others = [other for other in line.held.values() if other is not held]
+                self._began(entry, asked, maybe_followed=any(self._may_cover(other, run) for other in others))
             elif run not in maybe_full:
-                assert entry["recovered"] == (run not in raised), entry
+                assert asked.started or entry["recovered"] == (run not in raised), entry
                 if run in raised:
                     line.due.setdefault(run, "snapshot")
         if "run" not in asked.to:
             self._recovered(asked, result)
 
-    def _began(self, entry: Document, asked: Asked) -> None:
+    def _began(self, entry: Document, asked: Asked, *, maybe_followed: bool) -> None:
+        """`maybe_followed`: an open-ended subscription may have brought the run by now, unless it does so later."""
         line, run = self._line(), entry["run"]
-        line.finished.discard(run)
-        line.replaceable.discard(run)
-        line.last[run] = 0
         given = asked.since.get(run)
+        if maybe_followed and run not in line.finished:
+            line.replaceable.add(run)
+        else:
+            line.replaceable.discard(run)
+        line.finished.discard(run)
+        line.last[run] = 0
         self.known[run] = Known() if given is None else given.copy()
         if not entry["recovered"]:
-            line.due[run] = "snapshot" if given is None else "gap"
+            line.due[run] = "snapshot" if given is None or maybe_followed else "gap"
         else:
-            assert given is not None or asked.feed is not None, "recovered what was not asked for"
+            assert given is not None or asked.feed is not None or maybe_followed, "recovered what was not asked for"
 
     def _recovered(self, asked: Asked, result: Document) -> None:
         """What an open-ended subscription is good for from now on."""
@@ -234,11 +241,11 @@ class Client:
         self._is_wanted(run)
         assert run not in line.due, f"a {line.due[run]} of {run} was due, not {frame}"
         assert reference.logged.get(frame["seq"]) == orjson.dumps(frame), f"{frame} is not what was logged"
-        if run not in line.last:
+        if run not in line.last or (run in line.replaceable and frame["seq"] == 1):
             assert frame["seq"] == 1, f"{run} begins in the middle: {frame}"
             line.last[run] = 0
-            line.replaceable.discard(run)
             self.known[run] = Known()
+        line.replaceable.discard(run)
         known = self.known[run]
         assert frame["seq"] > line.last[run], f"again, or out of order: {frame}"
         if frame["seq"] != known.seq + 1:

@@ -100,7 +100,12 @@ class DawdlingBus(MemoryBus):
             else:
                 deliver(news)
 
-        inner = await self._ask(super().subscribe(run, post))
+        inner = await super().subscribe(run, post)
+        try:
+            await self._ask(_nothing_async())
+        except BaseException:
+            inner.close()
+            raise
         return _Closing(inner, open)
 
     @property
@@ -374,4 +379,8 @@ def _waits(task: "asyncio.Task[Any]") -> bool:
 
 
 def _nothing() -> None:
+    pass
+
+
+async def _nothing_async() -> None:
     pass

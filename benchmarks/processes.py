@@ -1,0 +1,81 @@
+"""The servers that are measured, each a process of its own."""
+
+import http.client
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import orjson
+
+
+class Server:
+    """A running server. What it is to do next, it is told through its stdin, byte by byte."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", port: int) -> None:
+        self.port = port
+        self._process = process
+
+    def go(self) -> None:
+        """Let it do what it waits to do, once."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"g")
+        self._process.stdin.flush()
+
+    def get(self, path: str) -> Any:
+        """The JSON document at `path`."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request("GET", path)
+            return orjson.loads(connection.getresponse().read())
+        finally:
+            connection.close()
+
+    @property
+    def rss(self) -> int:
+        """Bytes of memory that the process holds."""
+        with open(f"/proc/{self._process.pid}/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def running(*args: str) -> Iterator[Server]:
+    """`python -m args…` on the first core; it has said on stdout which port it listens on."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=_set_up_child
+    )
+    assert process.stdout is not None
+    try:
+        yield Server(process, int(process.stdout.readline()))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def set_up_watcher() -> bool:
+    """Prepare this process for many sockets, on a core that is not the servers'. Tells whether that core is its own."""
+    raise_file_limit()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(cores) > 1:
+        os.sched_setaffinity(0, cores[1:])
+    return len(cores) > 1
+
+
+def raise_file_limit() -> None:
+    """As many sockets as the system lets one process have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if most == resource.RLIM_INFINITY else most
+    with suppress(ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
+def _set_up_child() -> None:
+    raise_file_limit()
+    if hasattr(os, "sched_setaffinity"):
+        cores = os.cpu_count() or 1
+        with suppress(OSError):
+            os.sched_setaffinity(0, range(cores))
+        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
