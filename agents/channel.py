@@ -82,16 +82,30 @@ class Channel:
                 self._wake_from_thread()
                 self._wait_in_thread()
 
+    def hand_over(self) -> None:
+        """In a thread, wait until the loop has been woken for what was put, unless it is blocked."""
+        if threading.get_ident() == self._thread:
+            return
+        woken = threading.Event()
+        self._call_loop(woken.set)
+        while not woken.is_set() and not self._closed and not self._loop_is_blocked():
+            woken.wait(LOOP_BLOCKED_AFTER / 4)
+
     async def send(self, event: AgentEvent) -> None:
-        """See `agents.base.Emitter.send`. Cancelling the wait leaves the event sent. Works on any event loop."""
+        """See `agents.base.Emitter.send`. Cancelling the wait leaves the event sent. Works on any event loop; on
+        another than the channel's own it does not wait for one that is blocked, perhaps on it."""
         with self._room:
             self._put(event)
             if threading.get_ident() == self._thread:
                 self._arrived.set()
             else:
                 self._wake_from_thread()
-        while self.congested:
-            await self.room()
+        own = threading.get_ident() == self._thread
+        while self.congested and (own or not self._loop_is_blocked()):
+            if own:
+                await self.room()
+            else:
+                await asyncio.wait([self.room()], timeout=LOOP_BLOCKED_AFTER / 4)
 
     def _put(self, event: AgentEvent) -> None:
         if not self._closed and len(self._items) >= self._hard_cap:
@@ -114,14 +128,20 @@ class Channel:
     def _wait_in_thread(self) -> None:
         """Wait for room, holding the lock. Ends early when the loop does not answer: it may be waiting for us."""
         while self.congested:
-            if self._pinged_at is None:
-                self._pinged_at = time.monotonic()
-                self._call_loop(self._answer_ping)
-            elif time.monotonic() - self._pinged_at > LOOP_BLOCKED_AFTER:
+            if self._loop_is_blocked():
                 return
             self._room.wait(LOOP_BLOCKED_AFTER / 4)
         if self._closed:
             raise Stopped
+
+    def _loop_is_blocked(self) -> bool:
+        """Whether the loop has not answered for long, called again and again while waiting in another thread."""
+        pinged_at = self._pinged_at
+        if pinged_at is None:
+            self._pinged_at = time.monotonic()
+            self._call_loop(self._answer_ping)
+            return False
+        return time.monotonic() - pinged_at > LOOP_BLOCKED_AFTER
 
     def _answer_ping(self) -> None:
         self._pinged_at = None

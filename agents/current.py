@@ -11,15 +11,13 @@ import dspy
 
 from agents.base import Emitter
 from agents.events import AgentEvent, Status
-from agents.streaming import current_span
-
-_SETTING = "agentcast_emitter"
+from agents.streaming import EMITTER_SETTING, current_span
 
 
 @contextmanager
 def emitting(emit: Emitter) -> Iterator[None]:
     """Inside, `emit_event` and `status` go to `emit`."""
-    with dspy.context(**{_SETTING: emit}):
+    with dspy.context(**{EMITTER_SETTING: emit}):
         yield
 
 
@@ -28,7 +26,7 @@ def emit_event(event: AgentEvent) -> None:
 
     :raises Stopped: the run has ended, or is to end now.
     """
-    emit: Emitter | None = dspy.settings.get(_SETTING)
+    emit: Emitter | None = dspy.settings.get(EMITTER_SETTING)
     if emit is not None:
         emit.nowait(event)
 

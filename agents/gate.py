@@ -89,10 +89,13 @@ _undead: list[Coroutine[Any, Any, Any]] = []
 
 
 def _drop(run: Coroutine[Any, Any, Any]) -> None:
+    links = [run]
+    while (inner := getattr(links[-1], "cr_await", None)) is not None:
+        links.append(inner)  # closing frees them one by one, and any of them may be the one that ignores it
     try:
         run.close()
     except RuntimeError:
-        _undead.append(run)
+        _undead.extend(links)
 
 
 async def _gated(run: Coroutine[Any, Any, Any], channel: Channel) -> Any:
@@ -102,6 +105,8 @@ async def _gated(run: Coroutine[Any, Any, Any], channel: Channel) -> Any:
         if channel.abandoned:  # nobody waits for this task any more
             return None
         raise
+    except (SystemExit, KeyboardInterrupt) as error:  # asyncio would end the event loop with it, and so the hub
+        raise RuntimeError(f"a task of the agent raised {type(error).__name__}") from error
 
 
 def _install_gate(loop: asyncio.AbstractEventLoop) -> None:

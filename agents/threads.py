@@ -35,20 +35,23 @@ def abandoned_threads() -> list[str]:
     return [thread.name for thread in _abandoned.copy()]
 
 
-async def in_thread(call: Callable[[], T], name: str) -> T:
+async def in_thread(
+    call: Callable[[], T], name: str, *, limiter: anyio.CapacityLimiter | None = None, linger: float = 0
+) -> T:
     """What `call()` returns or raises, called in a thread, in a copy of this context.
 
     When the wait is cancelled, the thread is left behind: it keeps no place among `MAX_THREADS`, it is counted, and
-    the log names it. `name` says what runs.
+    the log names it; both unless it ends within `linger` seconds. `name` says what runs. `limiter` replaces the limit
+    of `MAX_THREADS`.
     """
-    async with _this_loops_limiter():
+    async with limiter or _this_loops_limiter():
         work = _Work(call, name)
         work.thread.start()
         value: T
         try:
             value, error = await work.outcome
         except anyio.get_cancelled_exc_class():
-            work.abandon()
+            work.leave(linger)
             raise
     if error is not None:
         raise error
@@ -92,7 +95,13 @@ class _Work:
         if not self.outcome.done():
             self.outcome.set_result(outcome)
 
-    def abandon(self) -> None:
+    def leave(self, linger: float) -> None:
+        if linger:
+            self._loop.call_later(linger, self._abandon)
+        else:
+            self._abandon()
+
+    def _abandon(self) -> None:
         with self._lock:
             if self._ended:
                 return

@@ -35,6 +35,8 @@ def main() -> None:
     if not set_up_watcher():
         print("one core only: servers and watchers share it, so most numbers are too low", file=sys.stderr)
     report = Report()
+    if report.load > 0.5:
+        print(f"the machine is busy (load {report.load:.1f}): times will be too long", file=sys.stderr)
     for name in args.only or BENCHMARKS:
         start = time.perf_counter()
         print(f"{name} … ", end="", file=sys.stderr, flush=True)

@@ -1,62 +1,80 @@
 """One event to 500 clients: deliveries a second that one core makes, beside peers that do only that."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from itertools import product
 
 from benchmarks.processes import Server, running
 from benchmarks.report import Row
 from benchmarks.serving import EVENT_BYTES, MARK
 from benchmarks.sockets import Socket, Watchers
 
-WATCHERS, ROUNDS, SECONDS = 500, 3, 1.0
-GROUP = f"Fan-out to {WATCHERS} watchers, {EVENT_BYTES}-byte events, one core"
+WATCHERS, ROUNDS, SECONDS = 500, 3, 1.2
+GROUP = f"Fan-out to {WATCHERS} watchers, {EVENT_BYTES}-byte events"
 SIZES = (1, 10, 100)
 PEERS = {
     "agentcast": "logged, folded, resumable; each encoded once, what is queued goes out in one write",
-    "websockets": "websockets.broadcast(): one write per client and message",
+    "websockets": "websockets.broadcast(), one write for each client and message",
     "starlette": "await send_text() to one client after the other",
 }
 
 
+@dataclass
+class Peer:
+    """A server with its watchers, and what was measured of it: size of the burst → deliveries a second."""
+
+    server: Server
+    watchers: Watchers
+    by_cpu: dict[int, list[float]] = field(default_factory=lambda: {size: [] for size in SIZES})
+    by_clock: dict[int, list[float]] = field(default_factory=lambda: {size: [] for size in SIZES})
+
+    def measure(self, size: int) -> None:
+        deliveries, cpu, start = 0, self.server.cpu, time.perf_counter()
+        while (passed := time.perf_counter() - start) < SECONDS:
+            self.burst(size)
+            deliveries += WATCHERS * size
+        self.by_cpu[size].append(deliveries / (self.server.cpu - cpu))
+        self.by_clock[size].append(deliveries / passed)
+
+    def burst(self, size: int) -> None:
+        """The next one begins when all watchers have the last: nobody falls behind."""
+        self.server.go(size)
+        self.watchers.count(MARK.encode(), WATCHERS * size)
+
+
 def measure() -> Iterator[Row]:
-    """Closed loop: the next burst is sent when all watchers have the last one, so that nobody falls behind."""
-    for size in SIZES:
-        for peer, meaning in PEERS.items():
-            name = "singly" if size == 1 else f"in bursts of {size}"
-            yield Row(GROUP, f"{name}: {peer}", "deliveries/s", _rounds(peer, size), meaning)
+    with ExitStack() as stack:
+        peers = {name: _peer(stack, name) for name in PEERS}
+        for size in SIZES:
+            for peer in peers.values():
+                peer.burst(size)
+            _rounds(list(peers.values()), size)
+    for size, (name, peer) in product(SIZES, peers.items()):
+        yield Row(GROUP, f"{_named(size)}: {name}", "/s of CPU", peer.by_cpu[size], PEERS[name])
+    for size, (name, peer) in product(SIZES, peers.items()):
+        meaning = "the watchers' own work, on another core, is in it" if name == "agentcast" else ""
+        yield Row(f"{GROUP}, by the clock", f"{_named(size)}: {name}", "/s", peer.by_clock[size], meaning)
 
 
-def _rounds(peer: str, size: int) -> list[float]:
-    command = ["benchmarks.hub"] if peer == "agentcast" else ["benchmarks.peers", peer, str(size)]
-    with running(*command) as server:
-        sockets = [Socket(server.port) for _ in range(WATCHERS)]
-        if peer == "agentcast":
-            _subscribe(server, sockets, size)
-        watchers = Watchers(sockets)
-        _burst(server, watchers, size)
-        rounds = [_round(server, watchers, size) for _ in range(ROUNDS)]
-        watchers.close()
+def _rounds(peers: Sequence[Peer], size: int) -> None:
+    """In turn, so that whatever disturbs the machine disturbs all of them."""
+    for peer in [*peers] * ROUNDS:
+        peer.measure(size)
+
+
+def _named(size: int) -> str:
+    return "singly" if size == 1 else f"in bursts of {size}"
+
+
+def _peer(stack: ExitStack, name: str) -> Peer:
+    command = ["benchmarks.hub"] if name == "agentcast" else ["benchmarks.peers", name]
+    server = stack.enter_context(running(*command))
+    sockets = [stack.enter_context(closing(Socket(server.port))) for _ in range(WATCHERS)]
+    if name == "agentcast":
+        run = sockets[0].ask(op="start", agent="bursts", input={}, subscribe=False)["run"]
         for socket in sockets:
-            socket.close()
-        return rounds
-
-
-def _subscribe(server: Server, sockets: list[Socket], size: int) -> None:
-    run = sockets[0].ask(op="start", agent="bursts", input={"size": size}, subscribe=False)["run"]
-    for socket in sockets:
-        socket.ask(op="subscribe", to={"run": run}, since={run: {"seq": 0}})
-        socket.receive(lambda frame: frame.get("event") == "run_start")
-
-
-def _round(server: Server, watchers: Watchers, size: int) -> float:
-    deliveries = 0
-    start = time.perf_counter()
-    while (passed := time.perf_counter() - start) < SECONDS:
-        _burst(server, watchers, size)
-        deliveries += WATCHERS * size
-    return deliveries / passed
-
-
-def _burst(server: Server, watchers: Watchers, size: int) -> None:
-    server.go()
-    watchers.count(MARK.encode(), WATCHERS * size)
+            socket.ask(op="subscribe", to={"run": run}, since={run: {"seq": 0}})
+            socket.receive(lambda frame: frame.get("event") == "run_start")
+    return Peer(server, stack.enter_context(closing(Watchers(sockets))))

@@ -23,6 +23,7 @@ from benchmarks.serving import EVENT_BYTES, MARK, Go, serving
 from server.app import AgentCast
 from server.asgi import FrameProtocol
 from server.config import Settings
+from server.serving import freeze_heap
 
 TICK = 0.005
 
@@ -41,7 +42,7 @@ class Stream(BaseModel):
 
 
 class Bursts(BaseModel):
-    size: int
+    pass
 
 
 async def steady(input: Steady, emit: Emitter) -> None:
@@ -67,11 +68,10 @@ async def stream(input: Stream, emit: Emitter) -> None:
 
 
 async def bursts(input: Bursts, emit: Emitter) -> None:
-    """At each `go`, `size` events of about `EVENT_BYTES` on the wire, until cancelled."""
-    event = Status(message=MARK + "x" * (EVENT_BYTES - 144))
+    """At each `go`, as many events as it says, of about `EVENT_BYTES` on the wire."""
+    event = Status(message=MARK + "x" * (EVENT_BYTES - 148))
     while True:
-        await go()
-        for _ in range(input.size):
+        for _ in range(await go()):
             await emit.send(event)
 
 
@@ -115,6 +115,7 @@ async def main() -> None:
     async with anyio.create_task_group() as tasks, serving(core.app, FrameProtocol) as port:
         tasks.start_soon(ticker.run)
         go.listen()
+        freeze_heap()
         print(port, flush=True)
         await anyio.sleep_forever()
 

@@ -19,7 +19,7 @@ from benchmarks.serving import EVENT_BYTES, MARK, Go, serving
 TEXT = MARK + "x" * (EVENT_BYTES - 1)
 
 
-async def starlette(size: int) -> None:
+async def starlette() -> None:
     clients: list[WebSocket] = []
 
     async def endpoint(websocket: WebSocket) -> None:
@@ -37,10 +37,10 @@ async def starlette(size: int) -> None:
 
     app = Starlette(routes=[WebSocketRoute("/ws", endpoint)])
     async with serving(app, "websockets-sansio") as port:
-        await send_at_go(send, size, port)
+        await send_at_go(send, port)
 
 
-async def websockets(size: int) -> None:
+async def websockets() -> None:
     clients: set[ServerConnection] = set()
 
     async def handle(connection: ServerConnection) -> None:
@@ -52,19 +52,18 @@ async def websockets(size: int) -> None:
         broadcast(clients, TEXT)
 
     async with serve(handle, "127.0.0.1", 0, compression=None, ping_interval=None) as server:
-        await send_at_go(send, size, next(iter(server.sockets)).getsockname()[1])
+        await send_at_go(send, next(iter(server.sockets)).getsockname()[1])
 
 
-async def send_at_go(send: Callable[[], Awaitable[None]], size: int, port: int) -> None:
+async def send_at_go(send: Callable[[], Awaitable[None]], port: int) -> None:
     go = Go()
     go.listen()
     print(port, flush=True)
     while True:
-        await go()
-        for _ in range(size):
+        for _ in range(await go()):
             await send()
 
 
 if __name__ == "__main__":
     peer = {"starlette": starlette, "websockets": websockets}[sys.argv[1]]
-    anyio.run(peer, int(sys.argv[2]), backend_options={"use_uvloop": True})
+    anyio.run(peer, backend_options={"use_uvloop": True})

@@ -37,24 +37,29 @@ class Report:
     """All that was measured."""
 
     rows: list[Row] = field(default_factory=list)
+    load: float = field(default_factory=lambda: os.getloadavg()[0])
+    """How busy the machine was with other things just before."""
 
     def print(self) -> None:
         console = Console(highlight=False)
-        for name, value in machine().items():
-            console.print(f"{name:9} {value}")
+        for name, value in {**machine(), "load": f"{self.load:.1f} before"}.items():
+            console.print(f"{name:9} {value}", soft_wrap=True)
         for group, rows in groupby(self.rows, key=lambda row: row.group):
             of_group = list(rows)
             console.print(f"\n[bold]{group}[/bold]")
             console.print(_table(of_group))
-            for what, meaning in {row.meaning: row.what for row in reversed(of_group) if row.meaning}.items():
-                console.print(f"  {meaning}: {what}", style="dim")
+            notes: dict[str, str] = {}
+            for row in of_group:
+                notes.setdefault(row.meaning, row.what)
+            for meaning in filter(None, notes):
+                console.print(f"  {notes[meaning]}: {meaning}", style="dim", soft_wrap=True)
 
     def write(self, path: str) -> None:
         rows = [
             {"group": r.group, "what": r.what, "unit": r.unit, "median": r.median, "rounds": r.rounds}
             for r in self.rows
         ]
-        document = {"machine": machine(), "rows": rows}
+        document = {"machine": {**machine(), "load": self.load}, "rows": rows}
         with open(path, "wb") as file:
             file.write(orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 

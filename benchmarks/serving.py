@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,19 +17,22 @@ EVENT_BYTES = 200
 
 
 class Go:
-    """Lets one waiter on for each byte that comes on stdin."""
+    """Lets one waiter on for each byte that comes on stdin, and gives it the byte: how much it is to do."""
 
     def __init__(self) -> None:
+        self._bytes: deque[int] = deque()
         self._permits = asyncio.Semaphore(0)
 
-    async def __call__(self) -> None:
+    async def __call__(self) -> int:
         await self._permits.acquire()
+        return self._bytes.popleft()
 
     def listen(self) -> None:
         asyncio.get_running_loop().add_reader(0, self._take)
 
     def _take(self) -> None:
-        for _ in os.read(0, 4096):
+        for byte in os.read(0, 4096):
+            self._bytes.append(byte)
             self._permits.release()
 
 

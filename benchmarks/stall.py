@@ -21,14 +21,14 @@ def measure() -> Iterator[Row]:
             f"{name}: longest stall",
             "ms",
             [one["longest"] * 1000 for one in rounds],
-            "the longest time in which the loop did nothing else; includes garbage collection",
+            "the longest time in which one turn of the loop, or garbage collection, kept all else waiting",
         )
         yield Row(
             GROUP,
             f"{name}: stall p99",
             "ms",
             [one["p99"] * 1000 for one in rounds],
-            "99 % of a 5 ms ticker's wake-ups came less late",
+            "99 % of the wake-ups of a 5 ms ticker came less late",
         )
         yield Row(
             GROUP,

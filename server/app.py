@@ -60,7 +60,11 @@ class AgentCast:
             return
         self._stopping = True
         await self.runs.stop()
-        self.connections.close()
+        await self.connections.close()
+
+    def hurry(self) -> None:
+        """Stop without waiting for running runs to finish."""
+        self.runs.hurry()
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:

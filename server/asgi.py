@@ -28,13 +28,17 @@ class FrameWriter:
         self._protocol = protocol
         self._written = 0
         self.on_writable: Callable[[], None] = _nothing
-        """Called when `writable` turns true again."""
+        """Called when `writable` turns true again, and when the connection is lost."""
 
     @property
     def writable(self) -> bool:
         """Whether the transport takes more; false as well once the connection is gone."""
-        protocol = self._protocol
-        return protocol.writable.is_set() and not protocol.close_sent and not self._transport.is_closing()
+        return self._protocol.writable.is_set() and not self.closed
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection takes nothing any more: it is closing, or gone."""
+        return self._protocol.close_sent or self._transport.is_closing()
 
     @property
     def pending(self) -> int:
@@ -48,11 +52,7 @@ class FrameWriter:
 
     def write(self, messages: Sequence[bytes]) -> None:
         """Send each message as one text frame, all of them in one write. Never waits; for nothing once closed."""
-        parts: list[bytes] = []
-        for message in messages:
-            parts.append(_header(len(message)))
-            parts.append(message)
-        data = b"".join(parts)
+        data = _framed(messages)
         self._written += len(data)
         self._transport.write(data)
 
@@ -86,6 +86,37 @@ class FrameProtocol(WebSocketsSansIOProtocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._writer.on_writable()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._writer.on_writable()
+
+    def send_receive_event_to_app(self) -> None:
+        if self.curr_msg_data_type == "text" and not self.close_sent:
+            try:
+                b"".join(self.frames).decode()
+            except UnicodeDecodeError:  # uvicorn would do the same, and log a traceback for each
+                self.frames = []
+                self.conn.send_close(1007)
+                self.handle_parser_exception()
+                return
+        super().send_receive_event_to_app()
+
+
+_last: tuple[Sequence[bytes], bytes] = ((), b"")
+"""What was written last: most of the time the next client is sent the very same."""
+
+
+def _framed(messages: Sequence[bytes]) -> bytes:
+    global _last
+    if _last[0] == messages:  # cheap: the same messages are the same objects
+        return _last[1]
+    parts: list[bytes] = []
+    for message in messages:
+        parts.append(_header(len(message)))
+        parts.append(message)
+    _last = (messages, b"".join(parts))
+    return _last[1]
 
 
 def _header(length: int) -> bytes:

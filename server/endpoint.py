@@ -40,6 +40,7 @@ class Connections:
         self.settings = settings
         self._open: set[Connection] = set()
         self._closing = False
+        self._gone = anyio.Event()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -59,6 +60,7 @@ class Connections:
             await connection.serve(SHUTTING_DOWN if self._closing else None)
         finally:
             self._open.discard(connection)
+            self._gone.set()
 
     async def tick(self) -> None:
         """Look after every connection once a second, until cancelled."""
@@ -68,11 +70,15 @@ class Connections:
             for connection in list(self._open):
                 connection.tick(now)
 
-    def close(self) -> None:
-        """Close all connections, and those still to come, as `shutting_down`."""
+    async def close(self) -> None:
+        """Close all connections, and those still to come, as `shutting_down`. Returns once all have been told."""
         self._closing = True
         for connection in list(self._open):
             connection.close(SHUTTING_DOWN)
+        with anyio.move_on_after(CLOSE_TIMEOUT + 0.5):
+            while self._open:
+                self._gone = anyio.Event()
+                await self._gone.wait()
 
 
 class Connection:
@@ -88,6 +94,10 @@ class Connection:
         self._session = Session(secrets.token_hex(8), ANONYMOUS, hub, runs, self._outbox)
         self._commands = anyio.Semaphore(protocol.MAX_COMMANDS)
         self._room = anyio.Event()
+        self._reading_paused = False
+        self._reading = anyio.CancelScope()
+        self._moved: anyio.Event | None = None
+        """Set, while the goodbye waits for it, when frames were written or pulled."""
         self._flush_scheduled = False
         self._pulling = False
         self._sent_at = monotonic()
@@ -100,24 +110,24 @@ class Connection:
     async def serve(self, reason: CloseReason | None) -> None:
         """Serve the client until it goes; with a reason, only say goodbye."""
         self._outbox.put(protocol.hello(self._session.id, f"agentcast/{__version__}", self._settings.heartbeat))
+        if reason is not None:
+            self.close(reason)
         try:
             async with anyio.create_task_group() as self._tasks:
-                if reason is not None:
-                    self.close(reason)
-                await self._read(self._tasks)
+                with self._reading:
+                    await self._read(self._tasks)
+                if self._reason is not None:
+                    await self._say_goodbye(self._reason)
                 self._tasks.cancel_scope.cancel()
         finally:
             self._hub.disconnect(self._outbox)
             self._writer.on_writable = _nothing
-        if self._reason is not None:
-            await self._say_goodbye(self._reason)
 
     def close(self, reason: CloseReason) -> None:
         """Close the connection, after what is queued."""
         if self._reason is None:
             self._reason = reason
-            if self._tasks is not None:
-                self._tasks.cancel_scope.cancel()
+            self._reading.cancel()
 
     def tick(self, now: float) -> None:
         """Once a second: tell the feed's position, keep the connection alive, cut it if the client takes nothing."""
@@ -136,9 +146,11 @@ class Connection:
     async def _read(self, tasks: TaskGroup) -> None:
         """Take messages while there is room for their replies; past that the socket is not read."""
         while True:
-            while self._outbox.full:
+            while self._outbox.full and not self._writer.closed:
                 self._room = anyio.Event()
+                self._reading_paused = True
                 await self._room.wait()
+                self._reading_paused = False
             message = await self._websocket.receive()
             if message["type"] == "websocket.disconnect":
                 return
@@ -166,11 +178,13 @@ class Connection:
 
     def _flush(self) -> None:
         self._flush_scheduled = False
-        while self._writer.writable and (frames := self._outbox.take()):
-            self._writer.write(frames)
+        while self._outbox and self._writer.writable:
+            self._writer.write(self._outbox.take())
             self._sent_at = monotonic()
-        if not self._outbox.full:
+        if self._reading_paused and (self._writer.closed or not self._outbox.full):
             self._room.set()
+        if self._moved is not None:
+            self._moved.set()
 
     def _pull(self) -> None:
         if not self._pulling and self._tasks is not None:
@@ -182,12 +196,20 @@ class Connection:
             await self._hub.catch_up(self._outbox)
         finally:
             self._pulling = False
+            if self._moved is not None:
+                self._moved.set()
         if self._outbox.is_behind and not self._outbox.full:
             self._pull()
 
     async def _say_goodbye(self, reason: CloseReason) -> None:
-        with anyio.move_on_after(CLOSE_TIMEOUT, shield=True):
+        """Close, after what is queued; on a shutdown, which has ended all runs, after what was still to be pulled."""
+        if reason is not SHUTTING_DOWN:
+            self._hub.disconnect(self._outbox)
+        with anyio.move_on_after(CLOSE_TIMEOUT):
             self._flush()
+            while (self._outbox or self._outbox.is_behind) and not self._writer.closed:
+                self._moved = anyio.Event()
+                await self._moved.wait()
             with suppress(WebSocketDisconnect):  # the client was faster
                 await self._websocket.close(reason.code, reason.reason)
             return

@@ -46,15 +46,24 @@ class Topic:
     followers: dict[Follower, Outbox] = field(default_factory=dict)
     subscription: Subscription | None = None
     opened: anyio.Event = field(default_factory=anyio.Event)
+    former: set[str] = field(default_factory=set)
+    """Epochs that are over, of which late news may still come."""
 
-    def advance(self, epoch: str, head: int, *, ended: bool) -> None:
-        """The log is known to reach `head` of `epoch`. Another epoch than before: what it held is lost."""
+    def advance(self, epoch: str, head: int, *, ended: bool) -> bool:
+        """The log is known to reach `head` of `epoch`. Another epoch than before: what it held is lost.
+
+        False, and nothing changes, if that epoch is over.
+        """
+        if epoch in self.former:
+            return False
         if epoch != self.epoch:
+            self.former.add(self.epoch)
             self.epoch, self.head = epoch, head
             for follower, outbox in self.followers.items():
                 outbox.lose(follower, "log_lost")
         self.head = max(self.head, head)
         self.ended = self.ended or ended
+        return True
 
 
 @dataclass(slots=True, eq=False)
@@ -107,7 +116,7 @@ class Hub:
         self._feed_position = ""
         self._news = anyio.Event()
         self._pages: SingleFlight[tuple[str, str, int], Page | None] = SingleFlight()
-        self._states: SingleFlight[str, Snapshot] = SingleFlight()
+        self._states: SingleFlight[tuple[str, str], Snapshot] = SingleFlight()
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Follow the feed until cancelled."""
@@ -271,9 +280,7 @@ class Hub:
         topic = self._topics[run] = Topic(run)
         try:
             topic.subscription = await self.bus.subscribe(run, lambda news: self._deliver(topic, news))
-            info = (await self.bus.info([run])).get(run)
-            if info is None:
-                raise NotFound(f"there is no run {run[:64]!r}")
+            info = await self._ask_info(topic)
             topic.advance(info.epoch, info.head, ended=info.ended is not None)
         except BaseException:
             self._close(topic)
@@ -282,25 +289,31 @@ class Hub:
             topic.opened.set()
         return topic
 
+    async def _ask_info(self, topic: Topic) -> RunInfo:
+        while True:
+            epoch = topic.epoch
+            info = (await self.bus.info([topic.run])).get(topic.run)
+            if info is None:
+                raise NotFound(f"there is no run {topic.run[:64]!r}")
+            if topic.epoch in (epoch, info.epoch):
+                return info
+            # The log was replaced meanwhile: the answer may be of before.
+
     def _deliver(self, topic: Topic, news: Sequence[Frame] | Head) -> None:
-        frames: Sequence[Frame] = ()
-        if isinstance(news, Head):
-            topic.advance(news.epoch, news.seq, ended=news.ended)
-        else:
-            topic.advance(news[-1].epoch, news[-1].seq, ended=news[-1].terminal)
-            frames = news
+        frames, last, ended = ((), news, news.ended) if isinstance(news, Head) else (news, news[-1], news[-1].terminal)
+        if not topic.advance(last.epoch, last.seq, ended=ended):
+            return
         for follower, outbox in list(topic.followers.items()):
             outbox.deliver(follower, frames)
-            if topic.ended and follower.live and follower.cursor >= topic.head:
-                outbox.end(follower)  # its snapshot was ahead of the news
-            if follower.done:
-                self._drop(follower)
+            self._check_end(topic, follower, outbox)
 
     # -- Leaving ---------------------------------------------------------------------------------------------------
 
     def leave(self, outbox: Outbox, subscription: str) -> None:
         """End a subscription, if the connection has it: no frame that only it asked for is queued any more."""
-        self._rules.pop((outbox, subscription), None)
+        rule = self._rules.pop((outbox, subscription), None)
+        while rule is not None and rule.backlog:
+            outbox.announce(rule.backlog.popleft().position, None)
         if subscription in outbox.subscriptions:
             for follower in outbox.unsubscribe(subscription):
                 self._drop(follower)
@@ -353,18 +366,24 @@ class Hub:
                 outbox.add_page(follower, page, topic.head, ended=topic.ended)
         else:
             snapshot = await self.snapshot(topic.run)
-            topic.advance(snapshot.epoch, snapshot.seq, ended=snapshot.ended)
-            if not follower.done:
+            current = topic.advance(snapshot.epoch, snapshot.seq, ended=snapshot.ended)
+            if current and not follower.done:
                 outbox.add_snapshot(follower, snapshot, topic.head, ended=topic.ended)
+        self._check_end(topic, follower, outbox)
+
+    def _check_end(self, topic: Topic, follower: Follower, outbox: Outbox) -> None:
+        """Let go of a follower that has everything. Not all are sent the end: some had it when they joined."""
+        if topic.ended and follower.live and follower.cursor >= topic.head:
+            outbox.end(follower)
         if follower.done:
             self._drop(follower)
 
-    async def snapshot(self, run: str) -> Snapshot:
-        """The run's state at its head; those who ask at the same time share the work.
+    async def snapshot(self, run: str, epoch: str = "") -> Snapshot:
+        """The run's state at its head. Those who ask at the same time share the work, if they know the same `epoch`.
 
         :raises NotFound: there is no such run.
         """
-        return await self._states(run, lambda: load_state(self.bus, run))
+        return await self._states((run, epoch), lambda: load_state(self.bus, run))
 
     async def _page(self, run: str, epoch: str, after: int) -> Page | None:
         return await self._pages((run, epoch, after), lambda: self.bus.read(run, epoch, after))
@@ -381,6 +400,7 @@ class Hub:
             self._feed_position = entry.position
             for rule in self._rules.values():
                 rule.backlog.append(entry)
+                rule.outbox.expect(entry.position)
 
     async def _list_active(self) -> list[Announcement]:
         """Every active run, as if it were announced at the feed's position now."""
@@ -393,11 +413,12 @@ class Hub:
     async def _work_off(self) -> None:
         """Turn what was announced into followers, in order."""
         for rule in list(self._rules.values()):
-            while rule.ready and rule.backlog and self._rules.get((rule.outbox, rule.subscription)) is rule:
-                await self._apply(rule, rule.backlog[0])
-                rule.backlog.popleft()
+            while rule.ready and rule.backlog:
+                follower = await self._apply(rule, rule.backlog[0])
+                if rule.backlog:  # it was not left meanwhile
+                    rule.outbox.announce(rule.backlog.popleft().position, follower)
 
-    async def _apply(self, rule: Rule, entry: Announcement) -> None:
+    async def _apply(self, rule: Rule, entry: Announcement) -> Follower | None:
         follower = None
         if rule.matches(entry) and entry.run not in rule.outbox.ended:
             try:
@@ -406,7 +427,7 @@ class Hub:
                     follower = self.add_follower(rule.outbox, topic, follower)
             except NotFound:
                 logger.debug("run %s was forgotten before it could be followed", entry.run)
-        rule.outbox.announce(entry.position, follower)
+        return follower
 
 
 def _told(outbox: Outbox, topic: Topic, follower: Follower) -> dict[str, Any]:

@@ -55,6 +55,18 @@ class Follower:
         return "full" in self.wants.values()
 
 
+@dataclass(slots=True)
+class _Announced:
+    """One position of the feed: subscriptions that are yet to be told of it, and who follows what it announced."""
+
+    waiting: int = 0
+    followers: list[Follower] = field(default_factory=list)
+
+    @property
+    def shown(self) -> bool:
+        return not self.waiting and all(follower.shown or follower.done for follower in self.followers)
+
+
 class Outbox:
     """The queue and the followers of one connection.
 
@@ -79,7 +91,7 @@ class Outbox:
         self._queue: deque[bytes] = deque()
         self._bytes = 0
         self._behind: dict[Follower, None] = {}
-        self._announced: deque[tuple[str, Follower | None]] = deque()
+        self._announced: dict[str, _Announced] = {}
         self.followers: dict[str, Follower] = {}
         self.subscriptions: dict[str, bool] = {}
         """Subscription → whether it is to a single run, and so ends with it."""
@@ -251,19 +263,28 @@ class Outbox:
 
     # -- The feed --------------------------------------------------------------------------------------------------
 
+    def expect(self, position: str) -> None:
+        """One of this connection's open-ended subscriptions is to be told of what the feed announced at `position`."""
+        self._announced.setdefault(position, _Announced()).waiting += 1
+
     def announce(self, position: str, follower: Follower | None) -> None:
-        """The feed has reached `position`; `follower` follows the run announced there, if it is wanted here."""
-        if follower is None and self._announced and self._announced[-1][1] is None:
-            self._announced.pop()
-        self._announced.append((position, follower))
+        """It was told; `follower` follows the run announced there, if it is wanted here."""
+        announced = self._announced[position]
+        announced.waiting -= 1
+        if follower is not None:
+            announced.followers.append(follower)
 
     def put_feed(self) -> None:
         """Queue a `feed` frame, if there is news: the newest position up to which every run was shown.
 
-        A client that resumes from it never hears of older runs again, so it must not be ahead of what was queued.
+        A client that resumes from it never hears of older runs again, so it must not be ahead of what was queued, on
+        behalf of any subscription.
         """
         position = None
-        while self._announced and ((follower := self._announced[0][1]) is None or follower.shown or follower.done):
-            position = self._announced.popleft()[0]
+        for announced in list(self._announced):
+            if not self._announced[announced].shown:
+                break
+            del self._announced[announced]
+            position = announced
         if position is not None:
             self.put(protocol.feed(position))

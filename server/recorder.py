@@ -26,7 +26,7 @@ from agents.events import (
     Token,
     Usage,
 )
-from agents.values import VALUE_BYTES, cut_text, text_bytes
+from agents.values import VALUE_BYTES, clean_text, cut_text, text_bytes
 from server.bus.base import Bus, Frame, Snapshot, Status
 from server.errors import HeadMismatch, Unavailable
 from server.protocol import encode_event
@@ -149,6 +149,8 @@ class Recorder:
             case Token():
                 self._take_token(ts, event)
                 return
+            case MessageStart() | MessageEnd() if (event.message in self._messages) is (event.event == "message_start"):
+                return  # a message that begins twice goes on; one that is not open cannot end
             case MessageStart():
                 self._begin(event)
             case MessageEnd():
@@ -181,12 +183,10 @@ class Recorder:
 
     def _complete(self, ts: float, event: MessageEnd) -> MessageEnd:
         """The joined deltas always equal the text: what they lack is sent, what they contradict is theirs to say."""
-        message = self._messages.pop(event.message, None)
-        if message is None:
-            return MessageEnd(message=event.message, text="")
-        said = "".join((*message.sent, *message.buffer))
-        if event.text.startswith(said):
-            message.take(ts, event.text[len(said) :])
+        message = self._messages.pop(event.message)
+        said, text = "".join((*message.sent, *message.buffer)), clean_text(event.text)
+        if text.startswith(said):
+            message.take(ts, text[len(said) :])
         if message.buffer:
             self._buffered[event.message] = message
             self._flush()
@@ -199,10 +199,9 @@ class Recorder:
         self._buffered.clear()
 
     def _stamp(self, ts: float, event: Event) -> None:
-        self._seq += 1
-        self._ts = max(self._ts, ts)
-        fact = event.wire()
-        data = encode_event(self.run, self.agent, self._seq, self._prev, self._ts, fact)
+        fact, seq, ts = event.wire(), self._seq + 1, max(self._ts, ts)
+        data = encode_event(self.run, self.agent, seq, self._prev, ts, fact)  # if it cannot be encoded, it never was
+        self._seq, self._ts = seq, ts
         self.state.apply(fact | {"seq": self._seq, "ts": self._ts})
         progress = event.event not in FULL_ONLY_EVENTS
         terminal = event.event in TERMINAL_EVENTS

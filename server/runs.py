@@ -67,6 +67,7 @@ class _Run:
     cause: Cause | None = None
     """Why it is to end, if something other than its agent says so."""
     reason: str | None = None
+    by: str | None = None
     finishing: bool = False
     news: anyio.Event = field(default_factory=anyio.Event)
     """Set when `position` or `cause` has changed."""
@@ -130,6 +131,8 @@ class Runs:
         self._runs: dict[str, _Run] = {}
         self._tasks: TaskGroup | None = None
         self._stopping = False
+        self._grace = settings.grace
+        self._waiting: anyio.CancelScope | None = None
         self._idle = anyio.Event()
         self.abandoned = 0
         """Agents that ignored their cancellation and were left behind."""
@@ -215,9 +218,7 @@ class Runs:
 
     async def _execute(self, run: _Run) -> None:
         try:
-            await self._wait_for_slot(run)
-            terminal = _early_end(run) if run.cause is not None else await self._run_agent(run)
-            await run.recorder.record(time.time(), terminal)
+            await run.recorder.record(time.time(), await self._run_to_end(run))
         except LogError as error:
             logger.warning("%s: another process has ended or taken over this run; dropped here", error)
         except Exception:
@@ -225,6 +226,20 @@ class Runs:
         finally:
             run.cancel_logged.set()
             self._forget(run)
+
+    async def _run_to_end(self, run: _Run) -> Terminal:
+        try:
+            await self._wait_for_slot(run)
+            if run.cause is None:
+                return await self._run_agent(run)
+            await self._log_cancel(run)
+            return _early_end(run)
+        except LogError:
+            raise
+        except Exception:
+            logger.exception("run %s of %s broke down in the hub", run.id, run.agent.spec.name)
+            run.finishing = True
+            return RunError(error=_INTERNAL, usage=run.recorder.usage, duration=run.duration)
 
     async def _wait_for_slot(self, run: _Run) -> None:
         while run.cause is None and (position := run.position) is not None:
@@ -258,7 +273,6 @@ class Runs:
             raise group.exceptions[0] from None
         finally:
             execution.abandon()  # does nothing to one that is done
-        run.finishing = True
         return self._ending(run, execution, channel)
 
     async def _wait_for_end(self, run: _Run, execution: Execution) -> None:
@@ -267,6 +281,7 @@ class Runs:
             await self._wait_for_cause(run, execution)
         if timeout.cancelled_caught:
             run.end("timeout")
+        await self._log_cancel(run)
         if not execution.done.is_set():
             execution.cancel()
             with anyio.move_on_after(self._settings.cancel_grace):
@@ -274,6 +289,7 @@ class Runs:
         if not execution.done.is_set():
             self.abandoned += 1
             logger.warning("run %s of %s ignored its cancellation and is left behind", run.id, run.agent.spec.name)
+        run.finishing = True
 
     async def _wait_for_cause(self, run: _Run, execution: Execution) -> None:
         async with anyio.create_task_group() as tasks:
@@ -355,17 +371,18 @@ class Runs:
     async def _handle(self, id: str, command: Mapping[str, Any]) -> None:
         """A command that came through the bus; `cancel` is the only one so far."""
         run = self._runs.get(id)
-        if run is None or run.finishing:
+        if run is None or run.finishing or run.cause in ("timeout", "shutting_down"):
             raise AlreadyFinished(f"run {id} has ended already")
-        if run.cause is not None:
-            await run.cancel_logged.wait()
-            return
-        run.cause, run.reason = "cancelled", command["reason"]
-        try:
-            await run.recorder.record(time.time(), CancelRequested(reason=command["reason"], by=command["by"]))
-        finally:
+        if run.cause is None:
+            run.by = command["by"]
+            run.end("cancelled", command["reason"])
+        await run.cancel_logged.wait()
+
+    async def _log_cancel(self, run: _Run) -> None:
+        """The first half of a cancellation. The run's own task writes it: who asked for it may be gone by now."""
+        if run.cause == "cancelled":
+            await run.recorder.record(time.time(), CancelRequested(reason=run.reason, by=run.by))
             run.cancel_logged.set()
-            run.news.set()
 
     # -- Stopping --------------------------------------------------------------------------------------------------
 
@@ -377,7 +394,7 @@ class Runs:
         for run in list(self._runs.values()):
             if run.position is not None:
                 run.end("shutting_down")
-        with anyio.move_on_after(self._settings.grace):
+        with anyio.move_on_after(self._grace) as self._waiting:
             await self._idle.wait()
         for run in list(self._runs.values()):
             run.end("shutting_down")
@@ -387,7 +404,14 @@ class Runs:
             logger.error("%d runs could not be ended in time", len(self._runs))
             self._tasks.cancel_scope.cancel()
 
+    def hurry(self) -> None:
+        """Let running runs finish no longer: `stop`, now or later, ends them at once."""
+        self._grace = 0.0
+        if self._waiting is not None:
+            self._waiting.cancel()
 
+
+_INTERNAL = RunFailure(code="internal", message="the hub could not go on with this run", retryable=True)
 _SHUTTING_DOWN = RunFailure(code="shutting_down", message="the hub was stopped; start again", retryable=True)
 
 
@@ -409,5 +433,8 @@ def _validated(agent: Agent, input: Mapping[str, Any]) -> BaseModel:
 
 
 def _fingerprint(command: Start) -> str:
-    document = orjson.dumps([command.agent, command.input], option=orjson.OPT_SORT_KEYS)
+    try:
+        document = orjson.dumps([command.agent, command.input], option=orjson.OPT_SORT_KEYS)
+    except orjson.JSONEncodeError as error:
+        raise InvalidInput(f"invalid input for {command.agent}: {error}") from None
     return hashlib.sha256(document).hexdigest()

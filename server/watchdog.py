@@ -62,4 +62,4 @@ class Watchdog:
 
     def _where(self) -> str:
         frame = sys._current_frames().get(self._loop_thread)
-        return "".join(traceback.format_stack(frame, limit=-4)) if frame is not None else "(unknown)"
+        return "".join(traceback.format_stack(frame, limit=4)) if frame is not None else "(unknown)"

@@ -17,6 +17,14 @@ class Delta(NamedTuple):
 class Splitter(Protocol):
     """Reads the text of one LM call."""
 
+    @property
+    def field(self) -> str | None:
+        """The output field that the text is in, so far as is known."""
+
+    @property
+    def undecided(self) -> bool:
+        """Whether text is withheld that may turn out to be the end of the field."""
+
     def feed(self, text: str) -> list[Delta]:
         """What became certain with `text`, the next chunk."""
 

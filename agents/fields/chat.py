@@ -29,6 +29,10 @@ class _LineStart:
         complete = len(_OPEN) + len(_CLOSE)
         return "".join(self._name) if self._matched == complete else None
 
+    @property
+    def begun(self) -> bool:
+        return self._matched > 0
+
     def push(self, char: str) -> bool:
         """Add a character; whether the line may still be a header, or has just become one."""
         self._chars.append(char)
@@ -57,13 +61,17 @@ class ChatSplitter:
     """As `ChatAdapter.parse`: the first section of each name, stripped; text on a header's line belongs to it."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.field: str | None = None
         self._fields = set(fields)
         self._out = Output()
-        self._field: str | None = None
         self._strip = Strip()
         self._start: _LineStart | None = _LineStart()
         self._on_header = False
         self._after_return = False
+
+    @property
+    def undecided(self) -> bool:
+        return self._start is not None and self._start.begun
 
     def feed(self, text: str) -> list[Delta]:
         if self._after_return and text.startswith("\n"):
@@ -97,7 +105,7 @@ class ChatSplitter:
             self._push(text[at:])
 
     def _begin(self, name: str, remainder: str) -> None:
-        self._field = name if name in self._fields else None
+        self.field = name if name in self._fields else None
         self._fields.discard(name)
         self._strip = Strip()
         self._start = None
@@ -114,5 +122,5 @@ class ChatSplitter:
         self._start = _LineStart()
 
     def _push(self, text: str) -> None:
-        if self._field is not None:
-            self._out.add(self._field, self._strip.push(text))
+        if self.field is not None:
+            self._out.add(self.field, self._strip.push(text))

@@ -24,12 +24,15 @@ class JsonSplitter:
     does a field of text whose value is no string.
     """
 
+    _tells_null = False
+
     def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.field: str | None = None
+        self.undecided = False
         self._fields = dict(fields)
         self._out = Output()
         self._text = ""
         self._at = 0
-        self._field: str | None = None
         self._of_text = False
         self._depth = 0
         self._quoted = False
@@ -78,7 +81,7 @@ class JsonSplitter:
         except ValueError:
             return self._fall_silent()
         self._at = key.end()
-        self._field = name if name in self._fields else None
+        self.field = name if name in self._fields else None
         self._of_text = is_text(self._fields.pop(name, None))
         self._state = self._colon
         return True
@@ -106,7 +109,7 @@ class JsonSplitter:
             self._state = self._string
             return True
         if self._of_text:
-            self._field = None
+            self.field = None
         self._depth, self._quoted = 0, False
         self._state = self._container if char in "[{" else self._scalar
         return True
@@ -117,9 +120,12 @@ class JsonSplitter:
             self._emit(plain.end())
         char = self._text[self._at : self._at + 1]
         if char == '"':
-            self._at += 1
+            self._end_of_string()
             return self._end_value()
         return self._escape() if char else False
+
+    def _end_of_string(self) -> None:
+        self._at += 1
 
     def _escape(self) -> bool:
         if self._at + 1 >= len(self._text):
@@ -151,8 +157,8 @@ class JsonSplitter:
         scalar = _SCALAR.match(self._text, self._at)
         if scalar is None:
             return self._fall_silent() if self._text[self._at] in ",}]" else False
-        if scalar.group() == "null":
-            self._field = None
+        if scalar.group() == "null" and not self._tells_null:
+            self.field = None
         self._emit(scalar.end())
         return self._end_value()
 
@@ -172,7 +178,7 @@ class JsonSplitter:
         return False
 
     def _end_value(self) -> bool:
-        self._field = None
+        self.field = None
         self._state = self._comma
         return True
 
@@ -180,10 +186,33 @@ class JsonSplitter:
         self._add(self._text[self._at : end], end)
 
     def _add(self, text: str, end: int) -> None:
-        if self._field is not None:
-            self._out.add(self._field, text)
+        if self.field is not None:
+            self._out.add(self.field, text)
         self._at = end
 
     def _fall_silent(self) -> bool:
         self._state = self._silent
+        return True
+
+
+class RawJsonSplitter(JsonSplitter):
+    """All values as they are written, strings with their quotes and escapes, and whatever the types of the fields."""
+
+    _tells_null = True
+
+    def _value(self) -> bool:
+        self._of_text = False
+        if self._next() != '"':
+            return super()._value()
+        self._emit(self._at + 1)
+        self._state = self._string
+        return True
+
+    def _end_of_string(self) -> None:
+        self._emit(self._at + 1)
+
+    def _escape(self) -> bool:
+        if self._at + 1 >= len(self._text):
+            return False
+        self._emit(self._at + 2)
         return True

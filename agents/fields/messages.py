@@ -12,7 +12,7 @@ from dspy.adapters import ChatAdapter, JSONAdapter, XMLAdapter
 from agents.events import AgentEvent, MessageEnd, MessageRetracted, MessageStart, Token
 from agents.fields.base import Delta, Splitter, is_text
 from agents.fields.chat import ChatSplitter
-from agents.fields.json import JsonSplitter
+from agents.fields.json import JsonSplitter, RawJsonSplitter
 from agents.fields.xml import XmlSplitter
 from agents.values import clean_text, plain
 
@@ -26,12 +26,13 @@ _SPLITTERS: Mapping[type, Callable[[Mapping[str, Any]], Splitter]] = {
 }
 
 
-def splitter_for(adapter: type, fields: Mapping[str, Any]) -> Splitter | None:
+def splitter_for(adapter: type, fields: Mapping[str, Any], *, raw: bool = False) -> Splitter | None:
     """A new splitter for output `fields` (name → annotation), or None: no field can be told before the end.
 
-    Adapters are known by their exact class, since a subclass may parse by rules of its own.
+    Adapters are known by their exact class, since a subclass may parse by rules of its own. `raw` asks for the text as
+    the LM writes it, which for JSON is not the field's value.
     """
-    make = _SPLITTERS.get(adapter)
+    make = RawJsonSplitter if raw and adapter is JSONAdapter else _SPLITTERS.get(adapter)
     return None if make is None else make(fields)
 
 

@@ -13,8 +13,9 @@ class XmlSplitter:
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self._fields = {name for name, annotation in fields.items() if is_text(annotation)}
+        self.field: str | None = None
+        self.undecided = False
         self._out = Output()
-        self._field: str | None = None
         self._strip = Strip()
         self._depth = 0
         self._broken = False
@@ -44,16 +45,16 @@ class XmlSplitter:
         self._depth += 1
         if self._depth == 2:
             name = attributes.get("key", tag) if tag == "entry" else tag
-            self._field = name if name in self._fields else None
+            self.field = name if name in self._fields else None
             self._fields.discard(name)
             self._strip = Strip()
         else:
-            self._field = None
+            self.field = None
 
     def _close(self, _tag: str) -> None:
         self._depth -= 1
-        self._field = None
+        self.field = None
 
     def _characters(self, text: str) -> None:
-        if self._field is not None:
-            self._out.add(self._field, self._strip.push(text))
+        if self.field is not None:
+            self._out.add(self.field, self._strip.push(text))

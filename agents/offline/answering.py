@@ -10,7 +10,9 @@ from typing import Any
 from agents.arithmetic import evaluate, find_sums, show
 from agents.offline.acting import question_of, with_topic
 from agents.offline.evidence import Passage, Quote, central, found_nothing, passages, quotes
-from agents.offline.prompt import Field, Prompt
+from agents.offline.merging import findings, is_borne_out, merged
+from agents.offline.prompt import Field, Prompt, texts_of
+from agents.offline.splitting import split_question
 from agents.words import STOP_WORDS, keywords, stem, stems
 
 NOTE = (
@@ -22,6 +24,11 @@ LONG_TEXT = 40
 
 _QUESTION = re.compile(r"question|query|ask|prompt|task|topic|request|instruction|problem|goal")
 _PRIMARY = re.compile(r"^(?:final_)?(?:answer|response|reply|output|result|report|text|message|summary|explanation)$")
+_PARTS = re.compile(r"question|quer(?:y|ies)$|sub_?(?:task|topic|problem)|aspect")
+_COUNT = re.compile(r"^(?:n|k|max_.*|.*count|.*number|.*limit|how_many.*)$")
+_PARTS_BY_DEFAULT, _MOST_PARTS = 3, 20
+_CLAIM = re.compile(r"^(?:claim|finding|statement|hypothesis|answer|response|text)$")
+_VERIFIES = re.compile(r"support|faithful|ground|verif|confirm|proven|entail|correct|accurate|consistent|factual")
 _KINDS = (
     ("reasoning", re.compile(r"^(?:reasoning|rationale|thoughts?|justification|analysis)$")),
     ("sources", re.compile(r"source|file|citation|reference")),
@@ -66,11 +73,28 @@ class _Reply:
             asking = [name for name, value in values.items() if len(value.split()) < LONG_TEXT][:1] or asking
             asking = asking if len(values) > len(asking) or not self._is_statement(values) else []
         question = "\n".join(values[name] for name in asking)
-        return question, [Passage(name, value) for name, value in values.items() if name not in asking]
+        read = {name: value for name, value in values.items() if name not in asking and name != self._claim}
+        return question, [part for name, value in read.items() for part in _read(value, name)]
+
+    @cached_property
+    def _claim(self) -> str | None:
+        """The input that is to be checked against the others; None: nothing is."""
+        values = self.prompt.values
+        claims = [name for name in values if _CLAIM.match(name)]
+        others = [name for name in values if name not in claims and not _QUESTION.search(name)]
+        asked = any(_VERIFIES.search(output.name) for output in self.prompt.outputs)
+        return claims[-1] if claims and others and asked else None
 
     def _is_statement(self, values: dict[str, str]) -> bool:
         text = next(iter(values.values()), "").strip()
         return not text.endswith("?") and len(keywords(text)) > 3 and not find_sums(text)
+
+    @cached_property
+    def _is_borne_out(self) -> bool | None:
+        """Whether the claim, if there is one, is borne out by what was read."""
+        if self._claim is None:
+            return None
+        return is_borne_out(self.prompt.values[self._claim].replace(NOTE, ""), [passage.text for passage in self.read])
 
     @cached_property
     def question(self) -> str:
@@ -119,6 +143,7 @@ class _Reply:
     def primary(self) -> str | None:
         """The field that holds the answer proper."""
         texts = [output.name for output in self.prompt.outputs if output.schema.get("type", "") == "string"]
+        texts = [name for name in texts if _kind(name) != "reasoning"]
         named = [name for name in texts if _PRIMARY.match(name)]
         return next(iter(named or [name for name in texts if _kind(name) is None] or texts), None)
 
@@ -164,6 +189,8 @@ class _Reply:
         return max(options, key=lambda option: sum(words.count(term) for term in set(stems(str(option)))))
 
     def _truth(self, output: Field) -> bool:
+        if self._is_borne_out is not None and _VERIFIES.search(output.name):
+            return self._is_borne_out
         generic = {"answer", "result", "output", "ok"}
         about = [part for part in output.name.lower().split("_") if part not in STOP_WORDS | generic]
         present = set(stems(self.text if self.read else self.question))
@@ -196,10 +223,14 @@ class _Reply:
                 return self._numbers(output)
             case "string" if "enum" not in items:
                 return self._texts(output)
+            case "object" if _kind(output.name) == "quotes":
+                return [_as_object(quote, items) for quote in self.quotes]
             case _:
                 return [option for option in items.get("enum", []) if stem(str(option)) in stems(self.text)]
 
     def _texts(self, output: Field) -> list[str]:
+        if self._split[0] and _PARTS.search(output.name):
+            return split_question(self._split[0], self._wanted(output))
         match _kind(output.name):
             case "sources":
                 return list(dict.fromkeys(quote.source for quote in self.quotes))
@@ -209,6 +240,12 @@ class _Reply:
                 return list(dict.fromkeys(_FINDERS[kind].findall(self.text)))
             case _:
                 return [quote.text for quote in self.quotes]
+
+    def _wanted(self, output: Field) -> int:
+        """How many parts are asked for."""
+        counts = [value for name, value in self.prompt.values.items() if _COUNT.match(name) and value.isdecimal()]
+        wanted = int(counts[0][:3]) if counts else output.schema.get("maxItems", _PARTS_BY_DEFAULT)
+        return max(1, min(wanted, _MOST_PARTS))
 
     def _text(self, output: Field) -> str:
         match _kind(output.name):
@@ -231,6 +268,8 @@ class _Reply:
     # -- Texts -----------------------------------------------------------------------------------------------------
 
     def _whole_answer(self) -> str:
+        if found := [item for value in self.prompt.values.values() for item in findings(value)]:
+            return "\n\n".join([*merged(found, leave_out=NOTE), NOTE])
         parts = [f"{sum_} = {text}" for sum_, text in self.sums]
         parts += [
             f"“{quote.text}”" if quote.source in self.prompt.values else f"{quote.place}: “{quote.text}”"
@@ -272,13 +311,30 @@ class _Reply:
                 if self._split[0] or self.steps
                 else f"I took the {len(self.quotes)} sentences whose words the text uses most."
             )
+        if self._is_borne_out is not None:
+            parts.append(f"The {self._claim} is {'' if self._is_borne_out else 'not '}borne out by it.")
         if not parts or (calls and not self.quotes and not self.sums):
             parts.append("Nothing that I could read or calculate answers the question, so I say so.")
         return " ".join(parts if self.primary else [*parts, NOTE])
 
 
+def _read(value: str, name: str) -> list[Passage]:
+    """An input as passages; of a list, each item has its own, and those that say "nothing found" none."""
+    texts = texts_of(value)
+    return [passage for text in texts if len(texts) == 1 or not found_nothing(text) for passage in passages(text, name)]
+
+
 def _kind(name: str) -> str | None:
     return next((kind for kind, pattern in _KINDS if pattern.search(name.lower())), None)
+
+
+def _as_object(quote: Quote, schema: dict[str, Any]) -> dict[str, Any]:
+    """`quote` as an object with the properties that `schema` names."""
+    values = {
+        name: quote.line if name.startswith("line") else quote.source if _kind(name) == "sources" else quote.text
+        for name in schema.get("properties", {})
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _resolve(schema: dict[str, Any], root: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -98,6 +98,18 @@ def parse(system: str, user: str) -> Prompt:
     )
 
 
+def texts_of(value: str) -> list[str]:
+    """The texts that an input gives: the items of a list of texts, else the input itself."""
+    if value.startswith("["):
+        try:
+            items = json.loads(value)
+        except (ValueError, RecursionError):
+            return [value]
+        if items and all(isinstance(item, str) for item in items):
+            return items  # type: ignore[no-any-return]
+    return [value]
+
+
 def _fields(text: str, notes: dict[str, str]) -> tuple[Field, ...]:
     found: list[tuple[str, str, str]] = []
     for line in text.splitlines():

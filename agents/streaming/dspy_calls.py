@@ -1,19 +1,49 @@
-"""What DSPy does not tell of its calls: whether one can stream.
+"""What DSPy does not tell of its calls: whether one can stream, and how a program is called.
 
 This module must not know runs or events.
 """
 
-import asyncio
 import inspect
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import anyio
-import anyio.from_thread
+import anyio.lowlevel
 import dspy
 from dspy.experimental import Choice, Noul, Score
 from dspy.utils.callback import BaseCallback
+
+from agents.streaming.patch import as_worker_thread, reaches_stream
+from agents.threads import in_thread
+
+LINGER = 2.0
+"""Seconds that a stopped program in a thread gets to notice it, before it counts as left behind."""
+
+
+def is_async(program: Any) -> bool:
+    """Whether `program` has an `aforward` that does what its `forward` does: one that is not inherited from a class
+    above the one that defines its `forward`."""
+    for namespace in (vars(program), *map(vars, type(program).__mro__)):
+        if "aforward" in namespace:
+            return True
+        if "forward" in namespace:
+            return False
+    return False
+
+
+async def call_in_thread(program: Callable[[], Any], name: str, limiter: anyio.CapacityLimiter | None = None) -> Any:
+    """What `program()` returns, called in a thread; see `threads.in_thread`. By default that thread takes nobody's
+    place in a pool: a program would hold one while its tools wait for theirs."""
+    with anyio.CancelScope() as scope:
+        token = anyio.lowlevel.current_token()
+
+        def call() -> Any:
+            with as_worker_thread(token, scope):
+                return program()
+
+        return await in_thread(call, name, limiter=limiter or anyio.CapacityLimiter(1), linger=LINGER)
 
 
 def can_stream(lm: Any) -> bool:
@@ -22,7 +52,7 @@ def can_stream(lm: Any) -> bool:
     engine = getattr(lm, "_async_engine_spec", None) if awaited else getattr(lm, "engine", None)
     if engine is not None and not isinstance(engine, str) and not callable(getattr(engine, "stream", None)):
         return False
-    return awaited or _is_worker_thread()
+    return awaited or reaches_stream()
 
 
 def _is_awaited() -> bool:
@@ -36,17 +66,6 @@ def _is_awaited() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _is_worker_thread() -> bool:
-    """Whether this thread is anyio's, from which DSPy's synchronous streaming can reach the loop."""
-    try:
-        anyio.from_thread.check_cancelled()
-    except anyio.NoEventLoopError:
-        return False
-    except asyncio.CancelledError:
-        pass
-    return True
 
 
 def decides(predictor: Any) -> bool:

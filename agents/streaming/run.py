@@ -3,20 +3,18 @@
 This module must not know how programs are called or how events travel.
 """
 
-import asyncio
 import functools
 import itertools
 import time
 from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import dspy
-from dspy.utils.callback import ACTIVE_CALL_ID, BaseCallback
+from dspy.utils.callback import ACTIVE_CALL_ID
 from dspy.utils.exceptions import AdapterParseError, LMError
 
-from agents.base import Emitter, Stopped, public_message
+from agents.base import Emitter, public_message
 from agents.events import (
     AgentEvent,
     Failure,
@@ -30,6 +28,7 @@ from agents.events import (
     Usage,
 )
 from agents.fields import Messages
+from agents.streaming.bridge import Bridge
 from agents.streaming.dspy_calls import can_stream, decides
 from agents.streaming.usage import Meter
 
@@ -47,16 +46,6 @@ class _Call:
     usage: Usage | None = None
     told: bool = True
     """Whether the call is a span of its own; otherwise `span` is the one around it."""
-    _muted: AbstractContextManager[Any] | None = None
-
-    def mute(self) -> None:
-        """Have DSPy not stream inside this call, until `unmute`. Both run in the call's own context."""
-        self._muted = dspy.context(send_stream=None)
-        self._muted.__enter__()
-
-    def unmute(self) -> None:
-        if self._muted is not None:
-            self._muted.__exit__(None, None, None)
 
 
 def _handler(method: Callable[..., None]) -> Callable[..., None]:
@@ -72,7 +61,7 @@ def _handler(method: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-class Run(BaseCallback):  # type: ignore[misc]  # dspy is untyped
+class Run(Bridge):
     """One run of one program: DSPy's callbacks and LM chunks in, events out.
 
     Keyed by DSPy's call ids. In a start as in an end callback ACTIVE_CALL_ID is the id of the call around; in the sink
@@ -80,8 +69,7 @@ class Run(BaseCallback):  # type: ignore[misc]  # dspy is untyped
     """
 
     def __init__(self, program: Any, emit: Emitter, shown: Collection[str] | None, name: str | None) -> None:
-        self.emit = emit
-        self.sink = Sink(self)
+        super().__init__(emit)
         self.meter = Meter(self.call_here)
         self.calls: dict[str | None, _Call] = {}
         self._program = program
@@ -90,32 +78,24 @@ class Run(BaseCallback):  # type: ignore[misc]  # dspy is untyped
         self._names[id(program)] = name or type(program).__name__
         self._spans = itertools.count(1)
         self._message_ids = itertools.count(1)
-        self._closed = False
-        self._failure: Exception | None = None
 
     def call_here(self) -> _Call | None:
         """The call that the calling code is in; in a callback, the one around the call that starts or ends."""
         return self.calls.get(ACTIVE_CALL_ID.get())
 
-    # -- Ending ----------------------------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Nothing is emitted any more; what still runs in a thread is stopped by its next callback."""
-        self._closed = True
-
-    def fail(self, error: Exception) -> NoReturn:
-        """End the run with `error`, which is ours, not the program's."""
-        self._failure = self._failure or error
-        self._closed = True
-        raise Stopped from error
-
-    def raise_cause(self, error: BaseException) -> NoReturn:
-        """Raise what ended the run, given what came out of the program: task groups wrap it, threads rename it."""
-        if self._failure is not None and not isinstance(error, asyncio.CancelledError):
-            raise self._failure
-        if isinstance(error, BaseExceptionGroup) and error.subgroup(Stopped):
-            raise Stopped from error
-        raise error
+    def read(self, chunk: Any) -> Iterable[AgentEvent]:
+        """A chunk in the shape of OpenAI's. Of several candidates only the first one is told."""
+        call = self.call_here()
+        if call is None or call.messages is None:
+            return
+        for choice in getattr(chunk, "choices", None) or ():
+            if getattr(choice, "index", 0):
+                continue
+            text = getattr(getattr(choice, "delta", None), "content", None)
+            if isinstance(text, str) and text:
+                yield from call.messages.feed(text)
+            if getattr(choice, "finish_reason", None) is not None:
+                yield from call.messages.finish()
 
     # -- Modules ---------------------------------------------------------------------------------------------------
 
@@ -126,9 +106,9 @@ class Run(BaseCallback):  # type: ignore[misc]  # dspy is untyped
         if isinstance(instance, dspy.Predict):
             call.messages = Messages(call.span, self._shown, lambda: f"m{next(self._message_ids)}")
             if decides(instance):
-                self._mute(call)
+                self.mute(call_id)
         kind: Literal["agent", "module"] = "agent" if instance is self._program and parent is None else "module"
-        self._tell([NodeStart(span=call.span, parent=parent, node=call.name, kind=kind)])
+        self.tell([NodeStart(span=call.span, parent=parent, node=call.name, kind=kind)])
 
     @_handler
     def on_module_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
@@ -146,7 +126,7 @@ class Run(BaseCallback):  # type: ignore[misc]  # dspy is untyped
                 fields = [field for field in outputs.keys() if field != "logprobs"]
                 events += call.messages.settle({field: outputs[field] for field in fields})
             events.append(NodeEnd(span=span, node=node, duration=duration))
-        self._tell(events, exception)
+        self.tell(events, exception)
 
     # -- Adapters, and whatever else has call ids: no spans, but LM calls may be inside -----------------------------
 
@@ -183,8 +163,8 @@ class Run(BaseCallback):  # type: ignore[misc]  # dspy is untyped
             events += call.messages.begin()
         if call.messages is None or not call.messages.can_stream or not can_stream(instance):
             # A call that shows nothing keeps the retries and fallbacks that DSPy gives up for streams.
-            self._mute(call)
-        self._tell(events)
+            self.mute(call_id)
+        self.tell(events)
 
     @_handler
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
@@ -196,7 +176,7 @@ class Run(BaseCallback):  # type: ignore[misc]  # dspy is untyped
         if call.messages is not None:
             events += call.messages.finish() if error is None else call.messages.retract(error.message)
         events.append(LmEnd(span=call.span, duration=_since(call), usage=call.usage, error=error))
-        self._tell(events, exception)
+        self.tell(events, exception)
 
     # -- Tools -----------------------------------------------------------------------------------------------------
 
@@ -207,7 +187,7 @@ class Run(BaseCallback):  # type: ignore[misc]  # dspy is untyped
             self._pass_through(call_id)  # not a tool, but how the loop ends
             return
         call, parent = self._open(call_id, instance.name)
-        self._tell([ToolStart(span=call.span, parent=parent, tool=call.name, args=inputs.get("kwargs", {}))])
+        self.tell([ToolStart(span=call.span, parent=parent, tool=call.name, args=inputs.get("kwargs", {}))])
 
     @_handler
     def on_tool_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
@@ -216,7 +196,7 @@ class Run(BaseCallback):  # type: ignore[misc]  # dspy is untyped
             return
         error = None if exception is None else _failure(exception, "tool_error")
         end = ToolEnd(span=call.span, tool=call.name, duration=_since(call), result=outputs, error=error)
-        self._tell([end], exception)
+        self.tell([end], exception)
 
     # -- What they share -------------------------------------------------------------------------------------------
 
@@ -237,58 +217,8 @@ class Run(BaseCallback):  # type: ignore[misc]  # dspy is untyped
         call = self.calls.pop(call_id, None)
         if call is None or not call.told:
             return None
-        call.unmute()
+        self.unmute(call_id)
         return call
-
-    def _mute(self, call: _Call) -> None:
-        if dspy.settings.send_stream is self.sink:  # else it streams to a run inside this one, or not at all
-            call.mute()
-
-    def _tell(self, events: Iterable[AgentEvent], exception: BaseException | None = None) -> None:
-        """Emit, from whatever thread. Where the call ends by cancellation, that goes on rather than `Stopped`."""
-        try:
-            for event in events:
-                self.check()
-                self.emit.nowait(event)
-        except Stopped:
-            if exception is None or isinstance(exception, Exception):
-                raise
-
-    def check(self) -> None:
-        """:raises Stopped: the run is over."""
-        if self._closed:
-            raise Stopped
-
-
-class Sink:
-    """DSPy's `send_stream`: where an LM call, or a worker thread through anyio, awaits its chunks to be taken."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-
-    async def send(self, chunk: Any) -> None:
-        run = self._run
-        run.check()
-        call = run.call_here()
-        if call is None or call.messages is None:
-            return
-        try:
-            for event in _read(chunk, call.messages):
-                await run.emit.send(event)
-        except Exception as error:  # noqa: BLE001 -- kept, and raised by run_program; it is no failure of the LM
-            run.fail(error)
-
-
-def _read(chunk: Any, messages: Messages) -> Iterable[AgentEvent]:
-    """A chunk in the shape of OpenAI's. Of several candidates only the first one is told."""
-    for choice in getattr(chunk, "choices", None) or ():
-        if getattr(choice, "index", 0):
-            continue
-        text = getattr(getattr(choice, "delta", None), "content", None)
-        if isinstance(text, str) and text:
-            yield from messages.feed(text)
-        if getattr(choice, "finish_reason", None) is not None:
-            yield from messages.finish()
 
 
 def _since(call: _Call) -> float:

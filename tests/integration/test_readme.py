@@ -27,7 +27,7 @@ def snippets(language: str) -> list[str]:
 def commands() -> list[str]:
     """Every shell command of README, without comments, continued lines joined."""
     lines = "\n".join(snippets("sh")).replace("\\\n", " ").splitlines()
-    return [line.partition("  #")[0].strip() for line in lines]
+    return [line.partition("  #")[0].strip() for line in lines if line]
 
 
 @pytest.fixture(scope="module")

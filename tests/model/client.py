@@ -47,6 +47,8 @@ class Held:
     """Runs that there were when it was asked for: it may cover any later one."""
     held_at: int
     """Runs that there were when its reply was read: it must cover any later one."""
+    over: set[str] = field(default_factory=set)
+    """Runs that have ended since: it brings them no more."""
 
 
 @dataclass
@@ -60,6 +62,11 @@ class Asked:
     feed: str | None
     complete: bool = False
     """Whether `since` names every run that the client knows."""
+    followed: frozenset[str] = frozenset()
+    """Runs that came already when it was sent."""
+    alone: bool = True
+    """Whether nothing else was asked for at the same time."""
+    exclusive: bool = False
     started: bool = False
     """Whether this is a `start`."""
 
@@ -78,6 +85,8 @@ class Line:
     """Runs that ended here: nothing of them may come until they are asked for again."""
     due: dict[str, str] = field(default_factory=dict)
     """Runs whose next frame must be a snapshot (or, where it says `gap`, a gap and then the snapshot)."""
+    complete: set[str] = field(default_factory=set)
+    """Runs that had ended, and were complete, when they were subscribed to; the hub may not have noticed yet."""
     replaceable: set[str] = field(default_factory=set)
     """Runs that an open-ended subscription may have brought, or may yet bring, from seq 1."""
 
@@ -99,6 +108,10 @@ class Client:
     def subscribe(self, to: Document, detail: str, *, since: str, feed: bool) -> None:
         """`since` is `known`, `none`, `start` (seq 0 for each) or `ahead` (more than can be)."""
         line = self._line()
+        if self._exclusive():
+            return
+        if line.asked or line.complete:
+            since = "known" if since in ("start", "ahead") else since
         named = {} if since == "none" else {run: known.copy() for run, known in self.known.items()}
         for run, known in named.items():
             if since == "start":
@@ -110,17 +123,28 @@ class Client:
         command["since"] = {run: known.position() for run, known in named.items()} | {"nowhere": {"seq": 3}}
         if position is not None:
             command["feed"] = position
-        line.asked[self._send(command)] = Asked(to, detail, len(self.world.runs), named, position, since != "none")
+        asked = Asked(to, detail, len(self.world.runs), named, position, since != "none", frozenset(line.last))
+        asked.alone = not line.asked
+        asked.exclusive = since in ("start", "ahead")
+        line.asked[self._send(command)] = asked
 
     def start(self, agent: str, detail: str) -> None:
-        asked = Asked({}, detail, len(self.world.runs), {}, None, started=True)
+        if self._exclusive():
+            return
+        asked = Asked({}, detail, len(self.world.runs), {}, None, alone=not self._line().asked, started=True)
         self._line().asked[self._send({"op": "start", "agent": agent, "input": {}, "detail": detail})] = asked
+
+    def _exclusive(self) -> bool:
+        """Whether positions are in flight that mean something else if another subscription is there first."""
+        return any(asked.exclusive for asked in self._line().asked.values())
 
     def unsubscribe(self, subscription: str) -> None:
         self._line().leaving[self._send({"op": "unsubscribe", "subscription": subscription})] = subscription
 
     def _send(self, command: Document) -> int:
         self._ids += 1
+        for other in self._line().asked.values():
+            other.alone = False
         self.world.do(self._line().connection.send({**command, "id": self._ids}))
         return self._ids
 
@@ -201,13 +225,23 @@ class Client:
             line.replaceable.add(run)
         else:
             line.replaceable.discard(run)
+        maybe_followed = maybe_followed or run in line.complete or run in asked.followed or not asked.alone
         line.finished.discard(run)
+        if given is not None or run not in line.complete or not entry["recovered"]:
+            self.known[run] = Known() if given is None else given.copy()
         line.last[run] = 0
-        self.known[run] = Known() if given is None else given.copy()
         if not entry["recovered"]:
             line.due[run] = "snapshot" if given is None or maybe_followed else "gap"
         else:
             assert given is not None or asked.feed is not None or maybe_followed, "recovered what was not asked for"
+            self._is_complete(run)
+
+    def _is_complete(self, run: str) -> None:
+        """Nothing is to come of a run that had ended and of which the client had everything."""
+        known, reference = self.known[run], self._run(run)
+        if known.seq and known.seq == reference.head and reference.ended:
+            self._finished(run)
+            self._line().complete.add(run)
 
     def _recovered(self, asked: Asked, result: Document) -> None:
         """What an open-ended subscription is good for from now on."""
@@ -227,10 +261,11 @@ class Client:
             return
         for run in list(line.last):
             if not any(self._covers(other, run) for other in line.held.values()):
-                del line.last[run]
                 line.due.pop(run, None)
                 if any(self._may_cover(other, run) for other in line.held.values()):
                     line.replaceable.add(run)
+                else:
+                    del line.last[run]
         if "run" not in held.to and not any(_key(other.to) == _key(held.to) for other in line.held.values()):
             self.owed.pop(_key(held.to), None)
             self.feeds.pop(_key(held.to), None)
@@ -303,6 +338,8 @@ class Client:
         line = self._line()
         line.finished.add(run)
         del line.last[run]
+        for held in line.held.values():
+            held.over.add(run)
         for subscription in [id for id, held in line.held.items() if held.to.get("run") == run]:
             del line.held[subscription]
 
@@ -314,11 +351,12 @@ class Client:
     # -- What the client may expect --------------------------------------------------------------------------------
 
     def _covers(self, held: Held, run: str) -> bool:
-        return held.to.get("run") == run or run in held.listed
+        return run not in held.over and (held.to.get("run") == run or run in held.listed)
 
     def _may_cover(self, held: Held, run: str) -> bool:
         reference = self._run(run)
-        return self._covers(held, run) or (reference.index >= held.sent_at and reference.matches(held.to))
+        later = reference.index >= held.sent_at and reference.matches(held.to)
+        return run not in held.over and (later or self._covers(held, run))
 
     def _surely(self, run: str, detail: str) -> bool:
         """Whether the run must come at `detail`, whatever the hub has got to."""

@@ -38,7 +38,7 @@ from server.state import RunState
 
 T = TypeVar("T")
 PRINCIPAL = "ann"
-AT_REST_AFTER = 20_000
+AT_REST_AFTER = 3_000
 
 
 class DawdlingBus(MemoryBus):

@@ -13,6 +13,7 @@ import uvicorn
 from server.app import AgentCast
 from server.asgi import FrameProtocol
 from server.bus.base import Bus
+from server.bus.memory import MemoryBus
 from server.config import Settings
 from server.protocol import MESSAGE_BYTES
 from tests.support.agents import OFFLINE, FunctionAgent
@@ -50,6 +51,15 @@ class RunningHub:
         """As `agentcast serve` does when it is told to stop: first the hub, then its server."""
         await self.core.stop()
         self.server.told_to_stop.set()
+
+    def log(self, run: str) -> Any:
+        """The memory bus's log of a run, for its subscribers."""
+        assert isinstance(self.core.bus, MemoryBus)
+        return self.core.bus._logs[run]
+
+    def tasks(self) -> int:
+        """Tasks that the hub's parts have at this moment, by the name of what they run."""
+        return sum("server." in task.name or "uvicorn" in task.name for task in anyio.get_running_tasks())
 
     async def idle(self) -> None:
         """Wait until every connection, and whatever it followed, is gone."""

@@ -57,9 +57,10 @@ class Deaf:
         if self._protocol.handshake_exc is not None:
             raise self._protocol.handshake_exc
 
-    async def send(self, text: str | bytes, *, binary: bool = False) -> None:
+    async def send(self, text: str | bytes, *, binary: bool = False, times: int = 1) -> None:
         data = text.encode() if isinstance(text, str) else text
-        self._protocol.send_binary(data) if binary else self._protocol.send_text(data)
+        for _ in range(times):
+            self._protocol.send_binary(data) if binary else self._protocol.send_text(data)
         await self._flush()
 
     async def cut_off(self) -> None:
@@ -77,5 +78,4 @@ class Deaf:
         self._stream._transport.abort()  # type: ignore[attr-defined]
 
     async def _flush(self) -> None:
-        for data in self._protocol.data_to_send():
-            await self._stream.send(data)
+        await self._stream.send(b"".join(self._protocol.data_to_send()))

@@ -17,6 +17,7 @@ from agents.offline.answering import NOTE
 from agents.offline.engine import reply
 from agents.offline.evidence import found_nothing, passages, quotes, units
 from agents.offline.prompt import parse
+from agents.offline.splitting import split_question
 
 TOWER = "The tower is 330 m high. It stands in Paris, by the river. It was built in 1889 (not 1900)."
 
@@ -187,6 +188,110 @@ def test_json_adapter_gets_json():
         result = dspy.Predict("text, question -> answer, height: int")(text=TOWER, question="How high is it?")
     assert result.height == 330
     assert NOTE in result.answer
+
+
+@pytest.mark.parametrize(
+    ("question", "count", "parts"),
+    [
+        ("Where is the key? Who has it? Who has the mat?", 3, ["Where is the key? Who has it?", "Who has the mat?"]),
+        (
+            "How do I cut roses and when do I water them?",
+            2,
+            ["How do I cut roses?", "When do I water them (cut roses)?"],
+        ),
+        ("How do gaps, heads and epochs work? Why?", 5, ["How do gaps?", "How do heads?", "How do epochs work? Why?"]),
+        (
+            "What happens to a slow client or a full box?",
+            4,
+            ["What happens to a slow client?", "What happens to a full box?"],
+        ),
+        (
+            "What if a client reads slowly, or the bus is down?",
+            2,
+            ["What if a client reads slowly?", "What if the bus is down?"],
+        ),
+        ("What is a slow client?", 3, ["What is a slow client?", "What about client?", "What about slow?"]),
+        ("Who? Cats. Dogs. Owls.", 2, ["Who?", "Cats? Dogs? Owls?"]),
+        ("What is the sum of 3, 4 and 5.5?", 3, ["What is the sum of 3, 4 and 5.5?"]),
+        ("Keys?", 3, ["Keys?"]),
+    ],
+    ids=["sentences", "pronoun", "list", "ellipsis", "clause", "aspects", "too many", "sum", "one word"],
+)
+def test_question_is_split_into_parts_made_of_its_words(question: str, count: int, parts: list[str]):
+    plan = dspy.Predict("question, count: int -> sub_questions: list[str]")
+    assert plan(question=question, count=count).sub_questions == parts
+    assert split_question(question, count) == parts
+
+
+class Cited(BaseModel):
+    file: str
+    line: int | None = None
+    text: str
+
+
+NOTES = [
+    "home/keys.md:3 (Keys)\nThe key is under\nthe mat.",
+    "Nothing found for 'mat'.",
+    "home/mats.md:1\nA mat is red.",
+]
+
+
+def test_texts_with_file_and_line_are_quoted_with_them():
+    signature = dspy.Signature("notes: list[str], question -> answer").append(
+        "quotes", dspy.OutputField(), type_=list[Cited]
+    )
+    result = dspy.Predict(signature)(notes=NOTES, question="Where is the mat?")
+    assert "home/keys.md, line 4: “The key is under the mat.”" not in result.answer
+    assert "home/keys.md, line 3: “The key is under the mat.”" in result.answer
+    assert Cited(file="home/keys.md", line=3, text="The key is under the mat.") in result.quotes
+    assert {quote.file for quote in result.quotes} == {"home/keys.md", "home/mats.md"}
+    assert "Nothing found" not in str(result)
+
+
+@pytest.mark.parametrize(
+    ("claim", "supported"),
+    [
+        (f"home/keys.md, line 3: “The key is under the mat.”\n\n{NOTE}", True),
+        ("“The key is in the shed.”", False),
+        ("The red mat has the key under it.", True),
+        ("The shed holds seven spades.", False),
+        (f"The tools gave nothing that answers this (I looked for: spades).\n\n{NOTE}", False),
+    ],
+    ids=["quote", "false quote", "words", "other words", "nothing"],
+)
+def test_claim_is_held_against_what_was_read(claim: str, supported: bool):
+    check = dspy.Predict("question, notes: list[str], claim -> supported: bool, quotes: list[str]")
+    result = check(question="Where is the key?", notes=NOTES, claim=claim)
+    assert result.supported is supported
+    assert "The key is under the mat." in result.quotes
+    assert "The key is in the shed." not in str(result.quotes)
+
+
+class Report(BaseModel):
+    topic: str
+    result: str = ""
+    evidence: list[Cited] = []
+    error: str | None = None
+
+
+def test_findings_are_merged_under_what_was_asked_and_told_once():
+    quote = Cited(file="a.md", line=2, text="The key is under the mat.")
+    reports = [
+        Report(topic="Key?", result=f"a.md, line 2: “The key is under the mat.”\n\n{NOTE}", evidence=[quote]),
+        Report(topic="Mat?", evidence=[quote, Cited(file="b.md", text="A mat is red.")]),
+        Report(topic="Shed? [[ ## answer ## ]]", error="the disk is gone"),
+        Report(topic="Spade?", result="[[ ## answer ## ]]"),
+    ]
+    merge = dspy.Predict(dspy.Signature("question, reports -> answer").with_updated_fields("reports", list[Report]))
+    assert merge(question="Key, mat, shed?", reports=reports).answer == "\n\n".join(
+        [
+            "1. Key?\na.md, line 2: “The key is under the mat.”",
+            "2. Mat?\nb.md: “A mat is red.”\n(And what stands under 1.)",
+            "3. Shed? [[ answer ## ]]\nNot answered: the disk is gone",
+            "4. Spade?\nNothing was found.",
+            NOTE,
+        ]
+    )
 
 
 def test_without_anything_to_read_it_says_so():

@@ -1,0 +1,93 @@
+"""LMs for tests of streaming: real `dspy.LM`s whose engines answer as a test says, in the chunks that it says."""
+
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import dspy
+from dspy.lm15 import (
+    Message,
+    Request,
+    Response,
+    StreamDeltaEvent,
+    StreamEndEvent,
+    StreamStartEvent,
+    TextDelta,
+    TextPart,
+)
+from dspy.lm15 import Usage as LmUsage
+
+USAGE = LmUsage(input_tokens=10, output_tokens=5, total_tokens=15, cache_read_tokens=4)
+
+Reply = Callable[[str], str | Iterable[Any]]
+"""The last user message → the answer, whole or in chunks: texts, or deltas of `dspy.lm15`."""
+
+
+def chat(**fields: str) -> str:
+    return "".join(f"[[ ## {name} ## ]]\n{text}\n\n" for name, text in fields.items()) + "[[ ## completed ## ]]\n"
+
+
+def pieces(text: str, size: int) -> list[str]:
+    return [text[at : at + size] for at in range(0, len(text), size)]
+
+
+def question_of(prompt: str) -> str:
+    """The question that `prompt` asks, in the form of any adapter; it is of letters, digits and dashes."""
+    _, _, rest = prompt.partition("Q-")
+    return "Q-" + "".join(char for char in rest.partition("-Z")[0]) + "-Z"
+
+
+class Engine:
+    """A synchronous engine, which counts its calls."""
+
+    def __init__(self, reply: Reply) -> None:
+        self.reply = reply
+        self.calls = 0
+
+    def answer(self, request: Request) -> Iterable[Any]:
+        self.calls += 1
+        reply = self.reply(request.messages[-1].text or "")
+        return [reply] if isinstance(reply, str) else reply
+
+    def complete(self, request: Request) -> Response:
+        message = Message.assistant([TextPart("".join(self.answer(request)))])
+        return Response(id=None, model="test", message=message, finish_reason="stop", usage=USAGE)
+
+    def stream(self, request: Request) -> Iterator[Any]:
+        yield StreamStartEvent(model="test")
+        for chunk in self.answer(request):
+            yield StreamDeltaEvent(delta=TextDelta(text=chunk) if isinstance(chunk, str) else chunk)
+        yield StreamEndEvent(finish_reason="stop", usage=USAGE)
+
+    def close(self) -> None:
+        pass
+
+
+class AsyncEngine:
+    """Its asynchronous counterpart; `before_chunk` is awaited with the number of each chunk."""
+
+    def __init__(self, sync: Engine, before_chunk: Callable[[int], Any] | None = None) -> None:
+        self.sync = sync
+        self.before_chunk = before_chunk
+
+    async def complete(self, request: Request) -> Response:
+        await anyio.lowlevel.checkpoint()
+        return self.sync.complete(request)
+
+    async def stream(self, request: Request) -> AsyncIterator[Any]:
+        for number, event in enumerate(self.sync.stream(request)):
+            if self.before_chunk is not None:
+                await self.before_chunk(number)
+            else:
+                await anyio.lowlevel.checkpoint()
+            yield event
+
+    async def aclose(self) -> None:
+        pass
+
+
+def lm_of(reply: Reply, *, cache: bool = False, before_chunk: Callable[[int], Any] | None = None) -> Any:
+    engine = Engine(reply)
+    options = {"cache": cache, "num_retries": 0, "engine": engine}
+    return dspy.LM("test/model", async_engine=AsyncEngine(engine, before_chunk), **options)

@@ -1,0 +1,100 @@
+"""A hub as users start it: `agentcast serve`, in a process of its own."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+from anyio.abc import Process
+from anyio.streams.text import TextReceiveStream
+
+from tests.support.client import Client, connect
+
+ROOT = Path(__file__).parents[2]
+REGISTRY = "tests.support.served:registry"
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "server.cli", "serve", *arguments]
+
+
+def environment(**settings: str) -> dict[str, str]:
+    """This process's environment, with the hub's own settings and nothing else of them."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("AGENTCAST_")}
+    return clean | {f"AGENTCAST_{name.upper()}": value for name, value in settings.items()}
+
+
+@dataclass
+class ServedHub:
+    process: Process
+    url: str
+    log: list[str]
+    """What it has written to stderr so far."""
+
+    @asynccontextmanager
+    async def client(self, **options: Any) -> AsyncIterator[Client]:
+        async with connect(f"{self.url.replace('http', 'ws', 1)}/ws", **options) as client:
+            yield client
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    async def exit_code(self, within: float) -> int:
+        with anyio.fail_after(within):
+            return await self.process.wait()
+
+
+@asynccontextmanager
+async def serve(*arguments: str, agents: str = REGISTRY, **settings: str) -> AsyncIterator[ServedHub]:
+    """Start a hub on a free port and wait for its banner. It is killed at the end if it is still there."""
+    async with await anyio.open_process(
+        command("--port", "0", "--agents", agents, *arguments),
+        cwd=ROOT,
+        env=environment(**settings),
+        stdin=subprocess.DEVNULL,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        log: list[str] = []
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_collect, TextReceiveStream(process.stderr), log)
+            try:
+                with anyio.move_on_after(20) as patience:
+                    url = await _banner(TextReceiveStream(process.stdout))
+                assert not patience.cancelled_caught, "no banner; its log:\n" + "".join(log)
+                yield ServedHub(process, url, log)
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                    with anyio.CancelScope(shield=True):
+                        await process.wait()
+
+
+async def _collect(stream: TextReceiveStream, log: list[str]) -> None:
+    async for text in stream:
+        log.append(text)
+
+
+async def _banner(stream: TextReceiveStream) -> str:
+    text = ""
+    async for part in stream:
+        text += part
+        if found := re.search(r"running at (http://\S+)", text):
+            return found[1]
+    raise AssertionError(f"it ended without a banner: {text}")
+
+
+async def refused(*arguments: str, **settings: str) -> tuple[int, str]:
+    """Exit code and stderr of a hub that does not start."""
+    with anyio.fail_after(20):
+        done = await anyio.run_process(
+            command(*arguments), cwd=ROOT, env=environment(**settings), check=False, stdin=subprocess.DEVNULL
+        )
+    return done.returncode, done.stderr.decode()
