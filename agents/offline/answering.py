@@ -312,7 +312,7 @@ class _Reply:
                 else f"I took the {len(self.quotes)} sentences whose words the text uses most."
             )
         if self._is_borne_out is not None:
-            parts.append(f"The {self._claim} is {'' if self._is_borne_out else 'not '}borne out by it.")
+            parts.append(f"The {self._claim} is {'' if self._is_borne_out else 'not '}borne out by what I read.")
         if not parts or (calls and not self.quotes and not self.sums):
             parts.append("Nothing that I could read or calculate answers the question, so I say so.")
         return " ".join(parts if self.primary else [*parts, NOTE])

@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from pydantic import BaseModel, ValidationError
 
@@ -20,7 +21,7 @@ from tests.support.log import Log
 async def healthy(input: Anything, emit: Emitter) -> str:
     for number in range(30):
         await emit.send(Status(message=f"at {number}"))
-        await anyio.sleep(0.005)
+        await anyio.sleep(0.001)
     return "healthy"
 
 
@@ -54,50 +55,53 @@ def _validation_error() -> ValidationError:
     raise AssertionError
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (ValueError("the date lies in the past"), "the date lies in the past"),
-        (ToolError("no such document"), "no such document"),
-        (ValueError(), "ValueError"),
-        (RuntimeError("/srv/app/secret.py line 3"), "RuntimeError"),
-        (KeyError("/etc/passwd"), "KeyError"),
-        (FileNotFoundError(2, "No such file or directory", "/srv/private/file"), "No such file or directory"),
-        (PermissionError(13, "Permission denied", "/srv/private/file"), "Permission denied"),
-        (OSError("/srv/private/file"), "OSError"),
-        (ExceptionGroup("/srv/private", [RuntimeError("/srv/private")]), "ExceptionGroup"),
-        (_validation_error(), "number: Input should be a valid integer, unable to parse string as an integer"),
-        (BaseException("/srv/private"), "BaseException"),
-        (SystemExit(3), "SystemExit"),
-        (KeyboardInterrupt(), "KeyboardInterrupt"),
-        (GeneratorExit(), "GeneratorExit"),
-        (StopAsyncIteration("/srv/private"), "StopAsyncIteration"),
-        (RecursionError("/srv/private"), "RecursionError"),
-        (MemoryError(), "MemoryError"),
-    ],
-    ids=repr,
-)
-async def test_what_an_agent_raises_ends_its_run_and_tells_only_what_is_fit(
-    error: BaseException, message: str, log: Log
-) -> None:
+RAISED: list[tuple[BaseException, str]] = [
+    (ValueError("the date lies in the past"), "the date lies in the past"),
+    (ToolError("no such document"), "no such document"),
+    (ValueError(), "ValueError"),
+    (RuntimeError("/srv/app/secret.py line 3"), "RuntimeError"),
+    (KeyError("/etc/passwd"), "KeyError"),
+    (FileNotFoundError(2, "No such file or directory", "/srv/private/file"), "No such file or directory"),
+    (PermissionError(13, "Permission denied", "/srv/private/file"), "Permission denied"),
+    (OSError("/srv/private/file"), "OSError"),
+    (ExceptionGroup("/srv/private", [RuntimeError("/srv/private")]), "ExceptionGroup"),
+    (_validation_error(), "number: Input should be a valid integer, unable to parse string as an integer"),
+    (BaseException("/srv/private"), "BaseException"),
+    (SystemExit(3), "SystemExit"),
+    (KeyboardInterrupt(), "KeyboardInterrupt"),
+    (GeneratorExit(), "GeneratorExit"),
+    (StopAsyncIteration("/srv/private"), "StopAsyncIteration"),
+    (RecursionError("/srv/private"), "RecursionError"),
+    (MemoryError(), "MemoryError"),
+]
+
+
+async def test_what_an_agent_raises_ends_its_run_and_tells_only_what_is_fit(log: Log) -> None:
     @agent("raising")
     async def raising(input: Anything, emit: Emitter) -> None:
         await emit.send(Status(message="about to fail"))
-        raise error
+        raise RAISED[int(getattr(input, "which", 0))][0]
 
     log.expect("of agent raising failed")
-    view = await outcome(raising)
-    assert view.names == ["run_queued", "run_start", "status", "run_error"]
-    assert view.document["status"] == "failed"
-    assert view.document["error"] == {"code": "agent_error", "message": message, "retryable": False}
-    for text in view.texts:
-        assert "Traceback" not in text
-        assert "/srv" not in text
-        assert "/etc" not in text
-        assert "hunter2" not in text
+    async with open_hub(raising, healthy) as hub, hub.client() as client, hub.client() as other:
+        beside = await other.start("healthy")
+        runs = [await client.start("raising", {"which": number}) for number in range(len(RAISED))]
+        for run, (_, message) in zip(runs, RAISED, strict=True):
+            view = await client.view(run)
+            assert view.names == ["run_queued", "run_start", "status", "run_error"]
+            assert view.document["status"] == "failed"
+            assert view.document["error"] == {"code": "agent_error", "message": message, "retryable": False}
+            for text in view.texts:
+                assert "Traceback" not in text
+                assert "/srv" not in text
+                assert "/etc" not in text
+                assert "hunter2" not in text
+        assert (await other.view(beside)).document["result"] == "healthy"
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), RuntimeError("x")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error", [SystemExit(3), KeyboardInterrupt(), RuntimeError("x")], ids=lambda e: type(e).__name__
+)
 async def test_what_a_task_of_an_agent_raises_ends_the_run_and_not_the_hub(error: BaseException, log: Log) -> None:
     @agent("spawning")
     async def spawning(input: Anything, emit: Emitter) -> None:
@@ -217,7 +221,7 @@ async def test_an_agent_that_blocks_the_loop_is_named_in_the_log(log: Log) -> No
     @agent("blocking")
     async def blocking(input: Anything, emit: Emitter) -> str:
         await emit.send(Status(message="blocking"))
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         time.sleep(1.9)  # noqa: ASYNC251 -- this is what is tested
         return "done"
 
@@ -325,35 +329,34 @@ class _Hostile(dict[str, Any]):
         raise RuntimeError("/srv/private")
 
 
-@pytest.mark.parametrize(
-    ("value", "status"),
-    [
-        (object(), "done"),
-        (float("nan"), "done"),
-        (10**400, "done"),
-        ({1: "a", None: "b", (1, 2): "c"}, "done"),
-        ("\ud800", "done"),
-        ({"\ud800": "\udfff"}, "done"),
-        (_circular(), "done"),
-        (_Hostile(a=1), "failed"),
-        (None, "done"),
-    ],
-    ids=["object", "nan", "integer", "keys", "surrogate", "surrogates", "circular", "hostile", "none"],
-)
-async def test_a_result_that_is_no_json_never_breaks_the_run(value: Any, status: str, log: Log) -> None:
+ODD: dict[str, Any] = {
+    "object": object(),
+    "nan": float("nan"),
+    "integer": 10**400,
+    "keys": {1: "a", None: "b", (1, 2): "c"},
+    "surrogate": "\ud800",
+    "surrogates": {"\ud800": "\udfff"},
+    "circular": _circular(),
+    "none": None,
+    "hostile": _Hostile(a=1),
+}
+
+
+async def test_a_result_that_is_no_json_never_breaks_the_hub(log: Log) -> None:
     @agent("odd")
     async def odd(input: Anything, emit: Emitter) -> Any:
-        return value
+        return ODD[str(getattr(input, "which", ""))]
 
-    if status == "failed":
-        log.expect("returned what cannot be shown")
-    view = await outcome(odd)
-    assert view.document["status"] == status
-    if status == "failed":
-        assert view.document["error"]["code"] == "invalid_result"
-        assert "/srv" not in view.texts[-1]
-    if value is None:
-        assert view.document["result"] is None
+    log.expect("returned what cannot be shown")
+    async with open_hub(odd) as hub, hub.client() as client:
+        for which in ODD:
+            view = await client.view(await client.start("odd", {"which": which}))
+            if which == "hostile":
+                assert view.document["error"]["code"] == "invalid_result"
+                assert "/srv" not in view.texts[-1]
+            else:
+                assert view.document["status"] == "done"
+                assert "result" in view.document
 
 
 async def test_a_storm_that_cannot_be_held_back_ends_as_overflow() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -66,7 +66,9 @@ def connection_of(hub: RunningHub) -> Connection:
 async def test_a_client_that_never_reads_is_cut_and_the_others_get_everything(log: Log) -> None:
     async with open_hub(flooding, slow_client=1.0) as hub, hub.client() as other:
         async with deaf(hub.port) as slow:
-            (held,) = set(hub.core.connections._open) - {only for only in hub.core.connections._open if _has(other, only)}
+            (held,) = set(hub.core.connections._open) - {
+                only for only in hub.core.connections._open if _has(other, only)
+            }
             await slow.send(json.dumps({"op": "subscribe", "id": 1, "to": {"all": True}}))
             run = await other.start("flooding", {"events": 400, "pause": 0.001})
             view = await other.view(run)
@@ -89,9 +91,7 @@ def _has(client: Client, connection: Connection) -> bool:
 
 async def _gone(hub: RunningHub, connection: Connection) -> None:
     """Wait until nothing is left of a connection, without a message from anybody."""
-    with anyio.fail_after(4):
-        while connection in hub.core.connections._open:
-            await anyio.sleep(0.01)
+    await hub.left(lambda: connection not in hub.core.connections._open)
     assert not any(rule.outbox is connection._outbox for rule in hub.core.hub._rules.values())
     for topic in hub.core.hub._topics.values():
         assert connection._outbox not in topic.followers.values()
@@ -286,9 +286,10 @@ async def test_a_message_that_is_no_command_is_answered_and_the_connection_stays
         assert await client.ask("ping") == {}
 
 
-@pytest.fixture
-async def hub() -> Any:
-    async with open_hub(quick) as hub:
+@pytest.fixture(scope="module")
+async def hub() -> AsyncIterator[RunningHub]:
+    """A hub that tests share which only say nonsense."""
+    async with open_hub(quick, flooding) as hub:
         yield hub
 
 
@@ -303,8 +304,10 @@ async def hub() -> Any:
         ({"op": "unsubscribe", "subscription": "s99"}, "not_found", "s99"),
     ],
 )
-async def test_a_command_that_cannot_be_done_is_no_protocol_error(command: Any, code: str, named: str) -> None:
-    async with open_hub(flooding) as hub, hub.client() as client:
+async def test_a_command_that_cannot_be_done_is_no_protocol_error(
+    hub: RunningHub, command: Any, code: str, named: str
+) -> None:
+    async with hub.client() as client:
         for _ in range(30):
             error = await client.refused(**command)
         assert error["code"] == code
@@ -391,9 +394,7 @@ async def test_a_client_that_is_gone_before_its_close_arrives_leaves_nothing(non
 
 async def _only(hub: RunningHub, client: Client) -> None:
     """Wait until `client` is the only one that is connected."""
-    with anyio.fail_after(5):
-        while len(hub.core.connections) != 1:
-            await anyio.sleep(0.005)
+    await hub.left(lambda: len(hub.core.connections) == 1)
     assert await client.ask("ping") == {}
 
 

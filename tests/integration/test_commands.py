@@ -537,7 +537,9 @@ async def test_queued_runs_are_told_their_position_as_it_halves() -> None:
     held = Held(max_concurrent=1)
     async with open_hub(held.agent) as hub, hub.client() as client:
         runs = [await client.start("held") for _ in range(6)]
-        positions = [client.memory.view(run).events[0].get("position") for run in runs if client.memory.view(run).events]
+        positions = [
+            client.memory.view(run).events[0].get("position") for run in runs if client.memory.view(run).events
+        ]
         await client.end(await _let_go(client, held, runs))
         told = {run: [e["position"] for e in client.memory.view(run).events if "position" in e] for run in runs}
         assert positions[0] is None

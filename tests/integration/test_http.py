@@ -1,6 +1,7 @@
 """The HTTP interface beside the socket: routes, statuses, the shape of errors, and the guard at the door."""
 
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -51,6 +52,13 @@ async def ended(hub: RunningHub, *runs: str) -> None:
         for run in runs:
             await client.ask("subscribe", to={"run": run})
             await client.end(run)
+
+
+@pytest.fixture(scope="module")
+async def hub() -> AsyncIterator[RunningHub]:
+    """A hub that tests share which only ask."""
+    async with open_hub(adder, hosts="hub.example") as hub:
+        yield hub
 
 
 async def test_health_and_readiness_are_told() -> None:
@@ -157,14 +165,18 @@ async def test_a_run_is_cancelled_over_http() -> None:
         ("POST", "/healthz", {}, 405, "bad_request"),
     ],
 )
-async def test_every_error_has_one_shape(method: str, path: str, body: Any, status: int, code: str) -> None:
-    async with open_hub(adder) as hub, hub.http() as http:
+async def test_every_error_has_one_shape(
+    hub: RunningHub, method: str, path: str, body: Any, status: int, code: str
+) -> None:
+    async with hub.http() as http:
         error_of(await http.request(method, path, **({} if body is None else {"json": body})), status, code)
 
 
-async def test_the_field_that_is_wrong_is_named() -> None:
-    async with open_hub(adder) as hub, hub.http() as http:
-        error = error_of(await http.post("/v1/runs", json={"agent": "adder", "input": {"a": "x"}}), 422, "invalid_input")
+async def test_the_field_that_is_wrong_is_named(hub: RunningHub) -> None:
+    async with hub.http() as http:
+        error = error_of(
+            await http.post("/v1/runs", json={"agent": "adder", "input": {"a": "x"}}), 422, "invalid_input"
+        )
         assert error["details"][0]["loc"] == ["a"]
         assert error["details"][0].keys() == {"loc", "msg", "type"}
         error = error_of(await http.post("/v1/runs", json={"agent": 1, "input": {}}), 400, "bad_request")
@@ -174,8 +186,8 @@ async def test_the_field_that_is_wrong_is_named() -> None:
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "json"])
-async def test_a_body_that_is_not_declared_as_json_is_refused(kind: str) -> None:
-    async with open_hub(adder) as hub, hub.http() as http:
+async def test_a_body_that_is_not_declared_as_json_is_refused(hub: RunningHub, kind: str) -> None:
+    async with hub.http() as http:
         body = json.dumps({"agent": "adder", "input": {"a": 1}})
         response = await http.post("/v1/runs", content=body, headers={"Content-Type": kind})
         error_of(response, 415, "bad_request")
@@ -185,22 +197,22 @@ async def test_a_body_that_is_not_declared_as_json_is_refused(kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "Application/JSON", "application/json ; x=y"])
-async def test_json_may_be_declared_in_any_spelling(kind: str) -> None:
-    async with open_hub(adder) as hub, hub.http() as http:
+async def test_json_may_be_declared_in_any_spelling(hub: RunningHub, kind: str) -> None:
+    async with hub.http() as http:
         body = json.dumps({"agent": "adder", "input": {"a": 1}})
         response = await http.post("/v1/runs", content=body, headers={"Content-Type": kind})
         assert response.status_code == 200
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"nonsense", b'{"agent": "\xff"}', b"[" * 10_000, b'{"a": NaN}'])
-async def test_a_body_that_is_no_json_is_a_bad_request(body: bytes) -> None:
-    async with open_hub(adder) as hub, hub.http() as http:
+async def test_a_body_that_is_no_json_is_a_bad_request(hub: RunningHub, body: bytes) -> None:
+    async with hub.http() as http:
         headers = {"Content-Type": "application/json"}
         error_of(await http.post("/v1/runs", content=body, headers=headers), 400, "bad_request")
 
 
-async def test_a_body_over_the_limit_is_refused() -> None:
-    async with open_hub(adder) as hub, hub.http() as http:
+async def test_a_body_over_the_limit_is_refused(hub: RunningHub) -> None:
+    async with hub.http() as http:
         headers = {"Content-Type": "application/json"}
         error_of(await http.post("/v1/runs", content=b" " * 300_000, headers=headers), 413, "bad_request")
 
@@ -238,9 +250,7 @@ async def test_runs_are_listed_newest_first_and_filtered() -> None:
 async def test_paging_shows_every_run_once_however_fast_they_were_started() -> None:
     async with open_hub(adder) as hub, hub.http() as http, hub.client() as client:
         ids = [await client.send(op="start", agent="adder", input={"a": n}) for n in range(60)]
-        runs = []
-        for id in ids:
-            runs.append((await client.reply(id))["result"]["run"])
+        runs = [(await client.reply(id))["result"]["run"] for id in ids]
         assert runs == sorted(runs), "run ids sort by creation"
         await client.end(*runs)
         seen: list[str] = []
@@ -253,8 +263,27 @@ async def test_paging_shows_every_run_once_however_fast_they_were_started() -> N
 
 # -- Host and Origin -----------------------------------------------------------------------------------------------
 
-LOCAL = ["localhost", "LOCALHOST", "localhost:{port}", "127.0.0.1:{port}", "[::1]:{port}", "[::1]", "localhost.", "hub.example:1"]
-FOREIGN = ["evil.example", "evil.example:{port}", "localhost.evil.example", "127.0.0.2", "[::2]", "", "null", "[::1", "@"]
+LOCAL = [
+    "localhost",
+    "LOCALHOST",
+    "localhost:{port}",
+    "127.0.0.1:{port}",
+    "[::1]:{port}",
+    "[::1]",
+    "localhost.",
+    "hub.example:1",
+]
+FOREIGN = [
+    "evil.example",
+    "evil.example:{port}",
+    "localhost.evil.example",
+    "127.0.0.2",
+    "[::2]",
+    "",
+    "null",
+    "[::1",
+    "@",
+]
 
 
 async def _statuses(hub: RunningHub, headers: list[str]) -> tuple[int, int]:
@@ -274,43 +303,46 @@ async def _statuses(hub: RunningHub, headers: list[str]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("host", LOCAL)
-async def test_the_hub_answers_under_its_own_names(host: str) -> None:
-    async with open_hub(hosts="hub.example") as hub:
-        assert await _statuses(hub, [f"Host: {host}"]) == (200, 101)
+async def test_the_hub_answers_under_its_own_names(hub: RunningHub, host: str) -> None:
+    assert await _statuses(hub, [f"Host: {host}"]) == (200, 101)
 
 
 @pytest.mark.parametrize("host", FOREIGN)
-async def test_a_foreign_host_is_refused(host: str) -> None:
-    async with open_hub(hosts="hub.example") as hub:
-        assert await _statuses(hub, [f"Host: {host}"]) == (403, 403)
+async def test_a_foreign_host_is_refused(hub: RunningHub, host: str) -> None:
+    assert await _statuses(hub, [f"Host: {host}"]) == (403, 403)
 
 
 @pytest.mark.parametrize(
     "origin",
     ["http://localhost", "http://LocalHost:{port}", "https://127.0.0.1", "http://[::1]:{port}", "https://hub.example"],
 )
-async def test_pages_of_the_hubs_names_may_use_it(origin: str) -> None:
-    async with open_hub(hosts="hub.example") as hub:
-        assert await _statuses(hub, ["Host: localhost", f"Origin: {origin}"]) == (200, 101)
+async def test_pages_of_the_hubs_names_may_use_it(hub: RunningHub, origin: str) -> None:
+    assert await _statuses(hub, ["Host: localhost", f"Origin: {origin}"]) == (200, 101)
 
 
 @pytest.mark.parametrize(
     "origin",
-    ["https://evil.example", "null", "http://localhost.evil.example", "http://evil.example:{port}", "file://", "", "localhost"],
+    [
+        "https://evil.example",
+        "null",
+        "http://localhost.evil.example",
+        "http://evil.example:{port}",
+        "file://",
+        "",
+        "localhost",
+    ],
 )
-async def test_foreign_pages_are_refused(origin: str) -> None:
-    async with open_hub(hosts="hub.example") as hub:
-        assert await _statuses(hub, ["Host: localhost", f"Origin: {origin}"]) == (403, 403)
+async def test_foreign_pages_are_refused(hub: RunningHub, origin: str) -> None:
+    assert await _statuses(hub, ["Host: localhost", f"Origin: {origin}"]) == (403, 403)
 
 
-async def test_a_request_without_host_is_refused() -> None:
-    async with open_hub() as hub:
-        assert (await exchange(hub.port, "GET /healthz HTTP/1.0")).status in (400, 403)
-        assert set(await _statuses(hub, [])) <= {400, 403}
+async def test_a_request_without_host_is_refused(hub: RunningHub) -> None:
+    assert (await exchange(hub.port, "GET /healthz HTTP/1.0")).status in (400, 403)
+    assert set(await _statuses(hub, [])) <= {400, 403}
 
 
-async def test_the_refusal_says_why_and_how_to_allow_it() -> None:
-    async with open_hub() as hub, hub.http() as http:
+async def test_the_refusal_says_why_and_how_to_allow_it(hub: RunningHub) -> None:
+    async with hub.http() as http:
         error = error_of(await http.get("/v1/agents", headers={"Host": "evil.example"}), 403, "forbidden")
         assert "evil.example" in error["message"]
         assert "AGENTCAST_HOSTS" in error["message"]

@@ -1,7 +1,7 @@
 """A hub in this process, behind a real server on a free port."""
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,11 +61,18 @@ class RunningHub:
         """Tasks that the hub's parts have at this moment, by the name of what they run."""
         return sum("server." in task.name or "uvicorn" in task.name for task in anyio.get_running_tasks())
 
-    async def idle(self) -> None:
-        """Wait until every connection, and whatever it followed, is gone."""
+    async def left(self, condition: Callable[[], bool]) -> None:
+        """Wait until so many connections have left that `condition` holds."""
         with anyio.fail_after(5):
-            while len(self.core.connections) or self.core.hub._topics or self.core.hub._rules:
-                await anyio.sleep(0.005)
+            while not condition():
+                self.core.connections._gone = anyio.Event()
+                await self.core.connections._gone.wait()
+
+    async def idle(self) -> None:
+        """Wait until every connection is gone, and see that nothing is left of what they followed."""
+        await self.left(lambda: len(self.core.connections) == 0)
+        assert not self.core.hub._topics
+        assert not self.core.hub._rules
 
 
 class _Server(uvicorn.Server):

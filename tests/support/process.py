@@ -79,7 +79,7 @@ async def serve(*arguments: str, agents: str = REGISTRY, **settings: str) -> Asy
 
 async def _collect(stream: TextReceiveStream, log: list[str]) -> None:
     async for text in stream:
-        log.append(text)
+        log += [text]
 
 
 async def _banner(stream: TextReceiveStream) -> str:

@@ -1,6 +1,7 @@
 """HTTP and WebSocket by hand, for what a well-behaved library will not send."""
 
 import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -38,13 +39,14 @@ async def deaf(port: int, *, receive_buffer: int = 4096) -> AsyncIterator["Deaf"
     sock.connect(("127.0.0.1", port))
     sock.setblocking(False)
     async with await SocketStream.from_socket(sock) as stream:
-        client = Deaf(stream, port)
+        client = Deaf(stream, sock, port)
         await client.shake_hands()
         yield client
 
 
 class Deaf:
-    def __init__(self, stream: SocketStream, port: int) -> None:
+    def __init__(self, stream: SocketStream, sock: socket.socket, port: int) -> None:
+        self._sock = sock
         self._stream = stream
         self._protocol = ClientProtocol(parse_uri(f"ws://127.0.0.1:{port}/ws"), max_size=None)
 
@@ -73,9 +75,8 @@ class Deaf:
 
     def abort(self) -> None:
         """Reset the connection."""
-        raw: socket.socket = self._stream.extra(anyio.abc.SocketAttribute.raw_socket)
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        self._stream._transport.abort()  # type: ignore[attr-defined]
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._sock.close()
 
     async def _flush(self) -> None:
         await self._stream.send(b"".join(self._protocol.data_to_send()))

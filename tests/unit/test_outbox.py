@@ -22,9 +22,7 @@ class Client:
 
     def __init__(self, queue_frames: int = 100, queue_bytes: int = 1_000_000) -> None:
         self.woken = self.pulled = self.cut = 0
-        self.outbox = Outbox(
-            self._wake, self._pull, self._cut, queue_frames=queue_frames, queue_bytes=queue_bytes
-        )
+        self.outbox = Outbox(self._wake, self._pull, self._cut, queue_frames=queue_frames, queue_bytes=queue_bytes)
 
     def _wake(self) -> None:
         self.woken += 1
@@ -212,9 +210,7 @@ def test_page_and_news_that_overlap_are_sent_once() -> None:
     assert client.seqs() == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(
-    "news", [frame(5), frame(3, epoch="other")], ids=["after a hole", "of another epoch"]
-)
+@pytest.mark.parametrize("news", [frame(5), frame(3, epoch="other")], ids=["after a hole", "of another epoch"])
 def test_news_that_does_not_follow_the_cursor_makes_it_behind(news: Frame) -> None:
     client = Client()
     follower = client.follow(2)

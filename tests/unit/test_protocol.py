@@ -25,10 +25,15 @@ from server.errors import (
 from server.protocol import Cancel, Malformed, Ping, Position, Start, Subscribe, To, Unsubscribe, parse_command
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
     # Lone surrogates are no Unicode text: JSON on the wire cannot carry them.
     | st.text(st.characters(exclude_categories=["Cs"])),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner)
+    ),
     max_leaves=20,
 )
 
@@ -64,9 +69,7 @@ def refused(message: str | bytes | dict[str, Any]) -> Malformed:
                 "subscribe": False,
                 "detail": "progress",
             },
-            Start(
-                op="start", id=1, agent="echo", input={}, thread="t", key="k", subscribe=False, detail="progress"
-            ),
+            Start(op="start", id=1, agent="echo", input={}, thread="t", key="k", subscribe=False, detail="progress"),
         ),
         ({"op": "subscribe", "to": {"run": "r"}}, Subscribe(op="subscribe", to=To(run="r"), since={})),
         ({"op": "subscribe", "to": {"thread": "t"}}, Subscribe(op="subscribe", to=To(thread="t"))),
@@ -238,7 +241,19 @@ def test_no_text_does_worse_than_malformed(text: str | bytes) -> None:
         {"op": st.sampled_from(["start", "subscribe", "unsubscribe", "cancel", "ping", "x"])},
         optional={
             name: json_values
-            for name in ("id", "agent", "input", "to", "since", "feed", "detail", "subscription", "run", "reason", "key")
+            for name in (
+                "id",
+                "agent",
+                "input",
+                "to",
+                "since",
+                "feed",
+                "detail",
+                "subscription",
+                "run",
+                "reason",
+                "key",
+            )
         },
     )
 )

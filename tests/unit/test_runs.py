@@ -70,9 +70,7 @@ class Host:
         self.bus = bus
 
     async def start(self, agent: str = "echo", principal: str = "ann", **fields: Any) -> str:
-        created = await self.runs.start(
-            principal, Start(op="start", agent=agent, **({"input": {}} | fields))
-        )
+        created = await self.runs.start(principal, Start(op="start", agent=agent, **({"input": {}} | fields)))
         return created.run
 
     async def info(self, run: str) -> RunInfo:
@@ -89,23 +87,23 @@ class Host:
     async def names(self, run: str) -> list[str]:
         return [item["event"] for item in await self.log(run)]
 
-    async def until(self, run: str, ready: Callable[[list[Any]], bool]) -> None:
+    async def until(self, run: str, ready: Callable[[RunInfo], bool]) -> None:
         mail = Mail()
         subscription = await self.bus.subscribe(run, mail.deliver)
-        if not ready([frame for frame in (await self.bus.read(run, (await self.info(run)).epoch, 0) or page()).frames]):
-            await mail.until(ready)
+        while not ready(await self.info(run)):
+            heard = len(mail.items)
+            await mail.until(lambda items, heard=heard: len(items) > heard)  # type: ignore[misc]
         subscription.close()
+
+    async def until_head(self, run: str, seq: int) -> None:
+        await self.until(run, lambda info: info.head >= seq)
 
     async def end(self, run: str) -> dict[str, Any]:
         """The last event of the run, once it has ended; there must be no other that is terminal."""
-        await self.until(run, lambda items: any(isinstance(item, Frame) and item.terminal for item in items))
+        await self.until(run, lambda info: info.ended is not None)
         log = await self.log(run)
         assert [item["event"] in TERMINAL_EVENTS for item in log] == [False] * (len(log) - 1) + [True]
         return log[-1]
-
-
-def page() -> Any:
-    raise AssertionError("the log was trimmed")
 
 
 @asynccontextmanager
@@ -206,7 +204,9 @@ def cyclic() -> Any:
     return value
 
 
-@pytest.mark.parametrize("value", [object(), cyclic(), "x" * 10_000_000, float("nan"), 2**70], ids=lambda v: str(type(v)))
+@pytest.mark.parametrize(
+    "value", [object(), cyclic(), "x" * 10_000_000, float("nan"), 2**70], ids=lambda v: str(type(v))
+)
 async def test_any_result_ends_the_run(value: Any) -> None:
     async def give(task: Task, emit: Emitter) -> Any:
         return value
@@ -476,7 +476,7 @@ async def test_agent_may_clean_up_before_it_ends() -> None:
 
     async with hosting(Scripted(tidy), cancel_grace=5.0) as host:
         run = await host.start()
-        await host.until(run, lambda items: len(items) >= 2)
+        await host.until_head(run, 2)
         await host.runs.cancel("ann", run, None)
         await host.end(run)
 
@@ -495,7 +495,7 @@ async def test_cancelled_run_is_cancelled_whatever_its_agent_does_then(how: str)
 
     async with hosting(Scripted(stubborn)) as host:
         run = await host.start()
-        await host.until(run, lambda items: len(items) >= 2)
+        await host.until_head(run, 2)
         await host.runs.cancel("ann", run, None)
 
         assert (await host.end(run))["event"] == "run_cancelled"
@@ -520,7 +520,7 @@ async def test_agent_that_ignores_its_cancellation_is_left_behind() -> None:
         assert (await host.end(run))["event"] == "run_cancelled"
         head = (await host.info(run)).head
 
-        await host.until(waiting, lambda items: len(items) >= 3)
+        await host.until_head(waiting, 3)
         assert host.runs.abandoned == 1
         assert (await host.info(run)).head == head
         await host.runs.cancel("ann", waiting, None)
@@ -542,7 +542,7 @@ async def test_cancellation_is_logged_though_the_client_who_asked_for_it_is_gone
 
     async with hosting(Scripted(talker), bus=bus) as host:
         run = await host.start()
-        await host.until(run, lambda items: len(items) >= 2)
+        await host.until_head(run, 2)
         bus.away = True
         talk.set()
         await bus.refused.wait()
@@ -698,7 +698,7 @@ async def test_run_taken_over_by_another_process_is_dropped_here() -> None:
 
     async with hosting(Scripted(talker)) as host:
         run = await host.start()
-        await host.until(run, lambda items: len(items) >= 2)
+        await host.until_head(run, 2)
         await host.bus.claim(run)
         talk.set()
         while host.runs.active:

@@ -182,15 +182,19 @@ def test_span_starts(start: dict[str, Any], kind: str, name: str, extra: dict[st
 def test_span_ends(end: dict[str, Any], status: str, extra: dict[str, Any]) -> None:
     (item,) = started(span(), end | {"span": "s", "duration": 1.0})["spans"]
 
-    assert item == {
-        "span": "s",
-        "kind": "tool",
-        "name": "search",
-        "args": {"n": 1},
-        "started": 30.0,
-        "status": status,
-        "ended": 40.0,
-    } | extra
+    assert (
+        item
+        == {
+            "span": "s",
+            "kind": "tool",
+            "name": "search",
+            "args": {"n": 1},
+            "started": 30.0,
+            "status": status,
+            "ended": 40.0,
+        }
+        | extra
+    )
 
 
 def test_progress_is_the_last_and_whole() -> None:

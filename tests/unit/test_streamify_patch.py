@@ -1,0 +1,223 @@
+"""The private names that the bridge replaces: that they are what it takes them for, and that nobody else is touched.
+
+Each of these fails when DSPy, or anyio, changes what is replaced.
+"""
+
+import asyncio
+import inspect
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import dspy
+import pytest
+from dspy.clients import execution
+from dspy.clients import lm as lm_module
+from dspy.streaming import messages
+from dspy.utils.callback import BaseCallback
+
+from agents.streaming import patch, stream_events, streamify
+from tests.support.lms import chat, lm_of, pieces
+
+pytestmark = pytest.mark.anyio
+
+
+def test_these_are_dspys_only_ways_out_of_a_synchronous_call():
+    """Whatever else DSPy calls would bypass the bridge; what is gone need not be replaced any more."""
+    assert dspy.__version__.startswith(patch.TESTED)
+    uses = {
+        module.__name__: re.findall(r"\banyio\.[\w.]+\(.*\)", inspect.getsource(module))
+        for module in (execution, lm_module)
+    }
+    assert uses == {
+        "dspy.clients.execution": ["anyio.from_thread.run(stream.send, chunk)"],
+        "dspy.clients.lm": [
+            "anyio.from_thread.run(functools.partial(stream_completion, request, cache_kwargs))",
+        ],
+    }
+    callback = inspect.getsource(messages.StatusStreamingCallback)
+    assert callback.count("sync_send_to_stream(stream, StatusMessage(status_message))") == 6
+
+
+def test_importing_replaces_nothing_and_the_first_stream_does_it_once():
+    script = """
+import anyio, asyncio, dspy
+from dspy.clients import execution, lm
+from dspy.streaming import messages
+import agents.streaming as ours
+names = lambda: (execution.anyio, lm.anyio, messages.sync_send_to_stream)
+async def f(): return 7
+async def main():
+    before = names()
+    program = ours.streamify(f)
+    assert names() == before
+    assert [item async for item in program()] == [7]
+    after = names()
+    assert not any(one is other for one, other in zip(before, after))
+    assert [item async for item in program()] == [7]
+    assert names() == after
+asyncio.run(main())
+print("ok")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "ok\n", done.stderr
+
+
+@pytest.fixture
+def installed() -> None:
+    assert patch.install()
+
+
+async def test_other_users_of_dspy_stream_as_before(installed: None):
+    class Look(dspy.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.ask = dspy.Predict("question -> answer")
+
+        def forward(self) -> Any:
+            dspy.Tool(lambda: "seen", name="look")()
+            return self.ask(question="?")
+
+    with dspy.context(lm=lm_of(lambda _: pieces(chat(answer="x"), 9))):
+        items = [item async for item in dspy.streamify(Look())()]
+    assert sum(isinstance(item, messages.StatusMessage) for item in items) == 2
+    assert isinstance(items[-1], dspy.Prediction)
+    assert len(items) > 4
+
+
+async def test_the_stand_in_is_anyio_for_everybody_else(installed: None):
+    stand_in: Any = execution.anyio
+    assert stand_in.sleep is anyio.sleep
+    assert stand_in.from_thread.run_sync is anyio.from_thread.run_sync
+    assert await anyio.to_thread.run_sync(stand_in.from_thread.run, answer) == 42
+    with pytest.raises(anyio.NoEventLoopError):
+        await in_foreign_thread(lambda: stand_in.from_thread.run(answer))
+
+
+async def answer() -> int:
+    return 42
+
+
+async def in_foreign_thread(call: Callable[[], Any]) -> Any:
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    await anyio.to_thread.run_sync(thread.join)
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def send_through(module: ModuleType, chunk: Any) -> Any:
+    """As LiteLLM's calls stream: a coroutine that sends by itself."""
+
+    async def stream_completion() -> Any:
+        await dspy.settings.send_stream.send(chunk)
+        return chunk
+
+    return module.anyio.from_thread.run(stream_completion)
+
+
+@pytest.mark.parametrize("place", ["program", "parallel", "loop", "parallel on the loop"])
+async def test_the_coroutine_of_a_litellm_call_runs_from_any_thread(place: str):
+    def send(**_: Any) -> Any:
+        return send_through(lm_module, {"chunk": 1})
+
+    def in_parallel() -> Any:
+        return dspy.Parallel(num_threads=2, disable_progress_bar=True)([(send, {})] * 100)[0]
+
+    async def on_loop() -> Any:
+        return in_parallel() if "parallel" in place else send()
+
+    class Program(dspy.Module):  # type: ignore[misc]
+        def forward(self) -> Any:
+            return in_parallel() if place == "parallel" else send()
+
+    stream = streamify(on_loop if "loop" in place else Program())()
+    with anyio.fail_after(10):
+        items = [item async for item in stream]
+    assert items == [{"chunk": 1}] * (101 if "parallel" in place else 2)
+
+
+async def test_what_the_coroutine_raises_comes_through():
+    async def on_loop() -> Any:
+        async def fail() -> None:
+            raise KeyError("mine")
+
+        return lm_module.anyio.from_thread.run(fail)
+
+    with pytest.raises(KeyError, match="mine"):
+        await anext(streamify(on_loop)())
+
+
+@pytest.fixture
+def untested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version of DSPy, without what was replaced."""
+    monkeypatch.setattr(execution, "anyio", anyio)
+    monkeypatch.setattr(lm_module, "anyio", anyio)
+    monkeypatch.setattr(patch, "_warned", False)
+    monkeypatch.setattr(dspy, "__version__", "9.0.1")
+
+
+async def test_an_untested_dspy_is_told_once_and_left_alone(untested: None, caplog: pytest.LogCaptureFixture):
+    class Both(dspy.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.ask = dspy.Predict("question -> answer")
+
+        def forward(self) -> Any:
+            answers = dspy.Parallel(num_threads=2, disable_progress_bar=True)([(self.ask, {"question": "?"})] * 2)
+            return dspy.Prediction(answers=[*answers, self.ask(question="?")])
+
+    with dspy.context(lm=lm_of(lambda _: pieces(chat(answer="it is so"), 3))):
+        events = [event async for event in stream_events(Both(), {})]
+        items = [item async for item in streamify(Both())()]
+    assert [event.text for event in events if event.event == "message_end"] == ["it is so"] * 3
+    tokens = [event.delta for event in events if event.event == "token"]
+    assert tokens.count("it is so") == 2, "those from Parallel come whole"
+    assert len(tokens) > 4, "those of the program's own thread stream"
+    assert [each.answer for each in items[-1].answers] == ["it is so"] * 3
+    assert execution.anyio is anyio
+    (record,) = caplog.records
+    assert "9.0.1" in record.getMessage()
+
+
+async def test_cancelling_reaches_a_program_that_asks_anyio():
+    """As in the threads of `anyio.to_thread`, which is where DSPy runs synchronous programs."""
+    started, ended = threading.Event(), threading.Event()
+
+    class Asks(dspy.Module):  # type: ignore[misc]
+        def forward(self) -> None:
+            started.set()
+            try:
+                while True:
+                    anyio.from_thread.check_cancelled()
+                    threading.Event().wait(0.001)
+            finally:
+                ended.set()
+
+    from agents.streaming import run_program
+
+    class Nothing(BaseCallback):  # type: ignore[misc]
+        async def send(self, event: Any) -> None: ...
+
+        def nowait(self, event: Any) -> None: ...
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(run_program, Asks(), {}, Nothing())
+        await anyio.to_thread.run_sync(started.wait, 5)
+        group.cancel_scope.cancel()
+    with anyio.fail_after(5):
+        assert await asyncio.to_thread(ended.wait, 5)
