@@ -1,8 +1,8 @@
 """`python -m benchmarks.freezing ours|dspy SCENARIO`: one scenario of streaming, with our `streamify` or with DSPy's.
 
-Each is bounded: left alone it is over in about a second. Prints one JSON object: whether it `finished`, whether all came
-as it should (`right`), how many `items` came, and the `stall` of the event loop at its longest, in milliseconds. An
-event loop that stands still cannot say so; a thread does, after `LIMIT` seconds.
+Each is bounded: left alone it is over in about a second. Prints one JSON object: whether it `finished`, whether all
+came as it should (`right`), how many `items` came, and the `stall` of the event loop at its longest, in milliseconds.
+An event loop that stands still cannot say so; a thread does, after `LIMIT` seconds.
 """
 
 import asyncio

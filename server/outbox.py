@@ -9,7 +9,6 @@ reconnecting and overflowing are all "become behind". Nothing that was queued is
 This module must not know the bus's work, sockets or commands.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -97,8 +96,6 @@ class Outbox:
         """Subscription → whether it is to a single run, and so ends with it."""
         self.ended: dict[str, None] = {}
         """The last runs whose end was queued: an announcement that comes late must not bring them again."""
-        self.moved_at = time.monotonic()
-        """When the queue was last empty, or taken from."""
 
     # -- The queue -------------------------------------------------------------------------------------------------
 
@@ -116,8 +113,6 @@ class Outbox:
 
     def put(self, data: bytes) -> None:
         """Queue one frame, whatever the queue holds."""
-        if not self._queue:
-            self.moved_at = time.monotonic()
         self._queue.append(data)
         self._bytes += len(data)
         self._wake()
@@ -131,7 +126,6 @@ class Outbox:
             taken.append(data)
             size += len(data)
         self._bytes -= size
-        self.moved_at = time.monotonic()
         if self._behind and not self.full:
             self._pull()
         return taken

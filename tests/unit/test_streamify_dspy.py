@@ -1,6 +1,7 @@
 """The scenarios in which `dspy.streamify` freezes, loses or mixes: ours comes through each, DSPy's fails where it says.
 
-DSPy's runs are processes of their own, all at once, since what freezes there cannot be ended from inside. When one of
+DSPy's runs are processes of their own, all at once, since what freezes there cannot be ended from inside; ours go on
+meanwhile. When one of
 them comes through after all, DSPy has mended it: then say so below.
 """
 
@@ -40,7 +41,7 @@ async def test_ours_comes_through(name: str):
     assert right
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def dspys() -> Iterator[dict[str, "subprocess.Popen[bytes]"]]:
     command = [sys.executable, "-m", "benchmarks.freezing", "dspy"]
     processes = {

@@ -110,7 +110,7 @@ async def in_foreign_thread(call: Callable[[], Any]) -> Any:
     def run() -> None:
         try:
             outcome.append(call())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 -- raised below
             outcome.append(error)
 
     thread = threading.Thread(target=run)
