@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 
-from benchmarks import channel, fanout, latency, memory, stall
+from benchmarks import channel, fanout, latency, memory, stall, streaming
 from benchmarks.processes import set_up_watcher
 from benchmarks.report import Report
 
@@ -14,6 +14,7 @@ BENCHMARKS = {
     "memory": memory.measure,
     "fanout": fanout.measure,
     "channel": channel.measure,
+    "streaming": streaming.measure,
 }
 
 

@@ -349,6 +349,7 @@ class Hub:
             except NotFound:  # it ended so long ago that the bus has forgotten it
                 outbox.finish(follower)
                 self._drop(follower)
+                outbox.cut()  # no frame can say so, but the reply to a client that comes back does: `missing`
             except Unavailable:
                 await anyio.sleep(_jitter())
             await checkpoint()  # a bus that answers at once must not let one client hold the loop
@@ -420,11 +421,12 @@ class Hub:
 
     async def _apply(self, rule: Rule, entry: Announcement) -> Follower | None:
         follower = None
-        if rule.matches(entry) and entry.run not in rule.outbox.ended:
+        if rule.matches(entry):
             try:
                 async with self._pinned(entry.run) as topic:
-                    follower = Follower(entry.run, topic.epoch, 0, whole=True, wants={rule.subscription: rule.detail})
-                    follower = self.add_follower(rule.outbox, topic, follower)
+                    if entry.run not in rule.outbox.ended:
+                        new = Follower(entry.run, topic.epoch, 0, whole=True, wants={rule.subscription: rule.detail})
+                        follower = self.add_follower(rule.outbox, topic, new)
             except NotFound:
                 logger.debug("run %s was forgotten before it could be followed", entry.run)
         return follower

@@ -84,7 +84,7 @@ class Outbox:
     ) -> None:
         self._wake = wake
         self._pull = pull
-        self._cut = cut
+        self.cut = cut
         self._queue_frames = queue_frames
         self._queue_bytes = queue_bytes
         self._queue: deque[bytes] = deque()
@@ -161,7 +161,7 @@ class Outbox:
         follower = self.followers.get(new.run)
         if follower is None:
             if len(self.followers) >= MAX_FOLLOWED:
-                self._cut()
+                self.cut()
             self.followers[new.run] = new
             self._fall_behind(new)
             return new

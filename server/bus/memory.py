@@ -292,10 +292,13 @@ class MemoryBus:
         del log.frames[:drop]
 
     def _retire(self, run: str, log: _Log) -> None:
-        """Account for an ended run, and forget the oldest ended ones past the bounds."""
+        """Account for an ended run, and forget the oldest ended ones past the bounds; never the newest, which those who
+        follow it have yet to read."""
         self._ended_bytes += log.size - self._ended.get(run, 0)
         self._ended[run] = log.size
-        while len(self._ended) > self._max_ended or self._ended_bytes > self._max_ended_bytes:
+        while len(self._ended) > 1 and (
+            len(self._ended) > self._max_ended or self._ended_bytes > self._max_ended_bytes
+        ):
             oldest, size = self._ended.popitem(last=False)
             self._ended_bytes -= size
             del self._logs[oldest]

@@ -86,7 +86,8 @@ async def test_a_client_that_never_reads_is_cut_and_the_others_get_everything(lo
 
 
 def _has(client: Client, connection: Connection) -> bool:
-    return connection._session.id == client.hello["session"]
+    session: str = client.hello["session"]
+    return connection._session.id == session
 
 
 async def _gone(hub: RunningHub, connection: Connection) -> None:
@@ -357,7 +358,7 @@ async def test_a_message_at_the_limit_is_read() -> None:
 async def test_a_fragmented_message_over_the_limit_ends_the_connection_with_1009() -> None:
     async with open_hub() as hub, hub.client() as client:
         with anyio.move_on_after(2):
-            await client.ws.send("x" * 20_000 for _ in range(30))  # type: ignore[arg-type]
+            await client.ws.send("x" * 20_000 for _ in range(30))
         assert (await client.closed())[0] == 1009
 
 

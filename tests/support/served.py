@@ -28,7 +28,8 @@ async def counter(emit: Emitter, n: int = 3, pause: float = 0.01) -> str:
 async def holder(emit: Emitter) -> str:
     """Runs until it is stopped."""
     await emit.send(Status(message="holding"))
-    await anyio.sleep_forever()
+    await anyio.Event().wait()
+    return "never"
 
 
 @registry.agent

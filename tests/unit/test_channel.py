@@ -475,3 +475,36 @@ async def test_a_task_factory_that_was_there_goes_on_being_used():
         assert len(channel) == 1
     finally:
         loop.set_task_factory(before)
+
+
+# -- A loop that is blocked on its producers -------------------------------------------------------------------------
+
+
+async def test_a_second_loop_that_the_loop_waits_for_is_not_held_back_for_ever():
+    async def run() -> None:
+        thread = threading.Thread(target=lambda: asyncio.run(awaiting(channel, "second loop")))
+        thread.start()
+        thread.join(10)  # blocks the loop
+        assert not thread.is_alive()
+
+    channel = Channel(high_water=8)
+    async with anyio.create_task_group() as group:
+        group.start_soon(drive_and_close, run(), channel)
+        events, _ = await receive_all(channel)
+    assert by_producer(events) == {"second loop": list(range(COUNT))}
+
+
+async def test_handing_over_wakes_the_loop_but_does_not_wait_for_one_that_is_blocked():
+    def put() -> None:
+        channel.nowait(token("thread", 0))
+        channel.hand_over()
+
+    channel = Channel()
+    await anyio.to_thread.run_sync(put)
+    assert channel._arrived.is_set()
+    thread = threading.Thread(target=put)
+    thread.start()
+    thread.join(10)  # blocks the loop
+    assert not thread.is_alive()
+    channel.hand_over()
+    assert len(await channel.receive()) == 2

@@ -259,3 +259,56 @@ def test_reading_takes_linear_time(adapter: type):
     """A header that never ends, a run of spaces, a long key: a character at a time, in far less than the time limit."""
     for filler in ("[[ ## " + "a" * 50_000, " " * 50_000, '{"answer": "' + "a" * 50_000, "<answer>" + "a" * 50_000):
         split(adapter, TEXT_FIELDS, filler)
+
+
+# -- For listeners -----------------------------------------------------------------------------------------------------
+
+
+@given(
+    values=st.fixed_dictionaries({"reasoning": st.text(max_size=20), "answer": st.text(max_size=20)}),
+    sizes=sizes,
+    indent=st.sampled_from([None, 2]),
+)
+@settings(max_examples=100, deadline=None)
+def test_raw_json_is_the_json_of_the_value(values: dict[str, str], sizes: list[int], indent: int | None):
+    splitter = splitter_for(dspy.JSONAdapter, TEXT_FIELDS, raw=True)
+    assert splitter is not None
+    joined = {"reasoning": "", "answer": ""}
+    for chunk in cut(json.dumps(values, indent=indent, ensure_ascii=len(sizes) % 2 == 0), sizes):
+        for field, text in splitter.feed(chunk):
+            joined[field] += text
+    assert {field: json.loads(text) for field, text in joined.items()} == values
+
+
+def test_raw_json_tells_values_of_any_type_and_null():
+    text = '{"reasoning": null, "answer": {"a": ["]", 1]}, "other": 1}'
+    splitter = splitter_for(dspy.JSONAdapter, TEXT_FIELDS, raw=True)
+    assert splitter is not None
+    assert splitter.feed(text) == [("reasoning", "null"), ("answer", '{"a": ["]", 1]}')]
+
+
+@pytest.mark.parametrize("adapter", [dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter])
+def test_a_splitter_tells_which_field_is_open(adapter: type):
+    texts = {
+        dspy.ChatAdapter: "[[ ## answer ## ]]\nyes\n[[ ## completed ## ]]\n",
+        dspy.JSONAdapter: '{"answer": "yes"}',
+        dspy.XMLAdapter: "<answer>yes</answer>",
+    }
+    splitter = splitter_for(adapter, TEXT_FIELDS)
+    assert splitter is not None
+    seen = []
+    for char in texts[adapter]:
+        splitter.feed(char)
+        if not seen or seen[-1] != splitter.field:
+            seen.append(splitter.field)
+    assert seen == [None, "answer", None]
+
+
+def test_the_chat_splitter_tells_when_the_field_may_be_about_to_end():
+    splitter = splitter_for(dspy.ChatAdapter, TEXT_FIELDS)
+    assert splitter is not None
+    undecided = []
+    for chunk in ("[[ ## answer ## ]]\n", "a [[", "\n", " [[ #", "# no", "\n[[ ## completed ##", " ]]"):
+        splitter.feed(chunk)
+        undecided.append(splitter.undecided)
+    assert undecided == [False, False, False, True, True, True, False]

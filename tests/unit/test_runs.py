@@ -239,7 +239,7 @@ async def test_burst_that_nobody_can_hold_back_overflows() -> None:
         for n in range(100_000):
             emit.nowait(Status(message=str(n)))
 
-    async with hosting(Scripted(storm)) as host:
+    async with hosting(Scripted(storm), bus=MemoryBus(log_events=20_000, log_bytes=10**9)) as host:
         end = await host.end(await host.start())
 
     assert end["error"]["code"] == "event_overflow"

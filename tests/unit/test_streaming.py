@@ -3,24 +3,14 @@
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import anyio
 import anyio.to_thread
 import dspy
 import pytest
-from dspy.lm15 import (
-    Message,
-    Request,
-    Response,
-    StreamDeltaEvent,
-    StreamEndEvent,
-    StreamStartEvent,
-    TextDelta,
-    TextPart,
-)
-from dspy.lm15 import Usage as LmUsage
+from dspy.lm15 import Request, Response
 from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError, LMError
 
@@ -44,6 +34,7 @@ from agents.events import (
 )
 from agents.gate import drive
 from agents.streaming import Outcome, current_span, is_async, run_program
+from tests.support.lms import Engine, chat, lm_of, pieces
 
 pytestmark = pytest.mark.anyio
 
@@ -51,79 +42,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-USAGE = LmUsage(input_tokens=10, output_tokens=5, total_tokens=15, cache_read_tokens=4)
-
-Reply = Callable[[str], str | Iterable[str]]
-"""The last user message → the answer, whole or in chunks."""
-
-
-def chunks_of(reply: str | Iterable[str]) -> Iterable[str]:
-    return [reply] if isinstance(reply, str) else reply
-
-
-class Engine:
-    """A synchronous engine."""
-
-    def __init__(self, reply: Reply) -> None:
-        self.reply = reply
-        self.calls = 0
-
-    def answer(self, request: Request) -> str | Iterable[str]:
-        self.calls += 1
-        return self.reply(request.messages[-1].text or "")
-
-    def complete(self, request: Request) -> Response:
-        text = "".join(chunks_of(self.answer(request)))
-        message = Message.assistant([TextPart(text)])
-        return Response(id=None, model="test", message=message, finish_reason="stop", usage=USAGE)
-
-    def stream(self, request: Request) -> Iterator[Any]:
-        yield StreamStartEvent(model="test")
-        for chunk in chunks_of(self.answer(request)):
-            yield StreamDeltaEvent(delta=TextDelta(text=chunk))
-        yield StreamEndEvent(finish_reason="stop", usage=USAGE)
-
-    def close(self) -> None:
-        pass
-
-
-class AsyncEngine:
-    """Its asynchronous counterpart; `before_chunk` is awaited with the number of each chunk."""
-
-    def __init__(self, sync: Engine, before_chunk: Callable[[int], Any] | None = None) -> None:
-        self.sync = sync
-        self.before_chunk = before_chunk
-
-    async def complete(self, request: Request) -> Response:
-        await anyio.lowlevel.checkpoint()
-        return self.sync.complete(request)
-
-    async def stream(self, request: Request) -> AsyncIterator[Any]:
-        for number, event in enumerate(self.sync.stream(request)):
-            if self.before_chunk is not None:
-                await self.before_chunk(number)
-            else:
-                await anyio.lowlevel.checkpoint()
-            yield event
-
-    async def aclose(self) -> None:
-        pass
-
-
-def lm_of(reply: Reply, *, cache: bool = False, before_chunk: Callable[[int], Any] | None = None) -> Any:
-    engine = Engine(reply)
-    options = {"cache": cache, "num_retries": 0, "engine": engine}
-    return dspy.LM("test/model", async_engine=AsyncEngine(engine, before_chunk), **options)
-
-
-def chat(**fields: str) -> str:
-    return "".join(f"[[ ## {name} ## ]]\n{text}\n\n" for name, text in fields.items()) + "[[ ## completed ## ]]\n"
-
-
-def pieces(text: str, size: int) -> list[str]:
-    return [text[at : at + size] for at in range(0, len(text), size)]
 
 
 async def collect(channel: Channel, into: list[AgentEvent]) -> None:
@@ -770,11 +688,12 @@ async def test_threads_of_parallel_are_told_with_the_right_parents_and_usage():
     with dspy.context(lm=lm_of(lambda prompt: pieces(chat(answer="about " + prompt[24:26]), 3))):
         outcome = await run(Both(), {"question": "q"}, events)
     assert {prediction.answer for prediction in outcome.prediction} == {text for _, text in messages_of(events)}
+    assert len(of(Token, events)) > 8
     assert [event.parent for event in of(NodeStart, events)] == [None, "1", "1", "1", "1"]
     assert outcome.usage == Usage(input_tokens=40, output_tokens=20, cached_tokens=16)
 
 
-async def test_a_synchronous_lm_call_on_the_loop_works_though_it_cannot_stream():
+async def test_a_synchronous_lm_call_on_the_loop_streams_too():
     class Blocking(dspy.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             self.ask = dspy.Predict("question -> answer")
@@ -786,6 +705,7 @@ async def test_a_synchronous_lm_call_on_the_loop_works_though_it_cannot_stream()
     with dspy.context(lm=lm_of(lambda _: pieces(chat(answer="blocked"), 2))):
         await run(Blocking(), {"question": "?"}, events)
     assert messages_of(events) == [("answer", "blocked")]
+    assert len(of(Token, events)) > 3
 
 
 async def test_an_asynchronous_call_on_a_second_loop_in_a_thread_streams():
