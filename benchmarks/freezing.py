@@ -1,8 +1,8 @@
-"""`python -m benchmarks.freezing ours|dspy SCENARIO`: one scenario of streaming, with our `streamify` or with DSPy's.
+"""`python -m benchmarks.freezing ours|dspy SCENARIO [LIMIT]`: one scenario of streaming, with our `streamify` or with DSPy's.
 
 Each is bounded: left alone it is over in about a second. Prints one JSON object: whether it `finished`, whether all
 came as it should (`right`), how many `items` came, and the `stall` of the event loop at its longest, in milliseconds.
-An event loop that stands still cannot say so; a thread does, after `LIMIT` seconds.
+An event loop that stands still cannot say so; a thread does, after `LIMIT` seconds (by default 6).
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from dspy.lm15 import (
 from dspy.streaming import StatusMessage, StatusMessageProvider, StreamListener, StreamResponse
 from dspy.utils.callback import BaseCallback
 
-LIMIT = 6.0
+LIMIT = "6"
 USAGE = Usage(input_tokens=10, output_tokens=5, total_tokens=15)
 FIELD = "[[ ## answer ## ]]\n"
 
@@ -109,9 +109,16 @@ async def look() -> str:
     return "seen"
 
 
+class Received:
+    """How many items came so far, for a scenario that does not end."""
+
+    items = 0
+
+
 async def take(stream: Any, pause: float = 0.0) -> list[Any]:
     items = []
     async for item in stream:
+        Received.items += 1
         items.append(item)
         await asyncio.sleep(pause)
     return items
@@ -136,6 +143,7 @@ async def very_slow_consumer(streamify: Streamify) -> Result:
     """The same with 0.3 s, until the consumer has had enough."""
     items = []
     async for item in streamify(Program(20, at_once=True), is_async_program=True)():
+        Received.items += 1
         items.append(item)
         if len(items) < 4:
             await asyncio.sleep(0.3)
@@ -177,16 +185,17 @@ async def one_slow_client(streamify: Streamify) -> Result:
 
 
 async def debug_mode(streamify: Streamify) -> Result:
-    """Two tool calls in asyncio's debug mode, and a consumer that is slow."""
+    """40 tool calls at once in asyncio's debug mode."""
     asyncio.get_running_loop().set_debug(True)
-    items = await take(streamify(Program(12), is_async_program=True)(), 0.01)
-    return len(items), statuses(items) == 24
+    items = await take(streamify(Program(40, at_once=True), is_async_program=True)())
+    return len(items), statuses(items) == 80
 
 
 async def break_and_keep(streamify: Streamify) -> Result:
     """`break` out of the stream, which is still referenced; then something else is done."""
     stream = streamify(Program(40), is_async_program=True)()
     async for _ in stream:
+        Received.items += 1
         break
     for _ in range(20):
         await asyncio.sleep(0.01)
@@ -236,13 +245,15 @@ async def parallel_tokens(streamify: Streamify) -> Result:
 
 async def mixing(streamify: Streamify, clients: int = 104) -> Result:
     """Many runs of one program with a listener at once: each gets its own text, and all of it."""
+    await take(streamify(Program(), is_async_program=True)())  # what the first run imports would make all start late
     program = streamify(Program(), stream_listeners=[StreamListener("answer")], is_async_program=True)
     wrong = 0
 
     async def client(number: int) -> int:
         nonlocal wrong
-        await asyncio.sleep(number * 0.0005)
-        items = [item async for item in program(question=f"Q-{number}-Z")]
+        await asyncio.sleep(number * 0.015)
+        with dspy.context(lm=lm(0.002, 12)):
+            items = await take(program(question=f"Q-{number}-Z"))
         heard = "".join(item.chunk for item in items if isinstance(item, StreamResponse))
         wrong += heard != items[-1].answer
         return len(items)
@@ -377,16 +388,16 @@ def report(**facts: Any) -> None:
     print(json.dumps(facts), flush=True)
 
 
-def give_up(stalls: Stalls) -> None:
-    time.sleep(LIMIT)
+def give_up(stalls: Stalls, limit: float) -> None:
+    time.sleep(limit)
     stall = max(stalls.longest, time.monotonic() - stalls.last)
-    report(finished=False, right=False, items=0, stall=round(stall * 1000, 1))
+    report(finished=False, right=False, items=Received.items, stall=round(stall * 1000, 1))
     os._exit(0)
 
 
-async def run(streamify: Streamify, name: str) -> None:
+async def run(streamify: Streamify, name: str, limit: float) -> None:
     stalls = Stalls()
-    threading.Thread(target=give_up, args=(stalls,), daemon=True).start()
+    threading.Thread(target=give_up, args=(stalls, limit), daemon=True).start()
     watcher = asyncio.get_running_loop().create_task(stalls.watch())
     with dspy.context(lm=lm()):
         items, right = await SCENARIOS[name](streamify)
@@ -394,12 +405,12 @@ async def run(streamify: Streamify, name: str) -> None:
     report(finished=True, right=right, items=items, stall=round(stalls.longest * 1000, 1))
 
 
-def main(which: str, name: str) -> None:
+def main(which: str, name: str, limit: str = LIMIT) -> None:
     if which == "ours":
         from agents.streaming import streamify
     else:
         streamify = functools.partial(dspy.streamify)
-    asyncio.run(run(streamify, name))
+    asyncio.run(run(streamify, name, float(limit)))
     os._exit(0)  # what DSPy may have left frozen in threads must not keep the process
 
 

@@ -364,12 +364,17 @@ class Hub:
             if page is None:
                 outbox.lose(follower, "trimmed")
             else:
+                topic.advance(follower.epoch, page.head, ended=False)
                 outbox.add_page(follower, page, topic.head, ended=topic.ended)
         else:
-            snapshot = await self.snapshot(topic.run)
-            current = topic.advance(snapshot.epoch, snapshot.seq, ended=snapshot.ended)
-            if current and not follower.done:
-                outbox.add_snapshot(follower, snapshot, topic.head, ended=topic.ended)
+            epoch = topic.epoch
+            snapshot = await self.snapshot(topic.run, epoch)
+            if follower.done or topic.epoch not in (epoch, snapshot.epoch):
+                return  # dropped, or the log was replaced and the answer is of before
+            topic.advance(snapshot.epoch, snapshot.seq, ended=snapshot.ended)
+            if snapshot.epoch == follower.epoch and snapshot.seq < follower.cursor <= topic.head:
+                return  # somebody else had asked for it before the follower got so far
+            outbox.add_snapshot(follower, snapshot, topic.head, ended=topic.ended)
         self._check_end(topic, follower, outbox)
 
     def _check_end(self, topic: Topic, follower: Follower, outbox: Outbox) -> None:

@@ -220,7 +220,7 @@ class Outbox:
         if follower.cursor < head or follower.done:
             return
         if ended:
-            self.finish(follower)
+            self.end(follower)
         else:
             follower.live, follower.whole = True, False
             self._behind.pop(follower, None)

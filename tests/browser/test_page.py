@@ -334,6 +334,13 @@ TRICKY: dict[str, list[dict[str, Any]]] = {
         _event(12, "tool_end", span="s", tool="u", duration=1, error={"code": "c", "message": "m"}),
         _event(13, "tool_progress", span="s", progress=1, total=2),
     ],
+    "texts that grow": [
+        _event(2, "message_start", message="m", span="s", field="f"),
+        _event(3, "message_start", message="n", span="s", field="g"),
+        *_many(50, lambda n: _event(4 + n, "token", message="mn"[n % 2], delta=f"{n}☃\\u0000")),
+        _event(60, "status", message="one"),
+        _event(61, "status", message="two", span="s"),
+    ],
     "what is open at the end": [
         _event(2, "run_position", position=1),
         _event(3, "run_start", worker="w", attempt=1),

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from time import monotonic
 from typing import Any
 
 import anyio
@@ -125,6 +126,24 @@ async def test_a_client_that_reads_late_is_resynced_and_goes_on() -> None:
         assert view.seq == last
         assert [gap["reason"] for gap in view.gaps] in (["overflow"], ["trimmed"])
         assert view.document == other.memory.view(run).document
+
+
+async def test_the_feed_is_never_ahead_of_the_runs_that_were_shown() -> None:
+    async with open_hub(flooding, quick) as hub, hub.client() as other, hub.client() as client:
+        held = next(found for found in hub.core.connections._open if _has(client, found))
+        await client.follow_all()
+        client.ws.transport.pause_reading()
+        runs = [await other.start("flooding", {"events": 400})]
+        await other.end(*runs)
+        assert held._outbox.full
+        runs += [await other.start("quick") for _ in range(20)]
+        await other.end(*runs)
+        held.tick(monotonic())
+        client.ws.transport.resume_reading()
+        while not all(client.memory.view(run).ended for run in runs):
+            if (frame := await client.frame())["type"] == "feed":
+                announced = int(frame["position"].partition(":")[2])
+                assert all(client.memory.view(run).seq for run in runs[:announced])
 
 
 async def test_a_pause_in_reading_loses_nothing_while_the_log_reaches_back() -> None:

@@ -44,7 +44,7 @@ class Held:
     listed: set[str]
     """Runs that its reply listed."""
     sent_at: int
-    """Runs that there were when it was asked for: it may cover any later one."""
+    """Runs that there were when it was asked for, or at its feed position: it may cover any later one."""
     held_at: int
     """Runs that there were when its reply was read: it must cover any later one."""
     over: set[str] = field(default_factory=set)
@@ -203,7 +203,8 @@ class Client:
         assert all(self._run(run).matches(asked.to) for run in listed)
         raised = {run for run in listed & line.last.keys() if asked.detail == "full" and not self._surely(run, "full")}
         maybe_full = {run for run in raised if self._maybe(run, "full")}
-        held = Held(asked.to, asked.detail, listed, asked.sent_at, len(self.world.runs))
+        sent_at = min(asked.sent_at, _number(result["feed"])) if "feed" in result else asked.sent_at
+        held = Held(asked.to, asked.detail, listed, sent_at, len(self.world.runs))
         line.held[result["subscription"]] = held
         for entry in result["runs"]:
             run = entry["run"]
@@ -326,7 +327,7 @@ class Client:
 
     def _read_feed(self, frame: Document) -> None:
         line = self._line()
-        reached = int(frame["position"].rpartition(":")[2])
+        reached = _number(frame["position"])
         for held in line.held.values():
             if "run" in held.to:
                 continue
@@ -398,6 +399,11 @@ class Client:
     def _line(self) -> Line:
         assert self.line is not None
         return self.line
+
+
+def _number(position: str) -> int:
+    """How many runs had been created at a position of the feed."""
+    return int(position.rpartition(":")[2])
 
 
 def _key(to: Document) -> str:

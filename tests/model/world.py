@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any, TypeVar, cast
 
 import anyio
@@ -67,8 +67,12 @@ class DawdlingBus(MemoryBus):
         for _ in range(self._random.randrange(4)):
             await checkpoint()
 
-    async def _ask(self, question: Awaitable[T]) -> T:
-        await self._dawdle()
+    async def _ask(self, question: Coroutine[Any, Any, T]) -> T:
+        try:
+            await self._dawdle()
+        except BaseException:  # cancelled before it was asked
+            question.close()
+            raise
         answer = await question
         await self._dawdle()
         if self._flaky and not self.well and self._random.random() < 0.15:

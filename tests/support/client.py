@@ -43,6 +43,8 @@ class View:
     run: str
     epoch: str = ""
     seq: int = 0
+    shown: int | None = 0
+    """The newest seq that detail `progress` shows, where that is known: not after a snapshot."""
     state: RunState | None = None
     events: list[Frame] = field(default_factory=list)
     """Since the last snapshot, or since seq 1."""
@@ -248,6 +250,10 @@ class Client:
             assert event["seq"] > view.seq, f"seq {event['seq']} after {view.seq}: {event}"
             assert event["prev"] <= view.seq, f"something was lost: prev {event['prev']}, position {view.seq}"
         assert event["prev"] < event["seq"], event
+        if view.shown is not None:
+            assert event["prev"] == view.shown, f"prev is {event['prev']}, not {view.shown}: {event}"
+        if event["event"] not in FULL_ONLY:
+            view.shown = event["seq"]
         if event["event"] == "run_queued":
             assert event["seq"] == 1, event
             view.epoch = event["epoch"]
@@ -265,7 +271,7 @@ class Client:
             view.gap = None
         assert frame["state"]["run"] == frame["run"], frame
         view.epoch, view.seq, view.events = frame["epoch"], frame["seq"], []
-        view.texts = []
+        view.texts, view.shown = [], None
         view.state = RunState(json.loads(json.dumps(frame["state"])))
         view.snapshots.append(frame)
         view.ended = frame["state"]["status"] in ("done", "failed", "cancelled")

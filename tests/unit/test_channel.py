@@ -495,13 +495,13 @@ async def test_a_second_loop_that_the_loop_waits_for_is_not_held_back_for_ever()
 
 
 async def test_handing_over_wakes_the_loop_but_does_not_wait_for_one_that_is_blocked():
-    def put() -> None:
+    def put() -> bool:
         channel.nowait(token("thread", 0))
         channel.hand_over()
+        return channel._arrived.is_set()
 
     channel = Channel()
-    await anyio.to_thread.run_sync(put)
-    assert channel._arrived.is_set()
+    assert await anyio.to_thread.run_sync(put)
     thread = threading.Thread(target=put)
     thread.start()
     thread.join(10)  # blocks the loop

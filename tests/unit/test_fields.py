@@ -296,7 +296,7 @@ def test_a_splitter_tells_which_field_is_open(adapter: type):
     }
     splitter = splitter_for(adapter, TEXT_FIELDS)
     assert splitter is not None
-    seen = []
+    seen: list[str | None] = []
     for char in texts[adapter]:
         splitter.feed(char)
         if not seen or seen[-1] != splitter.field:

@@ -5,9 +5,11 @@ What `dspy.streamify` does in the same scenarios is in test_streamify_dspy.py.
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -191,6 +193,43 @@ async def test_tokens_that_look_like_the_end_of_a_field_are_text(size: int):
     assert texts(items) == {"answer": items[-1].answer} == {"answer": answer}
 
 
+async def test_text_in_one_chunk_with_the_name_of_its_field_waits_for_the_next_as_with_dspy():
+    answer = ['{"answer": "To', " get", ' there!"', "}"]
+    with dspy.context(lm=lm_of(lambda _: answer), adapter=dspy.JSONAdapter()):
+        program = streamify(dspy.Predict("question -> answer"), None, listening("answer"), is_async_program=True)
+        items = await items_of(program(question="?"))
+    assert [(item.chunk, item.is_last_chunk) for item in responses(items)] == [('"To get', False), (' there!"', True)]
+
+
+async def test_of_several_candidates_the_first_is_heard():
+    replies = iter([pieces(f"[[ ## answer ## ]]\n{text}", 3) for text in ("first", "second")])
+    with dspy.context(lm=lm_of(lambda _: next(replies))):
+        program = streamify(dspy.Predict("question -> answer", n=2), None, listening("answer"), is_async_program=True)
+        items = await items_of(program(question="?"))
+    assert texts(items) == {"answer": "first"}
+
+
+@pytest.mark.parametrize("listeners", [[], ["question_is_fair"]], ids=["raw", "listeners"])
+async def test_decision_outputs_which_dspy_refuses_to_stream_still_work(listeners: list[str]):
+    from dspy.experimental import Noul
+
+    fields = {"question": (str, dspy.InputField()), "question_is_fair": (Noul, dspy.OutputField(desc="Is it?"))}
+    reply = chat(question_is_fair='{"noul": 0.75}')
+    with dspy.context(lm=lm_of(lambda _: reply)):
+        program = streamify(dspy.Predict(dspy.Signature(fields)), None, listening(*listeners), is_async_program=True)
+        (prediction,) = await items_of(program(question="?"))
+    assert prediction.question_is_fair.probability == 0.75
+
+
+async def test_the_extraction_of_a_two_step_adapter_is_heard():
+    lm = lm_of(lambda _: pieces(chat(answer="extracted"), 3))
+    with dspy.context(lm=lm, adapter=dspy.TwoStepAdapter(lm)):
+        listeners = listening("answer", allow_reuse=True)
+        program = streamify(dspy.Predict("question -> answer"), None, listeners, is_async_program=True)
+        items = await items_of(program(question="?"))
+    assert "".join(item.chunk for item in responses(items)) == "extracted"
+
+
 async def test_an_empty_field_makes_no_chunk():
     with dspy.context(lm=lm_of(lambda _: pieces(chat(reasoning="", answer="yes"), 4))):
         program = streamify(dspy.ChainOfThought("question -> answer"), None, listening("reasoning", "answer"))
@@ -350,6 +389,23 @@ async def test_listeners_on_one_predictor_do_not_silence_the_others():
     assert texts(items) == {"answer": "a"}
 
 
+async def test_a_predictor_without_a_listener_keeps_its_fallback_adapter():
+    """DSPy does not fall back once it has streamed; what nobody hears is therefore not streamed."""
+
+    class Two(dspy.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.first = dspy.Predict("question -> answer")
+            self.second = dspy.Predict("answer -> verdict")
+
+        async def aforward(self) -> Any:
+            return await self.second.acall(answer=(await self.first.acall(question="?")).answer)
+
+    replies = iter([chat(answer="a"), "nonsense", '{"verdict": "rescued"}'])
+    with dspy.context(lm=lm_of(lambda _: next(replies))):
+        items = await items_of(streamify(Two(), None, listening("answer"), is_async_program=True)())
+    assert items[-1].verdict == "rescued"
+
+
 async def test_callbacks_of_the_call_are_honoured_and_users_own_keep_working():
     class Mine(BaseCallback):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -371,7 +427,8 @@ async def test_callbacks_of_the_call_are_honoured_and_users_own_keep_working():
     assert early.seen == late.seen == ["look"]
 
 
-async def test_dspys_own_status_callback_speaks_instead_without_freezing():
+@pytest.mark.parametrize("foreign", [False, True], ids=["on the loop", "in foreign threads"])
+async def test_dspys_own_status_callback_speaks_instead_without_freezing(foreign: bool):
     from dspy.streaming.messages import StatusStreamingCallback
 
     class Polite(StatusMessageProvider):  # type: ignore[misc]
@@ -379,13 +436,17 @@ async def test_dspys_own_status_callback_speaks_instead_without_freezing():
             return "please"
 
     async def call(ask: Any) -> Any:
-        for _ in range(100):  # more than any stream holds
-            await make_tool(look_up).acall()
+        if foreign:
+            pairs: list[Any] = [(lambda **_: make_tool()(), {})] * 100
+            await asyncio.to_thread(dspy.Parallel(num_threads=2, disable_progress_bar=True), pairs)
+        else:
+            for _ in range(100):  # more than any stream holds
+                await make_tool(look_up).acall()
         return dspy.Prediction()
 
     with dspy.context(callbacks=[StatusStreamingCallback(Polite())]):
         items = await items_of(streamify(Async(call), is_async_program=True)())
-    assert statuses(items) == ["please", END] * 100
+    assert sorted(statuses(items)) == sorted(["please", END] * 100)
 
 
 async def test_an_error_in_a_status_provider_is_logged_and_the_rest_goes_on(caplog: pytest.LogCaptureFixture):
@@ -636,3 +697,14 @@ def test_a_synchronous_stream_that_is_left_stops_its_program_and_its_thread(end:
             del stream
     assert_none_is_left(before)
     assert lm.engine.calls == (end != "never started")
+
+
+# -- The page about it -------------------------------------------------------------------------------------------------
+
+
+def test_the_example_in_the_docs_runs(capsys: pytest.CaptureFixture[str]):
+    page = (Path(__file__).parents[2] / "docs" / "streaming-dspy.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(example, "streaming-dspy.md", "exec"), {"__name__": "example"})  # noqa: S102 -- our own page
+    assert "Calling tool search..." in (printed := capsys.readouterr().out)
+    assert "answer='42'" in printed

@@ -223,6 +223,23 @@ async def test_a_cancelled_wait_stops_the_program_although_the_stream_is_kept():
     assert [event async for event in stream] == []
 
 
+async def test_closing_cancels_a_program_that_waits_for_something_else():
+    cancelled = anyio.Event()
+
+    class Waits(dspy.Module):  # type: ignore[misc]
+        async def aforward(self) -> Any:
+            try:
+                await anyio.sleep_forever()
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+
+    async with stream_events(Waits(), {}) as stream:
+        await anext(stream)
+        await anyio.wait_all_tasks_blocked()
+    assert cancelled.is_set()
+
+
 async def test_closing_lets_the_program_clean_up_with_awaits():
     cleaned = anyio.Event()
 

@@ -152,6 +152,21 @@ async def test_the_coroutine_of_a_litellm_call_runs_from_any_thread(place: str):
     assert items == [{"chunk": 1}] * (101 if "parallel" in place else 2)
 
 
+async def test_a_chunk_from_a_foreign_thread_takes_no_event_loop_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    class Both(dspy.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.ask = dspy.Predict("question -> answer")
+
+        def forward(self) -> Any:
+            return dspy.Parallel(num_threads=2, disable_progress_bar=True)([(self.ask, {"question": "?"})] * 2)[0]
+
+    monkeypatch.delattr(patch, "_run_aside")
+    with dspy.context(lm=lm_of(lambda _: pieces(chat(answer="x"), 9))):
+        items = [item async for item in streamify(Both())()]
+    assert len(items) > 6
+    assert items[-1].answer == "x"
+
+
 async def test_what_the_coroutine_raises_comes_through():
     async def on_loop() -> Any:
         async def fail() -> None:
