@@ -1,4 +1,4 @@
-"""`python -m benchmarks.freezing ours|dspy SCENARIO [LIMIT]`: one scenario of streaming, with our `streamify` or with DSPy's.
+"""`python -m benchmarks.freezing ours|dspy SCENARIO [LIMIT]`: one scenario of streaming, with either `streamify`.
 
 Each is bounded: left alone it is over in about a second. Prints one JSON object: whether it `finished`, whether all
 came as it should (`right`), how many `items` came, and the `stall` of the event loop at its longest, in milliseconds.

@@ -4,8 +4,8 @@ The fold is a pure function of the events and their order, so server, browser an
 snapshot, a replay and a live view can be compared for equality. It takes wire documents (JSON objects with `event`,
 `seq`, `ts`, …), not models: a page folds the very same. Unknown events change nothing.
 
-Its size is bounded: past the caps, the oldest finished spans, messages and validation errors go, and `dropped` counts
-them.
+Its size is bounded: past the caps, the oldest finished spans, messages and validation errors go, new fields of `state`
+are refused, and `dropped` counts both; and only the newest spans keep their values.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +17,9 @@ MAX_SPANS = 2_000
 MAX_MESSAGES = 500
 MAX_VALIDATION_ERRORS = 200
 MAX_STATE_FIELDS = 500
+MAX_DETAILED = 100
+"""Spans, the newest, that keep the values they worked on."""
+VALUES = ("args", "inputs", "result", "patch")
 
 Wire = Mapping[str, Any]
 Item = dict[str, Any]
@@ -82,10 +85,10 @@ class RunState:
     def _state(self, event: Wire) -> None:
         state = self.document["state"]
         for name, value in event["patch"].items():
-            if name not in state and len(state) >= MAX_STATE_FIELDS:
-                del state[next(iter(state))]
+            if name in state or len(state) < MAX_STATE_FIELDS:
+                state[name] = value
+            else:
                 self._drop()
-            state[name] = value
 
     def _cancel_requested(self, event: Wire) -> None:
         self.document["status"] = "cancelling"
@@ -114,13 +117,18 @@ class RunState:
         self._spans[event["span"]] = span
         self.document["spans"].append(span)
         self._trim("spans", MAX_SPANS, "running", self._spans, "span")
+        for old in self.document["spans"][-MAX_DETAILED - 1 : -MAX_DETAILED]:
+            for name in VALUES:
+                old.pop(name, None)
 
     def _span_end(self, event: Wire) -> None:
         span = self._spans.get(event["span"])
         if span is None or span["status"] != "running":
             return
         span.update(status="error" if "error" in event else "done", ended=event["ts"])
-        span.update({field: event[field] for field in ("result", "patch", "error", "usage") if field in event})
+        recent = any(span is item for item in self.document["spans"][-MAX_DETAILED:])
+        kept = ("result", "patch", "error", "usage") if recent else ("error", "usage")
+        span.update({field: event[field] for field in kept if field in event})
 
     def _node_end(self, event: Wire) -> None:
         self._span_end(event)

@@ -387,7 +387,9 @@ class Client:
     def _check_run(self, run: Run, *, full: bool) -> None:
         known = self.known.get(run.id)
         assert known is not None, f"{run.id} is unknown"
-        missed: Sequence[int] = range(known.seq + 1, run.head + 1) if full else [n for n in run.progress if n > known.seq]
+        missed: Sequence[int] = (
+            range(known.seq + 1, run.head + 1) if full else [n for n in run.progress if n > known.seq]
+        )
         assert not missed, f"{run.id} stands at {known.seq}; {list(missed)} are missing"
         if known.exact and known.seq == run.head:
             assert known.state is not None

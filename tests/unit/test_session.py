@@ -243,6 +243,36 @@ async def test_subscription_to_a_run_whose_end_is_known_ends_by_itself(client: C
     assert client.events(run) == []
 
 
+async def test_client_far_behind_is_brought_up_by_a_snapshot(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.hub.MAX_DISTANCE", 1)
+    started = await client.result("start", agent="echo", input={})
+    run, epoch = started["run"], started["epoch"]
+    await client.next("event", event="status")
+    await client.result("unsubscribe", subscription=started["subscription"])
+
+    result = await client.result("subscribe", to={"run": run}, since={run: {"epoch": epoch, "seq": 1}})
+    snapshot = await client.next("snapshot")
+
+    assert result["runs"][0]["recovered"] is False
+    assert client.frames[-2] == {"type": "gap", "run": run, "from": 2, "to": 3, "reason": "overflow"}
+    assert (snapshot["seq"], snapshot["state"]["status_message"]) == (3, "thinking")
+
+
+async def test_whole_log_is_sent_to_who_asks_for_it_however_long_it_is(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.hub.MAX_DISTANCE", 1)
+    run = (await client.result("start", agent="echo", input={}, subscribe=False))["run"]
+    while (await client.bus.info([run]))[run].head < 3:
+        await anyio.lowlevel.checkpoint()
+
+    result = await client.result("subscribe", to={"run": run}, since={run: {"seq": 0}})
+    await client.next("event", event="status")
+
+    assert result["runs"][0]["recovered"] is True
+    assert client.events(run) == ["run_queued", "run_start", "status"]
+
+
 async def test_subscribe_to_everything_follows_what_comes(client: Client) -> None:
     running = (await client.result("start", agent="echo", input={}, subscribe=False))["run"]
     result = await client.result("subscribe", to={"all": True}, since={"nowhere": {"seq": 3}})

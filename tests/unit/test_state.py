@@ -311,7 +311,22 @@ def test_oldest_message_goes_past_the_cap(monkeypatch: pytest.MonkeyPatch) -> No
     assert document["dropped"] == 2
 
 
-def test_oldest_validation_error_and_state_field_go_past_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_newest_spans_keep_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_DETAILED", 2)
+    names = ("a", "b", "c", "d")
+    starts = [{"event": "tool_start", "span": name, "tool": "t", "args": {"of": name}} for name in names]
+    ends = [{"event": "tool_end", "span": name, "tool": "t", "duration": 1, "result": name} for name in names]
+
+    spans = started(starts[0], ends[0], *starts[1:], *ends[1:])["spans"]
+
+    assert [item.get("args") for item in spans] == [None, None, {"of": "c"}, {"of": "d"}]
+    assert [item.get("result") for item in spans] == [None, None, "c", "d"]
+    assert {item["status"] for item in spans} == {"done"}
+
+
+def test_oldest_validation_error_goes_and_new_state_fields_are_refused_past_the_cap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(module, "MAX_VALIDATION_ERRORS", 2)
     monkeypatch.setattr(module, "MAX_STATE_FIELDS", 2)
     error = {"event": "validation_error", "span": "s", "node": "n", "max_retries": 9, "error": "no"}
@@ -323,7 +338,7 @@ def test_oldest_validation_error_and_state_field_go_past_the_cap(monkeypatch: py
     )
 
     assert [item["attempt"] for item in document["validation_errors"]] == [2, 3]
-    assert document["state"] == {"b": 2, "c": 1}
+    assert document["state"] == {"a": 1, "b": 2}
     assert document["dropped"] == 2
 
 
