@@ -225,7 +225,7 @@ class RunQueued(_Fact):
     event: Literal["run_queued"] = "run_queued"
     epoch: Id
     input: Fields
-    thread: Name | None = None
+    thread: Text | None = None
     position: int | None = None
 
 

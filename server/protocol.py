@@ -7,7 +7,7 @@ bytes are the same for every client. This module must not know sockets, the hub 
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from server.errors import BadRequest, CommandError, UnknownOp
 
@@ -35,16 +35,21 @@ class Position(_Shape):
     epoch: Key | None = None
 
 
+def _exactly_true(value: object) -> object:
+    """1 equals True in Python, but not in JSON."""
+    return value if value is True else None
+
+
 class To(_Shape):
     """What a subscription is to: exactly one of the fields."""
 
     run: Key | None = None
     thread: Key | None = None
     agent: Key | None = None
-    all: Literal[True] | None = None
+    all: Annotated[Literal[True], BeforeValidator(_exactly_true)] | None = None
 
     def model_post_init(self, context: Any) -> None:
-        if len(self.model_fields_set) != 1 or all(value is None for value in self.__dict__.values()):
+        if len(self.model_fields_set) != 1 or not any(self.__dict__.values()):
             raise ValueError('give exactly one of {"run": id}, {"thread": id}, {"agent": name}, {"all": true}')
 
 

@@ -91,7 +91,7 @@ async def test_key_of_a_forgotten_run_makes_a_new_one() -> None:
 
 async def test_key_holds_for_a_day(monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
-    monkeypatch.setattr(memory.time, "time", lambda: now)
+    monkeypatch.setattr(time, "time", lambda: now)
     bus = MemoryBus()
     first = await bus.create(new_run(key="k"))
     now += KEY_TTL - 1

@@ -390,7 +390,7 @@ class Client:
         missed: Sequence[int] = (
             range(known.seq + 1, run.head + 1) if full else [n for n in run.progress if n > known.seq]
         )
-        assert not missed, f"{run.id} stands at {known.seq}; {list(missed)} are missing"
+        assert not missed, f"{run.id} stands at {known.seq}; {missed} are missing"
         if known.exact and known.seq == run.head:
             assert known.state is not None
             assert known.state.document == run.state.document

@@ -217,7 +217,10 @@ class Hub(RuleBasedStateMachine):
         return client.line
 
 
-TestHub = Hub.TestCase
+class TestHub(Hub.TestCase):  # type: ignore[misc, name-defined]
+    pytestmark = pytest.mark.timeout(600)
+
+
 TestHub.settings = settings(
     max_examples=EXAMPLES,
     stateful_step_count=STEPS,
@@ -228,4 +231,3 @@ TestHub.settings = settings(
     report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.too_slow],
 )
-TestHub.pytestmark = [pytest.mark.timeout(600)]

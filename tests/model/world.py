@@ -1,4 +1,4 @@
-"""The world of the model test: a hub on a bus that dawdles, runs that keep their own books, connections without sockets."""
+"""The world of the model test: a hub on a bus that dawdles, runs that keep their own books, no sockets."""
 
 import asyncio
 import random

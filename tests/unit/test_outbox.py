@@ -272,7 +272,7 @@ def test_loss_outranks_what_was_asked_for_and_the_first_loss_stands() -> None:
     client = Client()
     follower = client.follow(12)
     for reason in ("asked", "trimmed", "asked", "log_lost"):
-        client.outbox.lose(follower, reason)  # type: ignore[arg-type]
+        client.outbox.lose(follower, reason)
 
     assert follower.resync == "trimmed"
 

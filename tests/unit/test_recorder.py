@@ -276,7 +276,7 @@ async def test_end_of_a_message_says_what_its_tokens_said(
 
 
 async def test_events_of_a_message_that_is_not_open_are_left_out(case: Case) -> None:
-    events = [
+    events: list[AgentEvent] = [
         Token(message="a", delta="early"),
         MessageEnd(message="a", text="early"),
         START,
@@ -290,7 +290,7 @@ async def test_events_of_a_message_that_is_not_open_are_left_out(case: Case) -> 
 
 
 async def test_retracted_message_takes_no_more(case: Case) -> None:
-    events = [
+    events: list[AgentEvent] = [
         START,
         Token(message="a", delta="x"),
         MessageRetracted(message="a", reason="no"),
@@ -302,7 +302,7 @@ async def test_retracted_message_takes_no_more(case: Case) -> None:
 
 
 async def test_message_that_begins_again_goes_on(case: Case) -> None:
-    events = [
+    events: list[AgentEvent] = [
         START,
         Token(message="a", delta="x"),
         START,
@@ -344,9 +344,9 @@ async def test_more_open_messages_than_a_state_shows_stay_consistent(
 ) -> None:
     monkeypatch.setattr(module, "MAX_MESSAGES", 2)
     names = "abc"
-    starts = [MessageStart(message=name, span="s", field="f") for name in names]
-    tokens = [Token(message=name, delta=name) for name in names]
-    ends = [MessageEnd(message=name, text=name) for name in names]
+    starts: list[AgentEvent] = [MessageStart(message=name, span="s", field="f") for name in names]
+    tokens: list[AgentEvent] = [Token(message=name, delta=name) for name in names]
+    ends: list[AgentEvent] = [MessageEnd(message=name, text=name) for name in names]
 
     lines = await emit(case, *itertools.chain(*zip(starts, tokens, strict=True)), *ends)
 
@@ -357,7 +357,7 @@ async def test_more_open_messages_than_a_state_shows_stay_consistent(
 
 
 async def test_prev_is_the_newest_earlier_event_that_progress_shows(case: Case) -> None:
-    events = [
+    events: list[AgentEvent] = [
         Status(message="2"),
         START,
         Token(message="a", delta="x"),
@@ -402,7 +402,7 @@ async def test_time_never_goes_back(case: Case) -> None:
 
 
 async def test_usage_is_summed(case: Case) -> None:
-    calls = [
+    calls: list[AgentEvent] = [
         LmEnd(span="a", duration=1.0, usage=Usage(input_tokens=1, output_tokens=2, cost=0.5)),
         LmEnd(span="b", duration=1.0),
         LmEnd(span="c", duration=1.0, usage=Usage(input_tokens=10, output_tokens=20, cached_tokens=5)),
@@ -600,6 +600,11 @@ async def test_whatever_is_emitted_the_log_is_consistent(
 
     assert [item["seq"] for item in log] == list(range(1, len(log) + 1))
     assert fold(log).encode() == case.recorder.state.encode()
+    check_texts(log)
+
+
+def check_texts(log: Sequence[dict[str, Any]]) -> None:
+    """The text of each message is what its tokens said."""
     open: dict[str, str] = {}
     for item in log:
         match item["event"]:

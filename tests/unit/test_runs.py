@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -38,7 +39,10 @@ class Scripted:
         self.spec = AgentSpec(
             name=name, description="", input_model=Question, timeout=timeout, max_concurrent=max_concurrent
         )
-        self.run = run
+        self._run = run
+
+    async def run(self, task: Task, emit: Emitter) -> Any:
+        return await self._run(task, emit)
 
 
 class Held:
@@ -622,70 +626,90 @@ async def test_run_that_times_out_cannot_be_cancelled_any_more() -> None:
 delays = st.integers(0, 25)
 
 
-@settings(deadline=None, max_examples=150)
-@given(
-    finish=st.none() | delays,
-    cancels=st.lists(delays, max_size=3),
-    timeout=st.sampled_from([0.0, 0.0005, 60.0]),
-    stop=st.none() | delays,
-    wait=st.booleans(),
-    fails=st.booleans(),
-)
-async def test_racing_ends_leave_exactly_one(
-    finish: int | None, cancels: list[int], timeout: float, stop: int | None, wait: bool, fails: bool
-) -> None:
-    """G7: an agent that finishes, clients that cancel, a timeout and a shutdown, in any order, queued or running."""
+async def turns(count: int) -> None:
+    for _ in range(count):
+        await checkpoint()
 
-    async def turns(count: int) -> None:
-        for _ in range(count):
-            await checkpoint()
 
-    async def agent(task: Task, emit: Emitter) -> str:
+@dataclass
+class Race:
+    """When, in turns of the loop, what happens; None is never."""
+
+    finish: int | None
+    cancels: list[int]
+    timeout: float
+    stop: int | None
+    wait: bool
+    """Whether another run is ahead in the queue."""
+    fails: bool
+    accepted: int = 0
+
+    @property
+    def ends(self) -> bool:
+        return self.finish is not None or self.timeout < 60.0 or (bool(self.cancels) and not self.wait)
+
+    async def agent(self, task: Task, emit: Emitter) -> str:
         await emit.send(Status(message="x"))
-        if finish is None:
+        if self.finish is None:
             await anyio.sleep_forever()
-        await turns(finish or 0)
-        if fails:
+        else:
+            await turns(self.finish)
+        if self.fails:
             raise ValueError("no")
         return "done"
 
-    accepted: list[int] = []
-
-    async def cancel(host: Host, run: str, after: int) -> None:
+    async def cancel(self, host: Host, run: str, after: int) -> None:
         await turns(after)
         try:
             await host.runs.cancel("ann", run, None)
-            accepted.append(after)
+            self.accepted += 1
         except AlreadyFinished:
             pass
 
-    async def shut_down(host: Host, after: int) -> None:
+    async def shut_down(self, host: Host, after: int) -> None:
         await turns(after)
         await host.runs.stop()
 
-    async with hosting(Scripted(agent, timeout=timeout, max_concurrent=1)) as host:
-        blocker = await host.start() if wait else None
-        run = await host.start()
-        async with anyio.create_task_group() as tasks:
-            for after in cancels:
-                tasks.start_soon(cancel, host, run, after)
-            if stop is not None:
-                tasks.start_soon(shut_down, host, stop)
-            elif finish is None and timeout == 60.0 and (not cancels or wait):
-                tasks.start_soon(shut_down, host, 30)
-        end = await host.end(run)
-        names = await host.names(run)
-        if blocker is not None:
-            await host.end(blocker)
+    async def run(self) -> list[dict[str, Any]]:
+        """The log of the run that everything raced for."""
+        async with hosting(Scripted(self.agent, timeout=self.timeout, max_concurrent=1)) as host:
+            blocker = await host.start() if self.wait else None
+            run = await host.start()
+            async with anyio.create_task_group() as tasks:
+                for after in self.cancels:
+                    tasks.start_soon(self.cancel, host, run, after)
+                if self.stop is not None or not self.ends:
+                    tasks.start_soon(self.shut_down, host, 30 if self.stop is None else self.stop)
+            await host.end(run)
+            if blocker is not None:
+                await host.end(blocker)
+            return await host.log(run)
 
-    assert names.count("cancel_requested") == (end["event"] == "run_cancelled")
-    if accepted:
-        assert end["event"] == "run_cancelled"
-    if end["event"] == "run_cancelled":
-        assert accepted
-        assert "cancel_requested" in names[: names.index("run_cancelled")]
-    if end["event"] == "run_end":
-        assert end["result"] == "done"
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.builds(
+        Race,
+        finish=st.none() | delays,
+        cancels=st.lists(delays, max_size=3),
+        timeout=st.sampled_from([0.0, 0.0005, 60.0]),
+        stop=st.none() | delays,
+        wait=st.booleans(),
+        fails=st.booleans(),
+        accepted=st.just(0),
+    )
+)
+async def test_racing_ends_leave_exactly_one(race: Race) -> None:
+    """G7: an agent that finishes, clients that cancel, a timeout and a shutdown, in any order, queued or running."""
+    log = await race.run()
+
+    names = [item["event"] for item in log]
+    assert [name in TERMINAL_EVENTS for name in names] == [False] * (len(names) - 1) + [True]
+    cancelled = names[-1] == "run_cancelled"
+    assert cancelled == bool(race.accepted)
+    assert names.count("cancel_requested") == cancelled
+    if names[-1] == "run_end":
+        assert log[-1]["result"] == "done"
 
 
 async def test_run_taken_over_by_another_process_is_dropped_here() -> None:

@@ -79,7 +79,7 @@ class Lookup(Mapping[str, int]):
         (frozenset(), []),
         (OrderedDict(a=1), {"a": 1}),
         (Lookup(), {"a": 1}),
-        ({1: "a", None: "b", True: "c"}, {"1": "c", "None": "b"}),
+        ({1: "a", None: "b", False: "c"}, {"1": "a", "None": "b", "False": "c"}),
         (b"abc", "<3 bytes>"),
         (bytearray(2), "<2 bytes>"),
         (memoryview(b"abcd"), "<4 bytes>"),
