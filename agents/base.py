@@ -7,7 +7,8 @@ Nothing here may know how events travel (`channel`), what DSPy is (`streaming`),
 """
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -109,32 +110,40 @@ def public_message(error: BaseException) -> str:
     if isinstance(error, ValidationError):
         return cut_text(redact("; ".join(_problem(item) for item in error.errors(include_url=False))))
     if isinstance(error, ToolError | ValueError):
-        return cut_text(redact(str(error)) or type(error).__name__)
+        return cut_text(redact(_text(error)) or type(error).__name__)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return type(error).__name__
 
 
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 -- whatever an agent's exception does
+        return ""
+
+
 def redact(text: str) -> str:
     """`text` with every secret of this process's environment replaced.
 
-    A secret is the value of a variable whose name ends in KEY, TOKEN, SECRET or PASSWORD.
+    A secret is the value of a variable whose name has KEY, TOKEN, SECRET, PASSWORD or CREDENTIAL in it, and the
+    password in a value that is a URL.
     """
     for secret in _secrets():
         text = text.replace(secret, "[redacted]")
     return text
 
 
-_SECRET_SUFFIXES = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 _MIN_SECRET = 8
+_URL_PASSWORD = re.compile(r"://[^/@\s:]*:([^/@\s]+)@")
 
 
-def _secrets() -> list[str]:
-    return [
-        value
-        for name, value in os.environ.items()
-        if name.upper().endswith(_SECRET_SUFFIXES) and len(value) >= _MIN_SECRET
-    ]
+def _secrets() -> Iterator[str]:
+    for name, value in os.environ.items():
+        if len(value) >= _MIN_SECRET and any(word in name.upper() for word in _SECRET_WORDS):
+            yield value
+        yield from _URL_PASSWORD.findall(value)
 
 
 def _problem(item: Mapping[str, Any]) -> str:

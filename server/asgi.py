@@ -52,7 +52,10 @@ class FrameWriter:
 
     def write(self, messages: Sequence[bytes]) -> None:
         """Send each message as one text frame, all of them in one write. Never waits; for nothing once closed."""
-        data = _framed(messages)
+        self.write_raw(_framed(messages))
+
+    def write_raw(self, data: bytes) -> None:
+        """Send bytes as they are; everything must go through here, or `taken` is wrong."""
         self._written += len(data)
         self._transport.write(data)
 
@@ -86,6 +89,12 @@ class FrameProtocol(WebSocketsSansIOProtocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._writer.on_writable()
+
+    def handle_ping(self) -> None:
+        """Answer, unless the peer does not read: pongs would pile up without bound (RFC 6455, 5.5.3 allows it)."""
+        pong = b"".join(self.conn.data_to_send())
+        if self._writer.writable:
+            self._writer.write_raw(pong)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

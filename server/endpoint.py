@@ -7,6 +7,7 @@ connections.
 """
 
 import asyncio
+import contextvars
 import logging
 import secrets
 from contextlib import suppress
@@ -105,7 +106,9 @@ class Connection:
         self._taken_at = monotonic()
         self._tasks: TaskGroup | None = None
         self._reason: CloseReason | None = None
-        writer.on_writable = self._flush
+        # The transport calls back outside of any task, where anyio does not know its backend.
+        context = contextvars.copy_context()
+        writer.on_writable = lambda: context.run(self._flush)
 
     async def serve(self, reason: CloseReason | None) -> None:
         """Serve the client until it goes; with a reason, only say goodbye."""
@@ -188,8 +191,8 @@ class Connection:
 
     def _pull(self) -> None:
         if not self._pulling and self._tasks is not None:
-            self._pulling = True
             self._tasks.start_soon(self._catch_up)
+            self._pulling = True
 
     async def _catch_up(self) -> None:
         try:

@@ -14,7 +14,7 @@ import orjson
 from pydantic import TypeAdapter
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -135,6 +135,8 @@ def _json(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
             return _response(await handler(request))
         except CommandError as error:
             return _response({"error": error.wire()}, error.status)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody is there to read it
         except Exception:
             logger.exception("%s %s failed", request.method, request.url.path)
             return _response({"error": CommandError("something went wrong in the hub").wire()}, 500)
@@ -188,7 +190,7 @@ def _filter(request: Request) -> Filter:
         if status not in STATUSES:
             raise BadRequest(f"status: {status[:64]!r} is none of {', '.join(STATUSES)}")
     limit = query.get("limit", "100")
-    if not limit.isdecimal() or not 1 <= int(limit[:9]) <= 1_000:
+    if len(limit) > 4 or not limit.isdecimal() or not 1 <= int(limit) <= 1_000:
         raise BadRequest("limit: must be a number from 1 to 1000")
     return Filter(
         principal=ANONYMOUS,

@@ -13,6 +13,7 @@ import sys
 import threading
 from types import FrameType
 
+import anyio
 import typer
 import uvicorn
 
@@ -44,7 +45,7 @@ def serve(settings: Settings) -> int:
     sock = _bind(settings)
     hub = AgentCast({agent.spec.name: agent for agent in registry}, model, settings)
     server = _Server(hub, settings, banner=_banner(hub, model, sock))
-    server.run(sockets=[sock])
+    anyio.run(server.serve, [sock], backend_options={"use_uvloop": True})
     return server.exit_code
 
 

@@ -296,6 +296,8 @@ class AgentsView:
             yield Text("  no input", style="dim")
             return
         table = Table.grid(padding=(0, 2))
+        for wraps in (False, False, False, True):
+            table.add_column(no_wrap=not wraps)
         for name, field in fields.items():
             need = "required" if name in schema.get("required", ()) else _default(field)
             words = _clean(" ".join(str(field.get("description", "")).split()))

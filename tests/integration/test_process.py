@@ -111,6 +111,17 @@ async def test_a_client_that_does_not_read_does_not_keep_the_process() -> None:
         assert await hub.exit_code(within=9) == 0
 
 
+async def test_a_client_that_pauses_in_a_flood_is_caught_up() -> None:
+    async with serve() as hub, hub.client() as client, hub.client() as other:
+        run = await client.start("flooder")
+        client.ws.transport.pause_reading()
+        await other.ask("subscribe", to={"run": run})
+        assert (await other.view(run)).document["status"] == "done"
+        client.ws.transport.resume_reading()
+        assert (await client.view(run)).document["status"] == "done"
+        assert hub.log == []
+
+
 async def test_settings_come_from_the_environment() -> None:
     async with serve(heartbeat="3.5") as hub, hub.client() as client:
         assert client.hello["heartbeat"] == 3.5

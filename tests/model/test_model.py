@@ -217,10 +217,7 @@ class Hub(RuleBasedStateMachine):
         return client.line
 
 
-class TestHub(Hub.TestCase):  # type: ignore[misc, name-defined]
-    pytestmark = pytest.mark.timeout(600)
-
-
+TestHub: Any = pytest.mark.timeout(600)(Hub.TestCase)
 TestHub.settings = settings(
     max_examples=EXAMPLES,
     stateful_step_count=STEPS,

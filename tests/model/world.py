@@ -58,13 +58,13 @@ class DawdlingBus(MemoryBus):
         """Deliver what is late, in order, until cancelled."""
         while True:
             while self._post:
-                await self._dawdle()
+                await self._dawdle(12)
                 self._post.popleft()()
             self._posted = anyio.Event()
             await self._posted.wait()
 
-    async def _dawdle(self) -> None:
-        for _ in range(self._random.randrange(4)):
+    async def _dawdle(self, most: int = 3) -> None:
+        for _ in range(self._random.randint(0, most)):
             await checkpoint()
 
     async def _ask(self, question: Coroutine[Any, Any, T]) -> T:

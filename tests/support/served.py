@@ -46,3 +46,11 @@ async def stubborn(emit: Emitter) -> str:
     await emit.send(Status(message="stuck"))
     await anyio.to_thread.run_sync(threading.Event().wait)
     return "never"
+
+
+@registry.agent
+async def flooder(emit: Emitter) -> str:
+    """Says far more than sockets and queues hold."""
+    for _ in range(20_000):
+        await emit.send(Status(message="x" * 500))
+    return "said"

@@ -1,0 +1,269 @@
+"""Answers of the bus that come late: what the model test meets by chance, once each on purpose (G1, G2)."""
+
+from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar, cast
+
+import anyio
+import orjson
+import pytest
+from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint
+
+from server.bus.base import Announcement, Filter, Page, RunInfo
+from server.bus.memory import MemoryBus
+from server.hub import Hub
+from tests.model.world import Connection, Run
+
+T = TypeVar("T")
+
+
+class HeldBus(MemoryBus):
+    """Answers at once, except to the questions that are held: their answers wait, and grow old."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[str, anyio.Event] = {}
+        self._asked: dict[str, anyio.Event] = {}
+
+    def hold(self, question: str) -> None:
+        """Hold back every answer to `question` from now on."""
+        self._held[question], self._asked[question] = anyio.Event(), anyio.Event()
+
+    async def asked(self, question: str) -> None:
+        """Until an answer is being held back."""
+        await self._asked[question].wait()
+
+    def release(self, question: str) -> None:
+        self._held.pop(question).set()
+
+    async def _answer(self, question: str, answer: Awaitable[T]) -> T:
+        result = await answer
+        if question in self._held:
+            held = self._held[question]
+            self._asked[question].set()
+            await held.wait()
+        return result
+
+    async def info(self, runs: Collection[str]) -> dict[str, RunInfo]:
+        return await self._answer("info", super().info(runs))
+
+    async def read(self, run: str, epoch: str, after: int) -> Page | None:
+        return await self._answer("read", super().read(run, epoch, after))
+
+    async def list(self, filter: Filter) -> Sequence[RunInfo]:
+        return await self._answer("list", super().list(filter))
+
+    async def read_feed(self, after: str) -> Sequence[Announcement] | None:
+        return await self._answer("read_feed", super().read_feed(after))
+
+
+class Scene:
+    """A hub on such a bus, and one run."""
+
+    def __init__(self, bus: HeldBus, hub: Hub, tasks: TaskGroup) -> None:
+        self.bus = bus
+        self.run = Run(0, "ant", "t")
+        self._hub = hub
+        self._tasks = tasks
+        self._ids = 0
+
+    async def connect(self) -> Connection:
+        connection = Connection(self._hub, None, queue_frames=100)
+        await self._tasks.start(connection.serve)
+        return connection
+
+    async def subscribe(self, connection: Connection, **fields: Any) -> None:
+        self._ids += 1
+        command = {"op": "subscribe", "id": self._ids, "to": {"run": self.run.id}} | fields
+        await connection.send(command)
+
+    async def frames(self, connection: Connection) -> list[dict[str, Any]]:
+        """All that comes until nothing does any more."""
+        for _ in range(100):
+            await checkpoint()
+        return [cast(dict[str, Any], orjson.loads(data)) for data in connection.outbox.take()]
+
+
+@pytest.fixture
+async def scene() -> AsyncIterator[Scene]:
+    async with playing() as scene:
+        yield scene
+
+
+@asynccontextmanager
+async def playing() -> AsyncIterator[Scene]:
+    bus = HeldBus()
+    hub = Hub(bus)
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(hub.run)
+            scene = Scene(bus, hub, tasks)
+            await scene.run.create(bus)
+            yield scene
+            tasks.cancel_scope.cancel()
+
+
+def brief(frames: Sequence[dict[str, Any]]) -> list[str]:
+    return [f"{frame['type']} {frame.get('seq', '')}".strip() for frame in frames]
+
+
+@pytest.mark.parametrize("ending", [[], ["end"]], ids=["the run goes on", "the run has ended"])
+async def test_snapshot_asked_for_before_a_rebase_is_asked_for_again(scene: Scene, ending: list[str]) -> None:
+    connection = await scene.connect()
+    scene.bus.hold("read")
+    await scene.subscribe(connection)
+    await scene.bus.asked("read")
+    await scene.run.rebase(scene.bus, ["status", *ending])
+    scene.bus.release("read")
+
+    *_, snapshot = await scene.frames(connection)
+
+    assert (snapshot["type"], snapshot["epoch"], snapshot["seq"]) == ("snapshot", scene.run.epoch, scene.run.head)
+    assert snapshot["state"] == scene.run.state.document
+    assert bool(connection.outbox.followers) is not bool(ending)
+
+
+async def test_snapshot_of_an_epoch_that_is_over_is_not_sent(scene: Scene) -> None:
+    connection = await scene.connect()
+    scene.bus.hold("read")
+    await scene.subscribe(connection)
+    await scene.bus.asked("read")
+    await scene.run.rebase(scene.bus, ["status"])
+    scene.bus.release("read")
+
+    frames = await scene.frames(connection)
+
+    assert [frame["epoch"] for frame in frames if frame["type"] == "snapshot"] == [scene.run.epoch]
+
+
+async def test_head_asked_for_before_a_rebase_is_asked_for_again(scene: Scene) -> None:
+    connection = await scene.connect()
+    first, topic = anyio.Event(), anyio.Event()
+    ask = scene.bus.info
+
+    async def info(runs: Collection[str]) -> dict[str, RunInfo]:
+        """Hold back the second answer, which is the one that the topic begins with."""
+        answer = await ask(runs)
+        if not first.is_set():
+            first.set()
+        elif not topic.is_set():
+            topic.set()
+            await release.wait()
+        return answer
+
+    release = anyio.Event()
+    scene.bus.info = info  # type: ignore[method-assign]
+    await scene.subscribe(connection)
+    await topic.wait()
+    await scene.run.rebase(scene.bus, [])
+    release.set()
+    await scene.frames(connection)
+    await scene.run.append(scene.bus, ["status", "end"])
+
+    assert brief(await scene.frames(connection)) == ["event 2", "event 3"]
+
+
+async def test_snapshot_that_others_asked_for_earlier_does_not_take_a_client_back(scene: Scene) -> None:
+    ahead, other = await scene.connect(), await scene.connect()
+    await scene.subscribe(ahead, detail="progress", since={scene.run.id: {"seq": 0}})
+    assert brief(await scene.frames(ahead)) == ["reply", "event 1"]
+    scene.bus.hold("read")
+    await scene.subscribe(other)
+    await scene.bus.asked("read")
+    await scene.run.append(scene.bus, ["status", "status"])
+    assert brief(await scene.frames(ahead)) == ["event 2", "event 3"]
+
+    await scene.subscribe(ahead, detail="full")  # raises the detail: a snapshot is due
+    assert brief(await scene.frames(ahead)) == ["reply"]
+    scene.bus.release("read")
+
+    assert brief(await scene.frames(ahead)) == ["snapshot 3"]
+    assert brief(await scene.frames(other)) == ["reply", "snapshot 1", "event 2", "event 3"]
+
+
+@pytest.mark.parametrize("rebased", [False, True], ids=["by its last event", "by a rebase"])
+async def test_run_that_ended_on_a_connection_is_not_brought_again_by_its_announcement(
+    scene: Scene, rebased: bool
+) -> None:
+    connection = await scene.connect()
+    scene.bus.hold("list")
+    await scene.subscribe(connection, to={"all": True})
+    await scene.bus.asked("list")
+    new = Run(1, "ant", None)
+    await new.create(scene.bus)
+    await scene.subscribe(connection, to={"run": new.id}, since={new.id: {"seq": 0}})
+    await scene.frames(connection)
+    if rebased:
+        await new.rebase(scene.bus, ["end"])
+    else:
+        await new.append(scene.bus, ["end"])
+    assert brief(await scene.frames(connection)) == (["gap", "snapshot 2"] if rebased else ["event 2"])
+
+    scene.bus.release("list")
+
+    frames = await scene.frames(connection)
+    assert [frame["run"] for frame in frames if "run" in frame] == [scene.run.id]
+    connection.outbox.put_feed()
+    assert brief(await scene.frames(connection)) == ["feed"]
+
+
+async def test_runs_announced_while_a_subscription_is_being_made_are_not_missed(scene: Scene) -> None:
+    connection = await scene.connect()
+    scene.bus.hold("list")
+    await scene.subscribe(connection, to={"all": True})
+    await scene.bus.asked("list")
+    new = Run(1, "ant", None)
+    await new.create(scene.bus)
+    await new.append(scene.bus, ["end"])
+    assert await scene.frames(connection) == []
+    scene.bus.release("list")
+
+    frames = await scene.frames(connection)
+
+    assert frames[0]["type"] == "reply"
+    assert [frame["seq"] for frame in frames if frame.get("run") == new.id] == [1, 2]
+
+
+async def test_feed_does_not_run_ahead_of_a_subscription_that_is_being_made(scene: Scene) -> None:
+    connection = await scene.connect()
+    await scene.subscribe(connection, to={"agent": "nobody"})
+    scene.bus.hold("list")
+    await scene.frames(connection)
+    await scene.subscribe(connection, to={"all": True})
+    await scene.bus.asked("list")
+    new = Run(1, "ant", None)
+    await new.create(scene.bus)
+    await scene.frames(connection)
+
+    connection.outbox.put_feed()
+    assert await scene.frames(connection) == []
+    scene.bus.release("list")
+    frames = await scene.frames(connection)
+    connection.outbox.put_feed()
+    frames += await scene.frames(connection)
+
+    assert [frame["type"] for frame in frames][-1] == "feed"
+    assert new.id in {frame.get("run") for frame in frames}
+
+
+async def test_news_of_an_epoch_that_is_over_changes_nothing(scene: Scene) -> None:
+    """The snapshot has told of the rebase already; what was on its way before it comes afterwards."""
+    connection = await scene.connect()
+    await scene.subscribe(connection, since={scene.run.id: {"seq": 0}})
+    await scene.frames(connection)
+    log = scene.bus._logs[scene.run.id]
+    (token,) = log.subscribers
+    deliver, late = log.subscribers[token], list[Any]()
+    log.subscribers[token] = late.append
+    await scene.run.append(scene.bus, ["status"])
+    await scene.run.rebase(scene.bus, ["status"])
+    log.subscribers[token] = deliver
+    await scene.run.append(scene.bus, ["status"])
+    assert brief(await scene.frames(connection)) == ["gap", "snapshot 4"]
+
+    for news in late:
+        deliver(news)
+    await scene.run.append(scene.bus, ["status"])
+
+    assert brief(await scene.frames(connection)) == ["event 5"]
