@@ -219,7 +219,7 @@ async def parallel(streamify: Streamify) -> Result:
     class Both(dspy.Module):  # type: ignore[misc]
         def forward(self) -> Any:
             tool = dspy.Tool(lambda: "seen", name="look")
-            pairs = [(lambda **_: tool(), {}) for _ in range(4)]
+            pairs: list[Any] = [(lambda **_: tool(), {}) for _ in range(4)]
             dspy.Parallel(num_threads=2, disable_progress_bar=True)(pairs)
             return dspy.Prediction()
 

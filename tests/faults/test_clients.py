@@ -86,6 +86,19 @@ async def test_a_client_that_never_reads_is_cut_and_the_others_get_everything(lo
     await hub.idle()
 
 
+async def test_a_client_that_pings_without_reading_the_pongs_is_cut(log: Log) -> None:
+    async with open_hub(flooding, slow_client=1.0) as hub, deaf(hub.port) as slow:
+        held = connection_of(hub)
+        with anyio.fail_after(20):
+            while held._writer.writable:
+                await slow.ping(times=1_000)
+        full = held._writer.pending
+        await slow.ping(times=1_000)
+        assert held._writer.pending <= full + 150
+        await _gone(hub, held)
+    assert any("took nothing" in line for line in log.lines)
+
+
 def _has(client: Client, connection: Connection) -> bool:
     session: str = client.hello["session"]
     return connection._session.id == session

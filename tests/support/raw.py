@@ -65,6 +65,12 @@ class Deaf:
             self._protocol.send_binary(data) if binary else self._protocol.send_text(data)
         await self._flush()
 
+    async def ping(self, *, times: int) -> None:
+        """Protocol pings, which are answered below the hub."""
+        for _ in range(times):
+            self._protocol.send_ping(b"x" * 125)
+        await self._flush()
+
     async def cut_off(self) -> None:
         """Read all that was sent, until the hub has cut the connection."""
         try:
