@@ -79,6 +79,11 @@ def test_every_snippet_is_covered_here():
     assert len(snippets("python")) == 2
 
 
+def test_the_examples_are_those_of_the_readme():
+    for name, snippet in zip(("my_agents.py", "client.py"), snippets("python"), strict=True):
+        assert (ROOT / "examples" / name).read_text() == snippet
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"make (\w+)", README)) - {"it"}:
