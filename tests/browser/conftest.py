@@ -19,7 +19,7 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
     return "asyncio", {"use_uvloop": True}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: it keeps its event loop's context alive, in which later tests would run
 async def browser() -> AsyncIterator[Browser]:
     executable = next((path for name in NAMES if (path := shutil.which(name))), None)
     if executable is None:
