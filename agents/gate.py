@@ -8,6 +8,7 @@ asyncio, not anyio, on purpose: stepping coroutines and wrapping tasks has no an
 """
 
 import asyncio
+import ctypes
 import inspect
 import types
 from collections.abc import Callable, Coroutine, Generator
@@ -84,18 +85,20 @@ def _resume(run: Coroutine[Any, Any, T], channel: Channel, error: BaseException 
         Channel.resumed = None
 
 
-_undead: list[Coroutine[Any, Any, Any]] = []
-"""Coroutines that ignored GeneratorExit: kept, since the interpreter would resume them again to collect them."""
-
-
 def _drop(run: Coroutine[Any, Any, Any]) -> None:
+    """Close `run`; one that ignores even GeneratorExit is kept for good, unresumed.
+
+    Python resumes a suspended coroutine once more to collect it, also at the interpreter's exit, where one that
+    swallows everything would spin for ever. So it gets a reference that nobody gives back.
+    """
     links = [run]
     while (inner := getattr(links[-1], "cr_await", None)) is not None:
         links.append(inner)  # closing frees them one by one, and any of them may be the one that ignores it
     try:
         run.close()
     except RuntimeError:
-        _undead.extend(links)
+        for link in links:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(link))
 
 
 async def _gated(run: Coroutine[Any, Any, Any], channel: Channel) -> Any:

@@ -1,7 +1,9 @@
 """Agents that misbehave end their own run, and nothing else (G3, G5, G6, G7, G9)."""
 
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -416,3 +418,35 @@ async def test_an_agent_that_cancels_itself_fails() -> None:
 
     view = await outcome(suicidal)
     assert view.document["error"] == {"code": "agent_error", "message": "the agent stopped itself", "retryable": False}
+
+
+DEAF = """
+import anyio
+from agents.channel import Channel
+from agents.execution import Execution
+
+async def deaf():
+    while True:
+        try:
+            started.set()
+            await anyio.sleep_forever()
+        except BaseException:
+            pass
+
+async def main():
+    global started
+    started = anyio.Event()
+    execution = Execution(deaf(), Channel("deaf"))
+    await started.wait()
+    execution.abandon()
+    await execution.done.wait()
+
+anyio.run(main)
+print("over")
+"""
+
+
+async def test_an_agent_that_swallows_everything_does_not_keep_the_interpreter_from_exiting() -> None:
+    with anyio.fail_after(20):
+        done = await anyio.run_process([sys.executable, "-c", DEAF], cwd=Path(__file__).parents[2])
+    assert done.stdout.strip() == b"over"
