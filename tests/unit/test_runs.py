@@ -9,7 +9,7 @@ import anyio
 import orjson
 import pytest
 from anyio.lowlevel import checkpoint
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -560,6 +560,26 @@ async def test_cancellation_is_logged_though_the_client_who_asked_for_it_is_gone
         assert (await host.names(run))[-3:] == ["status", "cancel_requested", "run_cancelled"]
 
 
+async def test_agent_that_is_done_cannot_be_cancelled_though_its_end_is_not_logged_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.recorder._RETRY_FIRST", 0.001)
+    monkeypatch.setattr("server.recorder._RETRY_MOST", 0.001)
+    bus, held = AwayBus(), Held()
+    async with hosting(Scripted(held), bus=bus) as host:
+        run = await host.start()
+        await held.until_started()
+        bus.away = True
+        held.go.set()
+        await bus.refused.wait()
+
+        with pytest.raises(AlreadyFinished):
+            await host.runs.cancel("ann", run, None)
+        bus.away = False
+
+        assert (await host.end(run))["event"] == "run_end"
+
+
 class AwayBus(MemoryBus):
     """Takes no batches, and knows no runs to list, while it is away."""
 
@@ -686,7 +706,8 @@ class Race:
             return await host.log(run)
 
 
-@settings(deadline=None, max_examples=150)
+# A race that hangs takes seconds to fail, so it is not made smaller.
+@settings(deadline=None, max_examples=150, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     st.builds(
         Race,
