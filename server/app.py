@@ -16,6 +16,7 @@ from agents.channel import Channel
 from agents.llm import ModelInfo
 from server.bus.base import Bus
 from server.bus.memory import MemoryBus
+from server.bus.redis import RedisBus
 from server.config import Settings
 from server.endpoint import Connections
 from server.http import Api, Guard, no_route
@@ -32,10 +33,11 @@ class AgentCast:
     def __init__(
         self, agents: Mapping[str, Agent], model: ModelInfo, settings: Settings, bus: Bus | None = None
     ) -> None:
-        self.bus: Bus = MemoryBus() if bus is None else bus
+        worker = f"w-{token_hex(4)}"
+        self.bus: Bus = bus or _bus(settings, worker)
         self.hub = Hub(self.bus)
-        self.runs = Runs(self.bus, agents, settings, worker=f"w-{token_hex(4)}")
-        self.connections = Connections(self.hub, self.runs, settings)
+        self.runs = Runs(self.bus, agents, settings, worker)
+        self.connections = Connections(self.hub, self.runs, settings, degraded=lambda: self.bus.degraded)
         self.watchdog = Watchdog(_culprit)
         self.crashed: str | None = None
         """The part that broke, if one did: the hub is not ready from then on, and its server should exit."""
@@ -69,6 +71,7 @@ class AgentCast:
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         async with anyio.create_task_group() as tasks:
+            await tasks.start(self._guarded, "bus", self.bus.run)
             await tasks.start(self._guarded, "hub", self.hub.run)
             await tasks.start(self._guarded, "runs", self.runs.serve)
             tasks.start_soon(self._guarded, "connections", self.connections.tick)
@@ -97,6 +100,12 @@ class AgentCast:
         except Exception:
             logger.critical("%s crashed; this hub is going down", part, exc_info=True)
             self.crashed = part
+
+
+def _bus(settings: Settings, worker: str) -> Bus:
+    if settings.redis is None:
+        return MemoryBus()
+    return RedisBus(settings.redis.get_secret_value(), worker, prefix=settings.redis_prefix)
 
 
 def _culprit() -> str | None:

@@ -104,6 +104,14 @@ def serve(
             "or `offline`. Keys come from the provider's usual variables. [env: AGENTCAST_LM; default: offline]",
         ),
     ] = None,
+    redis: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A Redis that several hubs share, as `redis://host:6379/0` (`rediss://` for TLS). One with a password "
+            "is better given by the variable. [env: AGENTCAST_REDIS; default: none, all runs live in this process]",
+        ),
+    ] = None,
     log_level: Annotated[
         str | None,
         typer.Option(metavar="LEVEL", help="debug, info, warning or error. [env: AGENTCAST_LOG_LEVEL; default: info]"),
@@ -117,13 +125,16 @@ def serve(
 
     * `agentcast serve --agents shop.agents:registry --port 9000` runs your own.
 
+    * `agentcast serve --redis redis://localhost:6379/0` is one of several hubs that show the same runs.
+
     * `agentcast serve --lm openai/gpt-5-mini` takes a real model; its key is in `OPENAI_API_KEY`.
 
     Ctrl-C, or SIGTERM, lets running agents finish for a while, then ends them; a second one ends them at once.
     """
     from server import serving
 
-    given = {"agents": agents, "host": host, "port": port, "hosts": hosts, "lm": lm, "log_level": log_level}
+    given = {"agents": agents, "host": host, "port": port, "hosts": hosts, "lm": lm}
+    given |= {"redis": redis, "log_level": log_level}
     settings = _settings({name: value for name, value in given.items() if value is not None})
     try:
         code = serving.serve(settings)

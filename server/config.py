@@ -3,7 +3,7 @@ they are used."""
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 DEMO_AGENTS = "agents.demo:registry"
@@ -25,6 +25,11 @@ class Settings(BaseSettings):
     """Host names, besides the local ones, under which the hub may be asked (`Host`, `Origin`); `*` is any."""
     lm: str = "offline"
     """The language model: any string that `dspy.LM` takes, or `offline`."""
+    redis: SecretStr | None = None
+    """The Redis that several hubs share, as `redis://user:password@host:6379/0` (`rediss://` for TLS); without one, all
+    runs live in this process."""
+    redis_prefix: str = Field(default="agentcast", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    """What all keys in Redis begin with: hubs with the same one belong together."""
     log_level: str = "info"
     grace: float = Field(default=10.0, ge=0)
     """Seconds that running agents get to finish when the hub is told to stop."""

@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 import logging
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
 
@@ -28,6 +29,8 @@ from server.session import ANONYMOUS, Session
 
 TICK = 1.0
 CLOSE_TIMEOUT = 2.0
+DEGRADED_EVERY = 5.0
+"""Seconds between two pings that say that the bus is away."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,11 @@ logger = logging.getLogger(__name__)
 class Connections:
     """The open connections of this process."""
 
-    def __init__(self, hub: Hub, runs: Runs, settings: Settings) -> None:
+    def __init__(
+        self, hub: Hub, runs: Runs, settings: Settings, degraded: Callable[[], str | None] = lambda: None
+    ) -> None:
+        """`degraded` says why the bus does not work at the moment, if so."""
+        self._degraded = degraded
         self.hub = hub
         self.runs = runs
         self.settings = settings
@@ -67,9 +74,9 @@ class Connections:
         """Look after every connection once a second, until cancelled."""
         while True:
             await anyio.sleep(TICK)
-            now = monotonic()
+            now, degraded = monotonic(), self._degraded()
             for connection in list(self._open):
-                connection.tick(now)
+                connection.tick(now, degraded)
 
     async def close(self) -> None:
         """Close all connections, and those still to come, as `shutting_down`. Returns once all have been told."""
@@ -102,6 +109,7 @@ class Connection:
         self._flush_scheduled = False
         self._pulling = False
         self._sent_at = monotonic()
+        self._degraded_told_at: float | None = None
         self._taken = 0
         self._taken_at = monotonic()
         self._tasks: TaskGroup | None = None
@@ -132,9 +140,10 @@ class Connection:
             self._reason = reason
             self._reading.cancel()
 
-    def tick(self, now: float) -> None:
+    def tick(self, now: float, degraded: str | None = None) -> None:
         """Once a second: tell the feed's position, keep the connection alive, cut it if the client takes nothing."""
         self._outbox.put_feed()
+        self._tell_degraded(now, degraded)
         if not self._outbox and now - self._sent_at >= self._settings.heartbeat:
             self._outbox.put(protocol.PING)
         taken = self._writer.taken
@@ -143,6 +152,15 @@ class Connection:
         elif now - self._taken_at >= self._settings.slow_client:
             logger.warning("session %s took nothing for %.0f s: cut", self._session.id, now - self._taken_at)
             self._writer.abort()
+
+    def _tell_degraded(self, now: float, degraded: str | None) -> None:
+        """Say at once, and now and then, that the bus is away; and at once that it is back."""
+        if degraded is None and self._degraded_told_at is not None:
+            self._degraded_told_at = None
+            self._outbox.put(protocol.PING)
+        elif degraded is not None and now - (self._degraded_told_at or 0.0) >= DEGRADED_EVERY:
+            self._degraded_told_at = now
+            self._outbox.put(protocol.degraded_ping(degraded))
 
     # -- Reading ---------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@
     │   ├── TooMany           too_many
     │   ├── Forbidden         forbidden
     │   └── Unavailable       unavailable       retryable: the same command may work later
+    ├── BusError              the bus will not do; stops the start
     └── LogError              an append was refused; never reaches a client
         ├── Fenced            another process owns the run now
         ├── Ended             the log has its terminal event
@@ -20,6 +21,7 @@
 What lives here must not know how errors travel. HTTP statuses stand beside the codes so that one table maps both.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -86,6 +88,16 @@ class Forbidden(CommandError):
 
 class Unavailable(CommandError):
     code, status, retryable = "unavailable", 503, True
+
+
+def command_error(wire: Mapping[str, Any]) -> CommandError:
+    """The error that `CommandError.wire` described, in another process perhaps."""
+    kind = next((kind for kind in CommandError.__subclasses__() if kind.code == wire["code"]), CommandError)
+    return kind(wire["message"], details=wire.get("details"))
+
+
+class BusError(AgentcastError):
+    """What the bus is to run on cannot be reached or will not do. The text says why and what to do."""
 
 
 class LogError(AgentcastError):

@@ -20,7 +20,7 @@ import anyio
 from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint
 
-from server.bus.base import ACTIVE, Announcement, Bus, Filter, Frame, Head, Page, RunInfo, Snapshot, Subscription
+from server.bus.base import ACTIVE, Announcement, Bus, Filter, Frame, Gone, Head, Page, RunInfo, Snapshot, Subscription
 from server.bus.replay import load_state
 from server.errors import NotFound, Unavailable
 from server.flight import SingleFlight
@@ -120,7 +120,7 @@ class Hub:
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Follow the feed until cancelled."""
-        subscription, self._feed_position = await self.bus.watch_feed(lambda _: self.wake())
+        subscription = await self._watch_feed()
         try:
             task_status.started()
             while True:
@@ -134,6 +134,14 @@ class Hub:
                     self.wake()
         finally:
             subscription.close()
+
+    async def _watch_feed(self) -> Subscription:
+        while True:
+            try:
+                subscription, self._feed_position = await self.bus.watch_feed(lambda _: self.wake())
+                return subscription
+            except Unavailable:
+                await anyio.sleep(_jitter())
 
     def wake(self) -> None:
         """There is news in the feed, or a rule to apply."""
@@ -299,12 +307,18 @@ class Hub:
                 return info
             # The log was replaced meanwhile: the answer may be of before.
 
-    def _deliver(self, topic: Topic, news: Sequence[Frame] | Head) -> None:
+    def _deliver(self, topic: Topic, news: Sequence[Frame] | Head | Gone) -> None:
+        if isinstance(news, Gone):
+            for follower, outbox in list(topic.followers.items()):
+                self._give_up(follower, outbox)
+            return
         frames, last, ended = ((), news, news.ended) if isinstance(news, Head) else (news, news[-1], news[-1].terminal)
         if not topic.advance(last.epoch, last.seq, ended=ended):
             return
         for follower, outbox in list(topic.followers.items()):
             outbox.deliver(follower, frames)
+            if isinstance(news, Head):
+                outbox.expect_head(follower, topic.head)
             self._check_end(topic, follower, outbox)
 
     # -- Leaving ---------------------------------------------------------------------------------------------------
@@ -347,12 +361,16 @@ class Hub:
             try:
                 await self._pull(outbox, self._topics[follower.run], follower)
             except NotFound:  # it ended so long ago that the bus has forgotten it
-                outbox.finish(follower)
-                self._drop(follower)
-                outbox.cut()  # no frame can say so, but the reply to a client that comes back does: `missing`
+                self._give_up(follower, outbox)
             except Unavailable:
                 await anyio.sleep(_jitter())
             await checkpoint()  # a bus that answers at once must not let one client hold the loop
+
+    def _give_up(self, follower: Follower, outbox: Outbox) -> None:
+        """The run is gone. No frame can say so, but the reply to a client that comes back does: `missing`."""
+        outbox.finish(follower)
+        self._drop(follower)
+        outbox.cut()
 
     async def _pull(self, outbox: Outbox, topic: Topic, follower: Follower) -> None:
         if follower.resync is None:

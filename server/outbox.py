@@ -181,6 +181,11 @@ class Outbox:
             elif frame.seq > follower.cursor:
                 self._push(follower, frame)
 
+    def expect_head(self, follower: Follower, head: int) -> None:
+        """The log reaches `head`: a live follower that was not given all of it is behind."""
+        if follower.live and follower.cursor < head:
+            self._fall_behind(follower)
+
     def lose(self, follower: Follower, reason: GapReason | Literal["asked"]) -> None:
         """What follows the cursor cannot, or is not to, be replayed: a snapshot is due."""
         if follower.resync in (None, "asked"):

@@ -214,5 +214,10 @@ def feed(position: str) -> bytes:
 PING = encode({"type": "ping"})
 
 
+def degraded_ping(reason: str) -> bytes:
+    """A `ping` that says why runs stand still at the moment."""
+    return encode({"type": "ping", "degraded": reason})
+
+
 def _id(id: CommandId | None) -> dict[str, CommandId]:
     return {} if id is None else {"id": id}

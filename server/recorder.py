@@ -27,8 +27,9 @@ from agents.events import (
     Usage,
 )
 from agents.values import VALUE_BYTES, clean_text, cut_text, text_bytes
-from server.bus.base import Bus, Frame, Snapshot, Status
-from server.errors import HeadMismatch, Unavailable
+from server.bus.base import Bus, Frame, Origin, Snapshot, Status
+from server.bus.replay import load_state
+from server.errors import HeadMismatch, NotFound, Unavailable
 from server.protocol import encode_event
 from server.state import MAX_MESSAGES, RunState
 
@@ -80,14 +81,15 @@ class Recorder:
     Every method raises `Fenced` or `Ended` if the run is not, or no longer, this process's to write.
     """
 
-    def __init__(self, bus: Bus, run: str, agent: str, epoch: str, fence: int) -> None:
+    def __init__(self, bus: Bus, run: str, origin: Origin, epoch: str, fence: int = 0) -> None:
         self.run = run
-        self.agent = agent
         self.epoch = epoch
-        self.state = RunState.new(run, agent)
+        self.fence = fence
+        """To be set to what `Bus.create` gives, before anything is recorded."""
+        self.state = RunState.new(run, origin.agent)
         self.usage: Usage | None = None
         self._bus = bus
-        self._fence = fence
+        self._origin = origin
         self._seq = 0
         self._prev = 0
         self._ts = 0.0
@@ -97,6 +99,24 @@ class Recorder:
         self._grown = 0
         self._snapshot_size = 0
         self._lock = anyio.Lock()
+
+    @classmethod
+    async def take_over(cls, bus: Bus, run: str) -> "Recorder":
+        """Claim a run of another process and go on with its log, in a new epoch.
+
+        :raises Ended: it has ended in the meantime.
+        :raises NotFound: there is no such run.
+        :raises Unavailable: the bus is away.
+        """
+        fence = await bus.claim(run)
+        snapshot = await load_state(bus, run)
+        info = (await bus.info([run]))[run]
+        origin = Origin(info.agent, info.principal, info.thread, info.created)
+        recorder = cls(bus, run, origin, snapshot.epoch, fence)
+        recorder.state = RunState.decode(snapshot.state)
+        recorder._seq = recorder._prev = snapshot.seq
+        await recorder._retry(recorder._rebase)
+        return recorder
 
     @property
     def status(self) -> Status:
@@ -115,6 +135,14 @@ class Recorder:
             for event in events:
                 self._stamp(ts, event)
             await self._append()
+
+    async def verify(self) -> None:
+        """If the bus does not hold all that was appended, begin a new epoch at this state."""
+        async with self._lock:
+            info = (await self._bus.info([self.run])).get(self.run)
+            if self._seq and (info is None or (info.epoch, info.head) != (self.epoch, self._seq)):
+                logger.warning("the bus has lost some of run %s; starting a new epoch at %d", self.run, self._seq)
+                await self._retry(self._rebase)
 
     async def record_from(self, channel: Channel) -> None:
         """Record all that comes out of `channel`, until it is closed and drained."""
@@ -200,7 +228,9 @@ class Recorder:
 
     def _stamp(self, ts: float, event: Event) -> None:
         fact, seq, ts = event.wire(), self._seq + 1, max(self._ts, ts)
-        data = encode_event(self.run, self.agent, seq, self._prev, ts, fact)  # if it cannot be encoded, it never was
+        data = encode_event(
+            self.run, self._origin.agent, seq, self._prev, ts, fact
+        )  # if it cannot be encoded, it never was
         self._seq, self._ts = seq, ts
         self.state.apply(fact | {"seq": self._seq, "ts": self._ts})
         progress = event.event not in FULL_ONLY_EVENTS
@@ -224,16 +254,20 @@ class Recorder:
 
     async def _append_batch(self) -> None:
         try:
-            await self._bus.append(self.run, self._fence, self._batch, self.status)
-        except HeadMismatch as error:
-            # The bus lost part of the log. Our state says what it held: it becomes the base of a new epoch.
+            await self._bus.append(self.run, self.fence, self._batch, self.status)
+        except (HeadMismatch, NotFound) as error:
             logger.warning("%s; starting a new epoch at %d", error, self._seq)
-            state = self.state.encode()
-            self.epoch = await self._bus.rebase(self.run, self._fence, self._seq, state, self.status)
+            await self._rebase()
+
+    async def _rebase(self) -> None:
+        """The bus lost some of the log, or all. Our state says what it held: it becomes the base of a new epoch."""
+        state = self.state.encode()
+        self.epoch = await self._bus.rebase(self.run, self.fence, self._seq, state, self.status, self._origin)
+        self._snapshot_size, self._grown = len(state), 0
 
     async def _save_snapshot(self) -> None:
         state = self.state.encode()
-        await self._bus.save_snapshot(self._fence, Snapshot(self.run, self.epoch, self._seq, state))
+        await self._bus.save_snapshot(self.fence, Snapshot(self.run, self.epoch, self._seq, state))
         self._snapshot_size = len(state)
         self._grown = 0
 

@@ -9,6 +9,7 @@ Nothing here may know sockets, followers or the wire.
 
 import hashlib
 import logging
+import random
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ from agents.events import (
     Terminal,
 )
 from agents.execution import Execution
-from server.bus.base import Bus, Created, Filter, NewRun, new_epoch, new_run_id
+from server.bus.base import Bus, Created, Filter, NewRun, Origin, new_epoch, new_run_id
 from server.bus.replay import load_state
 from server.config import Settings
 from server.errors import AlreadyFinished, InvalidInput, LogError, NotFound, TooMany, Unavailable, UnknownAgent
@@ -44,6 +45,7 @@ from server.recorder import Recorder
 from server.state import RunState
 
 HISTORY_TURNS = 20
+ORPHANS_EVERY = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -141,9 +143,11 @@ class Runs:
         """Be the home of the runs, until `stop` has ended them all."""
         async with AsyncExitStack() as stack:
             stack.callback((await self._bus.handle_commands(self._handle)).close)
-            async with anyio.create_task_group() as self._tasks:
+            async with anyio.create_task_group() as self._tasks, anyio.create_task_group() as others:
+                others.start_soon(self._look_after_orphans)
                 task_status.started()
                 await self._idle.wait()
+                others.cancel_scope.cancel()
 
     @property
     def active(self) -> int:
@@ -169,33 +173,32 @@ class Runs:
             raise TooMany(f"{len(self._runs)} runs are active here, which is the most; wait until some have ended")
         epoch = new_epoch()
         id = new_run_id()
-        run = _Run(
-            id, agent, input, command.thread, principal, Recorder(self._bus, id, agent.spec.name, epoch, fence=1)
-        )
+        origin = Origin(agent.spec.name, principal, command.thread, time.time())
+        run = _Run(id, agent, input, command.thread, principal, Recorder(self._bus, id, origin, epoch))
         slots = self._slots[agent.spec.name]
         self._runs[id] = run
         slots.enter(run)
         created = None
         try:
-            created = await self._create(run, epoch, command)
+            created = await self._create(run, origin, epoch, command)
         finally:
             if created is None or created.fence is None:
                 self._forget(run)
         if created.fence is not None:
+            run.recorder.fence = created.fence
             self._tasks.start_soon(self._execute, run, name=f"run {id}")
         return created
 
-    async def _create(self, run: _Run, epoch: str, command: Start) -> Created:
-        now = time.time()
+    async def _create(self, run: _Run, origin: Origin, epoch: str, command: Start) -> Created:
         queued = RunQueued(epoch=epoch, input=command.input, thread=command.thread, position=run.position)
         new = NewRun(
             run=run.id,
             epoch=epoch,
-            agent=command.agent,
-            principal=run.principal,
-            thread=command.thread,
-            created=now,
-            first=run.recorder.first_frame(now, queued),
+            agent=origin.agent,
+            principal=origin.principal,
+            thread=origin.thread,
+            created=origin.created,
+            first=run.recorder.first_frame(origin.created, queued),
             key=command.key,
             fingerprint=_fingerprint(command),
         )
@@ -337,9 +340,15 @@ class Runs:
         return RunFailure(code="agent_error", message=public_message(error))
 
     async def _history(self, run: _Run) -> tuple[Turn, ...]:
-        """Earlier finished turns of the thread, oldest first."""
-        if run.thread is None:
-            return ()
+        """Earlier finished turns of the thread, oldest first. Waits for a bus that is away."""
+        while run.thread is not None:
+            try:
+                return await self._turns(run)
+            except Unavailable:
+                await anyio.sleep(random.uniform(0.2, 1.0))  # noqa: S311 -- jitter, not a secret
+        return ()
+
+    async def _turns(self, run: _Run) -> tuple[Turn, ...]:
         earlier = await self._bus.list(
             Filter(principal=run.principal, thread=run.thread, statuses={"done"}, before=run.id, limit=HISTORY_TURNS)
         )
@@ -369,8 +378,12 @@ class Runs:
         await self._bus.send_command(run, {"op": "cancel", "reason": reason, "by": principal})
 
     async def _handle(self, id: str, command: Mapping[str, Any]) -> None:
-        """A command that came through the bus; `cancel` is the only one so far."""
+        """A command that came through the bus: `cancel`, or `verify` from the bus itself."""
         run = self._runs.get(id)
+        if command["op"] == "verify":
+            if run is not None:
+                await self._verify(run)
+            return
         if run is None or run.finishing or run.cause in ("timeout", "shutting_down"):
             raise AlreadyFinished(f"run {id} has ended already")
         if run.cause is None:
@@ -378,11 +391,33 @@ class Runs:
             run.end("cancelled", command["reason"])
         await run.cancel_logged.wait()
 
+    async def _verify(self, run: _Run) -> None:
+        try:
+            await run.recorder.verify()
+        except LogError as error:
+            logger.warning("%s; its next event will find out", error)
+
     async def _log_cancel(self, run: _Run) -> None:
         """The first half of a cancellation. The run's own task writes it: who asked for it may be gone by now."""
         if run.cause == "cancelled":
             await run.recorder.record(time.time(), CancelRequested(reason=run.reason, by=run.by))
             run.cancel_logged.set()
+
+    # -- Runs of processes that are gone -------------------------------------------------------------------------------
+
+    async def _look_after_orphans(self) -> None:
+        """End the runs that nobody executes any more, until cancelled."""
+        while True:
+            await anyio.sleep(ORPHANS_EVERY)
+            for id in await self._bus.orphans(self._runs):
+                try:
+                    recorder = await Recorder.take_over(self._bus, id)
+                    logger.warning("run %s was left without a process: ended", id)
+                    now = time.time()
+                    since = recorder.state.document.get("started", now)
+                    await recorder.record(now, RunError(error=_WORKER_LOST, duration=max(0.0, now - since)))
+                except (LogError, NotFound, Unavailable) as error:
+                    logger.info("run %s is left to others: %s", id, error)
 
     # -- Stopping --------------------------------------------------------------------------------------------------
 
@@ -412,6 +447,9 @@ class Runs:
 
 
 _INTERNAL = RunFailure(code="internal", message="the hub could not go on with this run", retryable=True)
+_WORKER_LOST = RunFailure(
+    code="worker_lost", message="the process that executed this run is gone; start again", retryable=True
+)
 _SHUTTING_DOWN = RunFailure(code="shutting_down", message="the hub was stopped; start again", retryable=True)
 
 

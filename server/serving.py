@@ -23,7 +23,9 @@ from agents.registry import RegistryError, load
 from server import __version__
 from server.app import AgentCast
 from server.asgi import FrameProtocol
+from server.bus.redis import check
 from server.config import Settings
+from server.errors import BusError
 from server.protocol import MESSAGE_BYTES
 
 
@@ -34,17 +36,18 @@ class CannotServe(Exception):
 def serve(settings: Settings) -> int:
     """Run a hub until it is told to stop; gives the process's exit code.
 
-    :raises CannotServe: an agent, the model, the address or the log level is wrong.
+    :raises CannotServe: an agent, the model, the Redis, the address or the log level is wrong.
     """
     _set_up_logging(settings.log_level)
     try:
         registry = load(",".join(settings.agents))
         model = llm.configure(settings.lm)
-    except (RegistryError, llm.ModelError) as error:
+        redis = None if settings.redis is None else anyio.run(check, settings.redis.get_secret_value())
+    except (RegistryError, llm.ModelError, BusError) as error:
         raise CannotServe(str(error)) from None
     sock = _bind(settings)
     hub = AgentCast({agent.spec.name: agent for agent in registry}, model, settings)
-    server = _Server(hub, settings, banner=_banner(hub, model, sock))
+    server = _Server(hub, settings, banner=_banner(hub, model, redis, sock))
     anyio.run(server.serve, [sock], backend_options={"use_uvloop": True})
     return server.exit_code
 
@@ -126,7 +129,7 @@ def _bind(settings: Settings) -> socket.socket:
         raise CannotServe(f"cannot listen on {where}: {reason}; choose another --port (0 takes a free one)") from None
 
 
-def _banner(hub: AgentCast, model: llm.ModelInfo, sock: socket.socket) -> str:
+def _banner(hub: AgentCast, model: llm.ModelInfo, redis: str | None, sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     shown = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host  # noqa: S104
     names = ", ".join(hub.runs.agents) or "none"
@@ -134,6 +137,7 @@ def _banner(hub: AgentCast, model: llm.ModelInfo, sock: socket.socket) -> str:
         f"agentcast {__version__} is running at http://{shown}:{port}",
         f"  agents  {names}",
         f"  model   {model.name}" + ("  (offline; set AGENTCAST_LM for a real one)" if model.offline else ""),
+        *([] if redis is None else [f"  redis   {redis}"]),
         "  stop    Ctrl-C",
     ]
     return "\n".join(lines)

@@ -19,9 +19,14 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import anyio
+from anyio.abc import TaskStatus
+
 Status = Literal["queued", "running", "cancelling", "done", "failed", "cancelled"]
 ACTIVE: frozenset[Status] = frozenset({"queued", "running", "cancelling"})
 
+TTL = 24 * 3600.0
+"""Seconds that an ended run stays, where it is not the number of runs that decides."""
 KEY_TTL = 24 * 3600.0
 """Seconds that an idempotency key holds."""
 LOG_EVENTS = 10_000
@@ -48,12 +53,19 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Where a log stands. Delivered to subscribers instead of frames after a `rebase`."""
+    """Where a log stands. Delivered to subscribers instead of frames after a `rebase`, or where some may be missed."""
 
     run: str
     epoch: str
     seq: int
     ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """The bus has lost a run, and no owner has restored it. Delivered to its subscribers."""
+
+    run: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +120,16 @@ class NewRun:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What a run's log began with, and is begun with anew if the bus loses it."""
+
+    agent: str
+    principal: str
+    thread: str | None
+    created: float
+
+
+@dataclass(frozen=True, slots=True)
 class Created:
     """The run that `create` made, with the fence of its owner; or, with `fence` None, the run that its key names."""
 
@@ -139,11 +161,23 @@ class Filter:
     before: str | None = None
     limit: int = 100
 
+    def fits(self, info: RunInfo) -> bool:
+        """Whether a run fits, its place aside."""
+        return (
+            (self.principal is None or info.principal == self.principal)
+            and (self.agent is None or info.agent == self.agent)
+            and (self.thread is None or info.thread == self.thread)
+            and (self.statuses is None or info.status in self.statuses)
+        )
 
-Deliver = Callable[[Sequence[Frame] | Head], None]
+
+Deliver = Callable[[Sequence[Frame] | Head | Gone], None]
 """Takes news of one run, in order, on the event loop. Must not block or raise."""
-Announce = Callable[[Announcement], None]
+Announce = Callable[[Announcement | None], None]
+"""Takes one announcement, or None: some may have been missed, which `read_feed` tells. Must not block or raise."""
 CommandHandler = Callable[[str, Mapping[str, Any]], Awaitable[None]]
+"""Handles a command to a run of this process: what a client asked for, or `{"op": "verify"}` when the bus may have lost
+some of the run's log."""
 
 
 class Subscription(Protocol):
@@ -151,8 +185,25 @@ class Subscription(Protocol):
         """No delivery follows. Idempotent; never raises, never waits."""
 
 
+class Registration:
+    """A `Subscription` to anything: closing it takes the entry out again. `remove` may be called twice."""
+
+    def __init__(self, remove: Callable[[], object]) -> None:
+        self._remove = remove
+
+    def close(self) -> None:
+        self._remove()
+
+
 class Bus(Protocol):
     """Every method may raise `Unavailable`; unknown runs raise `NotFound` unless said otherwise."""
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Do the bus's own work until cancelled. Must be running while the rest is used."""
+
+    @property
+    def degraded(self) -> str | None:
+        """Why the bus does not work at the moment, for people; None if it does."""
 
     async def create(self, new: NewRun) -> Created:
         """Create the log with its first frame and announce it in the feed; one wins if several try with one key.
@@ -175,11 +226,14 @@ class Bus(Protocol):
         :raises HeadMismatch: the batch neither follows the head nor is a retry.
         """
 
-    async def rebase(self, run: str, fence: int, seq: int, state: bytes, status: Status) -> str:
-        """Begin a new epoch, whose log is empty, at `seq` with the owner's state as its snapshot; also re-creates a
-        run that the bus has lost. Gives the new epoch.
+    async def rebase(
+        self, run: str, fence: int, seq: int, state: bytes, status: Status, origin: Origin | None = None
+    ) -> str:
+        """Begin a new epoch, whose log is empty, at `seq` with the owner's state as its snapshot. A run that the bus
+        has lost is created anew from `origin`. Gives the new epoch.
 
         :raises Fenced: another owner has claimed the run.
+        :raises Ended: the log has its terminal event.
         """
 
     async def info(self, runs: Collection[str]) -> dict[str, RunInfo]:
@@ -218,6 +272,10 @@ class Bus(Protocol):
     async def handle_commands(self, handler: CommandHandler) -> Subscription:
         """Handle the commands to runs that this process owns."""
 
+    async def orphans(self, mine: Collection[str]) -> Sequence[str]:
+        """Active runs that nobody executes: their process is gone, or is this one and they are not `mine`. To be asked
+        about once a second; a process is taken for gone only after several askings."""
+
     async def check(self) -> None:
         """Send a probe through the real path and see it arrive."""
 
@@ -229,16 +287,21 @@ _ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 _last_stamp = 0
 
 
+def stamp(micros: int) -> str:
+    """How the ids of runs begin that were created at a Unix time, in microseconds."""
+    digits = ""
+    while micros:
+        micros, digit = divmod(micros, 36)
+        digits = _ALPHABET[digit] + digits
+    return digits.rjust(11, "0")
+
+
 def new_run_id() -> str:
     """Sortable by creation (microseconds first, never twice the same in one process), and unguessable: 100 random
     bits follow."""
     global _last_stamp
     _last_stamp = micros = max(_last_stamp + 1, time.time_ns() // 1_000)
-    stamp = ""
-    while micros:
-        micros, digit = divmod(micros, 36)
-        stamp = _ALPHABET[digit] + stamp
-    return stamp.rjust(11, "0") + "".join(secrets.choice(_ALPHABET) for _ in range(20))
+    return stamp(micros) + "".join(secrets.choice(_ALPHABET) for _ in range(20))
 
 
 def new_epoch() -> str:

@@ -7,10 +7,13 @@ Nothing here awaits inside an operation, so each is atomic on its loop. What end
 import bisect
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
+
+import anyio
+from anyio.abc import TaskStatus
 
 from server.bus.base import (
     ACTIVE,
@@ -29,7 +32,9 @@ from server.bus.base import (
     Frame,
     Head,
     NewRun,
+    Origin,
     Page,
+    Registration,
     RunInfo,
     Snapshot,
     Status,
@@ -73,16 +78,6 @@ class _Key:
     expires: float
 
 
-class _Registration:
-    """A subscription to anything: closing it takes the entry out again."""
-
-    def __init__(self, remove: Callable[[], object]) -> None:
-        self._remove = remove
-
-    def close(self) -> None:
-        self._remove()
-
-
 class MemoryBus:
     """A `Bus` whose runs live and die with the process."""
 
@@ -109,6 +104,14 @@ class MemoryBus:
         self._watchers: dict[object, Announce] = {}
         self._handler: CommandHandler | None = None
 
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
+        await anyio.sleep_forever()
+
+    @property
+    def degraded(self) -> None:
+        """It always works."""
+
     # -- Logs ------------------------------------------------------------------------------------------------------
 
     async def create(self, new: NewRun) -> Created:
@@ -122,25 +125,32 @@ class MemoryBus:
             self._keys[new.principal, new.key] = _Key(new.run, new.fingerprint, time.time() + KEY_TTL)
             if len(self._keys) > MAX_KEYS:
                 self._keys.popitem(last=False)
+        log = self._begin(new.run, new.epoch, Origin(new.agent, new.principal, new.thread, new.created), fence=1)
+        log.info = replace(log.info, head=1)
+        log.frames, log.bytes = [new.first], len(new.first.data)
+        return Created(new.run, new.epoch, 1)
+
+    def _begin(self, run: str, epoch: str, origin: Origin, fence: int) -> _Log:
+        """An empty log, announced."""
         info = RunInfo(
-            run=new.run,
-            agent=new.agent,
-            principal=new.principal,
-            thread=new.thread,
-            epoch=new.epoch,
-            head=1,
+            run=run,
+            agent=origin.agent,
+            principal=origin.principal,
+            thread=origin.thread,
+            epoch=epoch,
+            head=0,
             status="queued",
-            created=new.created,
+            created=origin.created,
         )
-        self._logs[new.run] = _Log(info, frames=[new.first], bytes=len(new.first.data))
+        log = self._logs[run] = _Log(info, fence)
         self._announced += 1
         position = f"{self._feed_id}:{self._announced}"
-        announcement = Announcement(position, new.run, new.epoch, new.agent, new.thread, new.principal)
+        announcement = Announcement(position, run, epoch, origin.agent, origin.thread, origin.principal)
         self._feed.append(announcement)
         for token, announce in list(self._watchers.items()):
             if token in self._watchers:
                 announce(announcement)
-        return Created(new.run, new.epoch, 1)
+        return log
 
     async def claim(self, run: str) -> int:
         log = self._log(run)
@@ -166,9 +176,17 @@ class MemoryBus:
         if ended is not None:
             self._retire(run, log)
 
-    async def rebase(self, run: str, fence: int, seq: int, state: bytes, status: Status) -> str:
-        log = self._owned(run, fence)
+    async def rebase(
+        self, run: str, fence: int, seq: int, state: bytes, status: Status, origin: Origin | None = None
+    ) -> str:
         epoch = new_epoch()
+        if run not in self._logs and origin is not None:
+            self._begin(run, epoch, origin, fence)
+        log = self._owned(run, fence)
+        if log.info.ended is not None:
+            raise Ended(run)
+        if log.info.head > seq:
+            raise Fenced(run)
         ended = None if status in ACTIVE else time.time()
         log.info = replace(log.info, epoch=epoch, head=seq, status=status, ended=ended)
         log.frames, log.bytes = [], 0
@@ -214,12 +232,12 @@ class MemoryBus:
         log = self._log(run)
         token = object()
         log.subscribers[token] = deliver
-        return _Registration(lambda: log.subscribers.pop(token, None))
+        return Registration(lambda: log.subscribers.pop(token, None))
 
     async def list(self, filter: Filter) -> Sequence[RunInfo]:
         ids = sorted(self._logs)  # by creation; within a millisecond in any order, but always the same
         end = len(ids) if filter.before is None else bisect.bisect_left(ids, filter.before)
-        fitting = (info for run in reversed(ids[:end]) if _fits(info := self._logs[run].info, filter))
+        fitting = (info for run in reversed(ids[:end]) if filter.fits(info := self._logs[run].info))
         return list(islice(fitting, filter.limit))
 
     # -- The feed --------------------------------------------------------------------------------------------------
@@ -227,7 +245,7 @@ class MemoryBus:
     async def watch_feed(self, announce: Announce) -> tuple[Subscription, str]:
         token = object()
         self._watchers[token] = announce
-        return _Registration(lambda: self._watchers.pop(token, None)), f"{self._feed_id}:{self._announced}"
+        return Registration(lambda: self._watchers.pop(token, None)), f"{self._feed_id}:{self._announced}"
 
     async def read_feed(self, after: str) -> Sequence[Announcement] | None:
         feed, _, number = after.partition(":")
@@ -250,7 +268,10 @@ class MemoryBus:
         def remove() -> None:
             self._handler = None
 
-        return _Registration(remove)
+        return Registration(remove)
+
+    async def orphans(self, mine: Collection[str]) -> Sequence[str]:
+        return ()  # no process but this one could have any
 
     async def check(self) -> None:
         """Always well: there is no path that could fail."""
@@ -302,12 +323,3 @@ class MemoryBus:
             oldest, size = self._ended.popitem(last=False)
             self._ended_bytes -= size
             del self._logs[oldest]
-
-
-def _fits(info: RunInfo, filter: Filter) -> bool:
-    return (
-        (filter.principal is None or info.principal == filter.principal)
-        and (filter.agent is None or info.agent == filter.agent)
-        and (filter.thread is None or info.thread == filter.thread)
-        and (filter.statuses is None or info.status in filter.statuses)
-    )

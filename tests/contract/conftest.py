@@ -1,12 +1,17 @@
 """The buses that the contract is checked on: each name in `BUSES` runs the whole suite."""
 
-from collections.abc import AsyncIterator, Callable
+import functools
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
+import anyio
 import pytest
 
-from server.bus.base import FEED_LENGTH, LOG_BYTES, LOG_EVENTS, Bus
+from server.bus.base import FEED_LENGTH, LOG_BYTES, LOG_EVENTS, Bus, new_epoch
 from server.bus.memory import MemoryBus
+from server.bus.redis import RedisBus
+from tests.contract.support import PATIENCE
+from tests.support.redis import Redis, running_redis
 
 MakeBus = Callable[..., AbstractAsyncContextManager[Bus]]
 """Makes an empty bus; takes `log_events`, `log_bytes` and `feed_length`."""
@@ -23,12 +28,36 @@ async def memory_bus(
         await bus.aclose()
 
 
-BUSES: dict[str, MakeBus] = {"memory": memory_bus}
+@asynccontextmanager
+async def redis_bus(
+    url: str, *, log_events: int = LOG_EVENTS, log_bytes: int = LOG_BYTES, feed_length: int = FEED_LENGTH
+) -> AsyncIterator[Bus]:
+    bus = RedisBus(
+        url, new_epoch(), prefix=new_epoch(), log_events=log_events, log_bytes=log_bytes, feed_length=feed_length
+    )
+    async with anyio.create_task_group() as tasks:
+        with anyio.fail_after(PATIENCE):
+            await tasks.start(bus.run)
+        yield bus
+        await bus.aclose()
+        tasks.cancel_scope.cancel()
+
+
+BUSES = ("memory", "redis")
+
+
+@pytest.fixture(scope="session")
+def redis() -> Iterator[Redis]:
+    with running_redis() as redis:
+        yield redis
 
 
 @pytest.fixture(params=BUSES)
 def make_bus(request: pytest.FixtureRequest) -> MakeBus:
-    return BUSES[request.param]
+    if request.param == "memory":
+        return memory_bus
+    url = request.getfixturevalue("redis").url
+    return functools.partial(redis_bus, url)
 
 
 @pytest.fixture

@@ -6,7 +6,19 @@ from typing import Generic, TypeVar
 
 import anyio
 
-from server.bus.base import Bus, Created, Frame, Head, NewRun, Snapshot, Status, new_epoch, new_run_id
+from server.bus.base import (
+    Announcement,
+    Bus,
+    Created,
+    Frame,
+    Gone,
+    Head,
+    NewRun,
+    Snapshot,
+    Status,
+    new_epoch,
+    new_run_id,
+)
 
 PATIENCE = 5.0
 T = TypeVar("T")
@@ -115,6 +127,15 @@ class Inbox(Generic[T]):
 class Mail(Inbox[Frame | Head]):
     """An inbox for the news of a run."""
 
-    def deliver(self, news: Sequence[Frame] | Head) -> None:
+    def deliver(self, news: Sequence[Frame] | Head | Gone) -> None:
+        assert not isinstance(news, Gone)
         for item in [news] if isinstance(news, Head) else news:
             self.put(item)
+
+
+class Heard(Inbox[Announcement]):
+    """An inbox for what the feed announces."""
+
+    def announce(self, news: Announcement | None) -> None:
+        if news is not None:
+            self.put(news)

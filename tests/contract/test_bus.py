@@ -14,7 +14,6 @@ from server.bus.base import (
     ACTIVE,
     PAGE_BYTES,
     PAGE_EVENTS,
-    Announcement,
     Bus,
     Filter,
     Frame,
@@ -24,7 +23,7 @@ from server.bus.base import (
 )
 from server.errors import AlreadyFinished, Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
 from tests.contract.conftest import MakeBus
-from tests.contract.support import PATIENCE, Inbox, Log, Mail, frames, new_run
+from tests.contract.support import PATIENCE, Heard, Log, Mail, frames, new_run
 
 # -- Creating ------------------------------------------------------------------------------------------------------
 
@@ -55,8 +54,8 @@ async def test_same_key_and_fingerprint_gives_the_first_run_without_owning_it(bu
 
 
 async def test_run_found_by_key_is_not_announced_again(bus: Bus) -> None:
-    watched: Inbox[Announcement] = Inbox()
-    subscription, position = await bus.watch_feed(watched.put)
+    watched = Heard()
+    subscription, position = await bus.watch_feed(watched.announce)
     first = await bus.create(new_run(key="k"))
     await bus.create(new_run(key="k"))
     last = await bus.create(new_run())
@@ -711,9 +710,9 @@ async def test_paging_through_the_list_gives_each_run_once(bus: Bus) -> None:
 
 
 async def test_feed_tells_of_each_run_in_order(bus: Bus) -> None:
-    watched: Inbox[Announcement] = Inbox()
+    watched = Heard()
     await bus.create(new_run())
-    subscription, position = await bus.watch_feed(watched.put)
+    subscription, position = await bus.watch_feed(watched.announce)
     assert await bus.read_feed(position) == []
     news = [new_run(agent="echo", thread="t"), new_run(principal="bob"), new_run()]
     for new in news:
@@ -741,10 +740,10 @@ async def test_feed_goes_on_after_each_position(bus: Bus) -> None:
 
 
 async def test_closed_watch_is_told_nothing_more(bus: Bus) -> None:
-    closed: Inbox[Announcement] = Inbox()
-    open: Inbox[Announcement] = Inbox()
-    subscription, _ = await bus.watch_feed(closed.put)
-    other, _ = await bus.watch_feed(open.put)
+    closed = Heard()
+    open = Heard()
+    subscription, _ = await bus.watch_feed(closed.announce)
+    other, _ = await bus.watch_feed(open.announce)
     subscription.close()
     subscription.close()
 
@@ -758,6 +757,7 @@ async def test_closed_watch_is_told_nothing_more(bus: Bus) -> None:
 
 async def test_feed_that_does_not_reach_back_says_so(make_bus: MakeBus) -> None:
     async with make_bus(feed_length=3) as bus:
+        await bus.create(new_run())
         subscription, start = await bus.watch_feed(lambda _: None)
         subscription.close()
         for _ in range(3):

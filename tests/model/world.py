@@ -19,6 +19,7 @@ from server.bus.base import (
     Deliver,
     Filter,
     Frame,
+    Gone,
     Head,
     NewRun,
     Page,
@@ -54,7 +55,7 @@ class DawdlingBus(MemoryBus):
         self.well = True
         """Whether every question is answered at the moment, flaky or not."""
 
-    async def run(self) -> None:
+    async def deliver_late(self) -> None:
         """Deliver what is late, in order, until cancelled."""
         while True:
             while self._post:
@@ -97,7 +98,7 @@ class DawdlingBus(MemoryBus):
     async def subscribe(self, run: str, deliver: Deliver) -> Subscription:
         open = [True]
 
-        def post(news: Sequence[Frame] | Head) -> None:
+        def post(news: Sequence[Frame] | Head | Gone) -> None:
             if self._late:
                 self._post.append(lambda: deliver(news) if open else None)
                 self._posted.set()
@@ -323,7 +324,7 @@ class World:
     async def _serve(self) -> None:
         self.hub = Hub(self.bus)
         async with anyio.create_task_group() as self._tasks:
-            self._tasks.start_soon(self.bus.run)
+            self._tasks.start_soon(self.bus.deliver_late)
             await self._tasks.start(self.hub.run)
             await anyio.sleep_forever()
 

@@ -32,7 +32,7 @@ from agents.events import (
 )
 from agents.values import VALUE_BYTES, text_bytes
 from server import recorder as module
-from server.bus.base import Frame, Head, NewRun, Snapshot
+from server.bus.base import Frame, Head, NewRun, Origin, Snapshot
 from server.bus.base import Status as RunStatus
 from server.bus.memory import MemoryBus
 from server.errors import Ended, Fenced, Unavailable
@@ -67,9 +67,11 @@ class FlakyBus(MemoryBus):
         self._refuse()
         await super().append(run, fence, frames, status)
 
-    async def rebase(self, run: str, fence: int, seq: int, state: bytes, status: RunStatus) -> str:
+    async def rebase(
+        self, run: str, fence: int, seq: int, state: bytes, status: RunStatus, origin: Origin | None = None
+    ) -> str:
         self._refuse()
-        return await super().rebase(run, fence, seq, state, status)
+        return await super().rebase(run, fence, seq, state, status, origin)
 
     async def save_snapshot(self, fence: int, snapshot: Snapshot) -> None:
         self._refuse()
@@ -89,7 +91,7 @@ class Case:
     @classmethod
     async def make(cls) -> "Case":
         bus = FlakyBus()
-        recorder = Recorder(bus, "r", "echo", "e", fence=1)
+        recorder = Recorder(bus, "r", Origin("echo", "ann", None, 1.0), "e", fence=1)
         first = recorder.first_frame(1.0, RunQueued(epoch="e", input={"q": 1}))
         await bus.create(
             NewRun(run="r", epoch="e", agent="echo", principal="ann", thread=None, created=1.0, first=first)
@@ -505,7 +507,7 @@ async def test_log_that_is_not_what_the_owner_thinks_is_rebased(case: Case) -> N
 
 @pytest.mark.usefixtures("retry_at_once")
 async def test_rebase_is_retried_while_the_bus_is_away(case: Case) -> None:
-    await case.bus.rebase("r", 1, 9, b"{}", "running")
+    await case.bus.rebase("r", 1, 1, b"{}", "running")
     case.bus.away = 3
 
     await case.recorder.record(1.0, RunEnd(result=None, duration=1.0))

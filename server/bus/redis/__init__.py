@@ -1,0 +1,10 @@
+"""The bus of several hubs over one Redis. The only place that knows redis-py.
+
+`lane` is a connection for calls, `listener` the one for news, `scripts` what happens inside Redis; `bus` puts them
+together; `check` refuses servers that would not do.
+"""
+
+from server.bus.redis.bus import RedisBus
+from server.bus.redis.check import check
+
+__all__ = ["RedisBus", "check"]

@@ -1,0 +1,213 @@
+"""One connection to Redis for calls: those that wait at the same time share a round trip (G5).
+
+A call is answered within its patience or is `Unavailable`, and then may have happened or not: every call of the bus can
+be repeated. Nothing here knows what the calls mean.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    NoScriptError,
+    OutOfMemoryError,
+    RedisError,
+    ResponseError,
+)
+
+from server.errors import Unavailable
+
+PATIENCE = 0.95
+"""Seconds until a call is given up."""
+EXCHANGE_TIMEOUT = 0.8
+"""Seconds for a round trip, connecting included, after which the connection is thrown away. Both get longer by what is
+sent, at `SLOWEST` bytes per second."""
+SLOWEST = 1024 * 1024
+BATCH_CALLS = 64
+BATCH_BYTES = 4 * 1024 * 1024
+
+Argument = str | bytes | int | float
+
+
+Connect = Callable[[], AbstractConnection]
+
+
+def connections(url: str) -> Connect:
+    """What makes connections to the Redis at `url`. They connect at their first command and never retry by themselves.
+
+    :raises ValueError: the URL is wrong.
+    """
+    pool = ConnectionPool.from_url(
+        url,
+        protocol=2,
+        socket_timeout=None,
+        socket_connect_timeout=EXCHANGE_TIMEOUT,
+        retry=Retry(NoBackoff(), 0),
+        health_check_interval=0,
+    )
+    connect: Connect = pool.make_connection
+    return connect
+
+
+class Script:
+    """A Lua script, known to Redis by its hash once it has run there."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.sha = hashlib.sha1(source.encode()).hexdigest()  # noqa: S324 -- what Redis calls it by
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    command: tuple[Argument, ...]
+    script: Script | None = None
+    size: int = 0
+    patience: float = PATIENCE
+    answer: Any = None
+    done: anyio.Event = field(default_factory=anyio.Event)
+    given_up: bool = False
+
+
+class Lane:
+    """Sends calls, in order, and gives their answers. `run` must be running meanwhile."""
+
+    def __init__(self, connection: AbstractConnection) -> None:
+        self._connection = connection
+        self._waiting: deque[_Call] = deque()
+        self._arrived = anyio.Event()
+
+    async def run(self) -> None:
+        """Exchange calls for answers until cancelled."""
+        try:
+            while True:
+                await self._arrived.wait()
+                self._arrived = anyio.Event()
+                while batch := self._next_batch():
+                    await self._exchange(batch)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._connection.disconnect(nowait=True)
+
+    async def call(self, *command: Argument, patience: float = PATIENCE) -> Any:
+        """The answer to one command: bytes, a number, a list of such, or None.
+
+        :raises Unavailable: there is none in time, or Redis refuses at the moment.
+        """
+        (answer,) = await self._answers([_Call(command, patience=patience)])
+        return answer
+
+    async def calls(self, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
+        """The answers to several commands. Raises as `call`."""
+        return await self._answers([_Call(command) for command in commands])
+
+    async def script(self, script: Script, keys: Sequence[str], *args: Argument, patience: float = PATIENCE) -> Any:
+        """The answer of a script. Raises as `call`."""
+        command = ("EVALSHA", script.sha, len(keys), *keys, *args)
+        size = sum(len(arg) for arg in args if isinstance(arg, str | bytes))
+        (answer,) = await self._answers([_Call(command, script, size, patience + size / SLOWEST)])
+        return answer
+
+    async def _answers(self, calls: list[_Call]) -> list[Any]:
+        self._waiting.extend(calls)
+        self._arrived.set()
+        try:
+            with anyio.move_on_after(max((call.patience for call in calls), default=0.0)):
+                for call in calls:
+                    await call.done.wait()
+                    if isinstance(call.answer, Exception):
+                        raise call.answer
+                return [call.answer for call in calls]
+        finally:
+            for call in calls:
+                call.given_up = True
+        raise Unavailable("Redis does not answer; try again")
+
+    def _next_batch(self) -> list[_Call]:
+        batch: list[_Call] = []
+        size = 0
+        while self._waiting and len(batch) < BATCH_CALLS and size < BATCH_BYTES:
+            call = self._waiting.popleft()
+            if not call.given_up:
+                batch.append(call)
+                size += call.size
+        return batch
+
+    async def _exchange(self, batch: list[_Call]) -> None:
+        patience = max(call.patience for call in batch) - PATIENCE + EXCHANGE_TIMEOUT
+        try:
+            with anyio.fail_after(patience + sum(call.size for call in batch) / SLOWEST):
+                unknown = await self._round_trip(batch)
+                if unknown:  # a Redis that has just started, or was told to forget scripts
+                    await self._round_trip(unknown, whole_scripts=True)
+        except (RedisError, OSError, TimeoutError) as error:
+            await self._connection.disconnect(nowait=True)
+            self._fail(batch, f"Redis is away ({reason(error)}); try again")
+
+    async def _round_trip(self, batch: list[_Call], *, whole_scripts: bool = False) -> list[_Call]:
+        """Send calls and take their answers. Gives those whose script Redis does not know."""
+        commands = [_with_source(call) if whole_scripts else call.command for call in batch]
+        await self._connection.send_packed_command(self._connection.pack_commands(commands), check_health=False)
+        unknown, refused = [], False
+        for call in batch:
+            try:
+                call.answer = await self._connection.read_response(timeout=float("inf"))
+            except NoScriptError:
+                unknown.append(call)
+                continue
+            except BusyLoadingError:
+                raise  # it will say so to every call
+            except ResponseError as error:
+                call.answer = refusal(error)
+                refused = refused or isinstance(call.answer, Unavailable)
+            call.done.set()
+        if refused:  # perhaps a replica by now: the next connection may lead to the primary
+            await self._connection.disconnect(nowait=True)
+        return unknown
+
+    def _fail(self, batch: list[_Call], message: str) -> None:
+        for call in batch:
+            if not call.done.is_set():
+                call.answer = Unavailable(message)
+                call.done.set()
+
+
+def _with_source(call: _Call) -> tuple[Argument, ...]:
+    return call.command if call.script is None else ("EVAL", call.script.source, *call.command[2:])
+
+
+_PASSING = ("READONLY", "MISCONF", "NOREPLICAS", "MASTERDOWN", "BUSY", "UNKILLABLE")
+
+
+def refusal(error: ResponseError) -> Exception:
+    """What an error reply means to the caller: most are states that Redis will leave again; the rest is our mistake."""
+    text = str(error)  # Redis 6.2 puts the code of what failed inside a script into the text
+    if isinstance(error, OutOfMemoryError) or "OOM command not allowed" in text:
+        return Unavailable("Redis is out of memory (maxmemory); it takes nothing until there is room")
+    code = next((code for code in _PASSING if code in text), None)
+    if code is None and type(error) is ResponseError:
+        return error
+    return Unavailable(f"Redis refuses at the moment ({code or type(error).__name__}); try again")
+
+
+def reason(error: BaseException) -> str:
+    """Why Redis cannot be reached, without its address: it may hold a password."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, AuthenticationError):
+        return "it refuses user and password"
+    if isinstance(error, BusyLoadingError):
+        return "it is loading its data"
+    cause = error.__cause__ or error.__context__ or error
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return {"TimeoutError": "no answer", "ConnectionError": "the connection was lost"}.get(
+        type(error).__name__, type(error).__name__
+    )

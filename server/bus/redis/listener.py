@@ -1,0 +1,194 @@
+"""One process's subscription to Redis: supervised, confirmed, and proven to deliver (G2).
+
+Pub/sub delivers at most once, and a subscriber can be deaf while TCP looks well. So a probe travels the real path every
+second, into Redis and back by the subscription; if it does not arrive, the connection is thrown away and a new one
+subscribes to everything again. What was missed meanwhile cannot be told from here: `on_connect` is called after each
+connection, for whoever can compare.
+
+Nothing here knows what the messages mean.
+"""
+
+import logging
+import random
+from collections.abc import Awaitable, Callable, Mapping
+
+import anyio
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import RedisError
+
+from server.bus.redis.lane import EXCHANGE_TIMEOUT, Connect, reason
+from server.errors import Unavailable
+
+PROBE_EVERY = 1.0
+DEAF_AFTER = 2.5
+"""Seconds without a probe, after which the connection is taken for deaf."""
+SUBSCRIBE_BATCH = 500
+_RETRY_FIRST, _RETRY_MOST = 0.1, 1.5
+
+logger = logging.getLogger(__name__)
+
+Receive = Callable[[bytes], None]
+"""Takes one message, on the event loop. Must not block or raise."""
+
+
+class Deaf(RedisError):
+    """The subscription does not deliver."""
+
+
+class Listener:
+    """Delivers the messages of channels, in order. `run` must be running meanwhile.
+
+    `connect` makes a connection, `publish` sends to a channel by another one; `receivers` stay for good.
+    """
+
+    def __init__(
+        self,
+        connect: Connect,
+        publish: Callable[[str, bytes], Awaitable[object]],
+        probe_channel: str,
+        receivers: Mapping[str, Receive],
+        on_connect: Callable[[], Awaitable[None]],
+    ) -> None:
+        self.problem: str | None = "not connected yet"
+        """Why nothing may be delivered at the moment, if so."""
+        self.connected = anyio.Event()
+        """Set when the first connection stands."""
+        self.reconnects = 0
+        self.probes_lost = 0
+        self._connect = connect
+        self._publish = publish
+        self._probe_channel = probe_channel
+        self._on_connect = on_connect
+        self._receivers: dict[str, Receive] = {probe_channel: self._take_probe, **receivers}
+        self._confirmed: dict[str, anyio.Event] = {}
+        self._connection: AbstractConnection | None = None
+        self._stale: set[str] = set()
+        self._probed = 0
+        self._heard = 0
+        self._patience = anyio.CancelScope()
+        self._echo = anyio.Event()
+
+    async def run(self) -> None:
+        """Stay connected until cancelled."""
+        delay = _RETRY_FIRST
+        while True:
+            connection = self._connect()
+            try:
+                await self._listen(connection)
+            except* (RedisError, OSError, TimeoutError, Unavailable) as group:
+                was_well = self.problem is None
+                self.problem = f"Redis is away ({reason(group)})"
+                logger.warning("the subscription to Redis is lost: %s", reason(group))
+            finally:
+                self._connection = None
+                with anyio.CancelScope(shield=True):
+                    await connection.disconnect(nowait=True)
+            self.reconnects += 1
+            delay = _RETRY_FIRST if was_well else min(delay * 2, _RETRY_MOST)
+            await anyio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 -- jitter, not a secret
+
+    async def subscribe(self, channel: str, receive: Receive) -> None:
+        """Deliver what is published to `channel` from now on; Redis has confirmed it when this returns. A channel has
+        one receiver.
+
+        :raises Unavailable: Redis does not confirm in time.
+        """
+        self._receivers[channel] = receive
+        self._stale.discard(channel)
+        confirmed = self._confirmed.setdefault(channel, anyio.Event())
+        try:
+            with anyio.fail_after(EXCHANGE_TIMEOUT):
+                if self._connection is None:
+                    raise Unavailable(f"{self.problem}; try again")
+                if not confirmed.is_set():
+                    await self._connection.send_command("SUBSCRIBE", channel, check_health=False)
+                    await confirmed.wait()
+        except BaseException as error:
+            if not confirmed.is_set():
+                self.unsubscribe(channel)
+            if isinstance(error, RedisError | OSError | TimeoutError):
+                raise Unavailable("Redis did not confirm a subscription in time; try again") from None
+            raise
+
+    def unsubscribe(self, channel: str) -> None:
+        """Nothing of `channel` is delivered any more. Redis is told with the next probe."""
+        if self._receivers.pop(channel, None) is not None:
+            self._stale.add(channel)
+        self._confirmed.pop(channel, None)
+
+    async def probe(self) -> None:
+        """Send a probe and see it arrive.
+
+        :raises Unavailable: it does not, in time.
+        """
+        if self.problem is not None:
+            raise Unavailable(f"{self.problem}; try again")
+        self._probed += 1
+        number = self._probed
+        with anyio.move_on_after(EXCHANGE_TIMEOUT):
+            await self._publish(self._probe_channel, b"%d" % number)
+            while self._heard < number:
+                await self._echo.wait()
+            return
+        raise Unavailable("what is published to Redis does not arrive; try again")
+
+    # -- One connection --------------------------------------------------------------------------------------------
+
+    async def _listen(self, connection: AbstractConnection) -> None:
+        with anyio.fail_after(DEAF_AFTER):
+            await connection.send_command("PING", check_health=False)
+            await connection.read_response()
+        self._confirmed = {channel: anyio.Event() for channel in self._receivers}
+        self._stale.clear()
+        self._connection = connection
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._read, connection)
+            await self._resubscribe(connection)
+            await self._on_connect()
+            self.problem = None
+            self.connected.set()
+            tasks.start_soon(self._watch)
+            await self._keep_probing(connection)
+
+    async def _resubscribe(self, connection: AbstractConnection) -> None:
+        waiting = dict(self._confirmed)
+        channels = list(waiting)
+        with anyio.fail_after(DEAF_AFTER):
+            for start in range(0, len(channels), SUBSCRIBE_BATCH):
+                batch = channels[start : start + SUBSCRIBE_BATCH]
+                await connection.send_command("SUBSCRIBE", *batch, check_health=False)
+            for channel, confirmed in waiting.items():
+                if channel in self._receivers:
+                    await confirmed.wait()
+
+    async def _read(self, connection: AbstractConnection) -> None:
+        while True:
+            kind, channel, data = await connection.read_response(timeout=float("inf"))
+            name = channel.decode()
+            if kind == b"message":
+                receive = self._receivers.get(name)
+                if receive is not None:
+                    receive(data)
+            elif kind == b"subscribe" and (confirmed := self._confirmed.get(name)) is not None:
+                confirmed.set()
+
+    async def _keep_probing(self, connection: AbstractConnection) -> None:
+        while True:
+            self._probed += 1
+            await self._publish(self._probe_channel, b"%d" % self._probed)
+            if self._stale:
+                stale, self._stale = self._stale, set()
+                await connection.send_command("UNSUBSCRIBE", *stale, check_health=False)
+            await anyio.sleep(PROBE_EVERY)
+
+    async def _watch(self) -> None:
+        with anyio.move_on_after(DEAF_AFTER) as self._patience:
+            await anyio.sleep_forever()
+        self.probes_lost += 1
+        raise Deaf("what is published does not arrive")
+
+    def _take_probe(self, data: bytes) -> None:
+        self._heard = max(self._heard, int(data))
+        self._patience.deadline = anyio.current_time() + DEAF_AFTER
+        self._echo.set()
+        self._echo = anyio.Event()

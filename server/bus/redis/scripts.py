@@ -1,0 +1,200 @@
+"""The Lua scripts of the Redis bus. Each checks everything before it writes anything: a script that fails half way
+leaves what it has written. None needs more than Redis 6.2.
+
+A run takes three keys: `run:<id>`, a hash (what `RunInfo` says, and fence, owner, bytes of the log); `log:<id>`, a
+stream whose ids are `<seq>-0`, so that Redis itself refuses to repeat a seq; and `snap:<id>`, a hash. They live until
+`TTL` seconds after the last append. The sorted sets (all with score 0, so by id, which is by creation) index them.
+
+Frames leave in the form of `pack`: for each its seq, flags and length (12 bytes, big endian), then its bytes.
+"""
+
+_PACK = """
+local function pack(seq, flags, data)
+  return struct.pack('>I4I4I4', seq, flags, #data) .. data
+end
+"""
+
+CREATE = """
+-- KEYS: run, log, feed, feed counter, runs, runs of the agent, runs of the thread, active, owned, workers,
+--       idempotency key
+-- ARGV: run, epoch, agent, principal, thread, created, owner, flags, data, ttl, keyed, fingerprint, key ttl,
+--       announcement, feed length, feed channel, prefix of run keys, oldest id that an index keeps
+if ARGV[11] == '1' then
+  local known = redis.call('GET', KEYS[11])
+  if known then
+    local run, fingerprint = string.match(known, '^(%S+) (%S*)$')
+    local epoch = redis.call('HGET', ARGV[17] .. run, 'epoch')
+    if epoch then
+      if fingerprint ~= ARGV[12] then return {'conflict'} end
+      return {'known', run, epoch}
+    end
+  end
+end
+if redis.call('EXISTS', KEYS[1]) == 1 then return {'created'} end
+redis.call('HSET', KEYS[1], 'epoch', ARGV[2], 'agent', ARGV[3], 'principal', ARGV[4], 'thread', ARGV[5],
+  'created', ARGV[6], 'owner', ARGV[7], 'head', '1', 'fence', '1', 'status', 'queued', 'bytes', #ARGV[9])
+redis.call('XADD', KEYS[2], '1-0', 'f', ARGV[8], 'd', ARGV[9])
+redis.call('EXPIRE', KEYS[1], ARGV[10])
+redis.call('EXPIRE', KEYS[2], ARGV[10])
+if ARGV[11] == '1' then redis.call('SET', KEYS[11], ARGV[1] .. ' ' .. ARGV[12], 'EX', ARGV[13]) end
+for i = 5, 9 do redis.call('ZADD', KEYS[i], 0, ARGV[1]) end
+for i = 5, 7 do redis.call('ZREMRANGEBYLEX', KEYS[i], '-', '(' .. ARGV[18]) end
+redis.call('EXPIRE', KEYS[7], ARGV[10])
+redis.call('SADD', KEYS[10], ARGV[7])
+local n = string.format('%d', redis.call('INCR', KEYS[4]))
+redis.call('XADD', KEYS[3], 'MAXLEN', ARGV[15], n .. '-0', 'run', ARGV[1], 'a', ARGV[14])
+redis.call('PUBLISH', ARGV[16], n .. ' ' .. ARGV[14])
+return {'created'}
+"""
+
+CLAIM = """
+-- KEYS: run, owned by the new owner, workers. ARGV: run, owner, prefix of owned keys
+local meta = redis.call('HMGET', KEYS[1], 'fence', 'ended', 'owner')
+if not meta[1] then return {'lost'} end
+if meta[2] then return {'ended'} end
+redis.call('HSET', KEYS[1], 'owner', ARGV[2])
+redis.call('ZREM', ARGV[3] .. meta[3], ARGV[1])
+redis.call('ZADD', KEYS[2], 0, ARGV[1])
+redis.call('SADD', KEYS[3], ARGV[2])
+return {'claimed', redis.call('HINCRBY', KEYS[1], 'fence', 1)}
+"""
+
+APPEND = (
+    _PACK
+    + """
+-- KEYS: run, log, snap, active, owned
+-- ARGV: run, fence, epoch, first seq, status, ended or '', ttl, channel, then flags and data of each frame
+local meta = redis.call('HMGET', KEYS[1], 'fence', 'epoch', 'head', 'ended')
+if not meta[1] then return {'lost'} end
+if meta[1] ~= ARGV[2] then return {'fenced'} end
+local head, first = tonumber(meta[3]), tonumber(ARGV[4])
+local last = first + (#ARGV - 8) / 2 - 1
+if meta[2] == ARGV[3] and last <= head then return {'ok'} end
+if meta[4] then return {'ended'} end
+if meta[2] ~= ARGV[3] or first ~= head + 1 then return {'mismatch', meta[2], head} end
+local news, bytes = {}, 0
+for i = 9, #ARGV, 2 do
+  local seq = first + (i - 9) / 2
+  redis.call('XADD', KEYS[2], string.format('%d-0', seq), 'f', ARGV[i], 'd', ARGV[i + 1])
+  news[#news + 1] = pack(seq, tonumber(ARGV[i]), ARGV[i + 1])
+  bytes = bytes + #ARGV[i + 1]
+end
+redis.call('HSET', KEYS[1], 'head', string.format('%d', last), 'status', ARGV[5])
+redis.call('HINCRBY', KEYS[1], 'bytes', bytes)
+if ARGV[6] ~= '' then
+  redis.call('HSET', KEYS[1], 'ended', ARGV[6])
+  redis.call('ZREM', KEYS[4], ARGV[1])
+  redis.call('ZREM', KEYS[5], ARGV[1])
+end
+for i = 1, 3 do redis.call('EXPIRE', KEYS[i], ARGV[7]) end
+redis.call('PUBLISH', ARGV[8], 'F' .. meta[2] .. ' ' .. table.concat(news))
+return {'ok'}
+"""
+)
+
+REBASE = """
+-- KEYS: run, log, snap, runs, runs of the agent, runs of the thread, active, owned, workers, feed, feed counter
+-- ARGV: run, fence, new epoch, seq, state, status, ended or '', ttl, channel, owner, may create,
+--       agent, principal, thread, created, announcement, feed length, feed channel
+local meta = redis.call('HMGET', KEYS[1], 'fence', 'ended', 'head')
+if meta[1] then
+  if meta[1] ~= ARGV[2] then return {'fenced'} end
+  if meta[2] then return {'ended'} end
+  if tonumber(meta[3]) > tonumber(ARGV[4]) then return {'fenced'} end
+else
+  if ARGV[11] ~= '1' then return {'lost'} end
+  redis.call('HSET', KEYS[1], 'fence', ARGV[2], 'owner', ARGV[10],
+    'agent', ARGV[12], 'principal', ARGV[13], 'thread', ARGV[14], 'created', ARGV[15])
+  for i = 4, 8 do redis.call('ZADD', KEYS[i], 0, ARGV[1]) end
+  redis.call('SADD', KEYS[9], ARGV[10])
+  local n = string.format('%d', redis.call('INCR', KEYS[11]))
+  redis.call('XADD', KEYS[10], 'MAXLEN', ARGV[17], n .. '-0', 'run', ARGV[1], 'a', ARGV[16])
+  redis.call('PUBLISH', ARGV[18], n .. ' ' .. ARGV[16])
+end
+redis.call('DEL', KEYS[2])
+redis.call('HSET', KEYS[1], 'epoch', ARGV[3], 'head', ARGV[4], 'status', ARGV[6], 'bytes', 0)
+redis.call('HSET', KEYS[3], 'epoch', ARGV[3], 'seq', ARGV[4], 'state', ARGV[5])
+redis.call('EXPIRE', KEYS[1], ARGV[8])
+redis.call('EXPIRE', KEYS[3], ARGV[8])
+if ARGV[7] ~= '' then
+  redis.call('HSET', KEYS[1], 'ended', ARGV[7])
+  redis.call('ZREM', KEYS[7], ARGV[1])
+  redis.call('ZREM', KEYS[8], ARGV[1])
+end
+redis.call('PUBLISH', ARGV[9], 'H' .. ARGV[3] .. ' ' .. ARGV[4] .. (ARGV[7] ~= '' and ' ended' or ''))
+return {'ok'}
+"""
+
+READ = (
+    _PACK
+    + """
+-- KEYS: run, log. ARGV: epoch, after, most events, most bytes
+local meta = redis.call('HMGET', KEYS[1], 'epoch', 'head')
+if not meta[1] then return {'lost'} end
+local head, after = tonumber(meta[2]), tonumber(ARGV[2])
+if meta[1] ~= ARGV[1] or after > head then return {'gap'} end
+if after < head and redis.call('EXISTS', KEYS[2]) == 0 then return {'gap'} end
+local page, bytes, count, seq = {}, 0, 0, after + 1
+while seq <= head and count < tonumber(ARGV[3]) and bytes < tonumber(ARGV[4]) do
+  local entries = redis.call('XRANGE', KEYS[2], string.format('%d-0', seq), '+', 'COUNT', 20)
+  if #entries == 0 then return {'gap'} end
+  for _, entry in ipairs(entries) do
+    if entry[1] ~= string.format('%d-0', seq) then return {'gap'} end
+    local data = entry[2][4]
+    page[#page + 1] = pack(seq, tonumber(entry[2][2]), data)
+    bytes, count, seq = bytes + #data, count + 1, seq + 1
+    if count >= tonumber(ARGV[3]) or bytes >= tonumber(ARGV[4]) then break end
+  end
+end
+return {'page', head, table.concat(page)}
+"""
+)
+
+SAVE_SNAPSHOT = """
+-- KEYS: run, log, snap. ARGV: fence, epoch, seq, state, most events, most bytes, ttl
+local meta = redis.call('HMGET', KEYS[1], 'fence', 'epoch', 'bytes')
+if not meta[1] then return {'lost'} end
+if meta[1] ~= ARGV[1] then return {'fenced'} end
+if meta[2] ~= ARGV[2] then return {'ok'} end
+local saved = redis.call('HMGET', KEYS[3], 'epoch', 'seq')
+if saved[1] == ARGV[2] and tonumber(saved[2]) > tonumber(ARGV[3]) then return {'ok'} end
+redis.call('HSET', KEYS[3], 'epoch', ARGV[2], 'seq', ARGV[3], 'state', ARGV[4])
+redis.call('EXPIRE', KEYS[3], ARGV[7])
+local covered, most, most_bytes = tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local length, bytes, start, keep = redis.call('XLEN', KEYS[2]), tonumber(meta[3]), '-', nil
+local going = true
+while going and (length > most or bytes > most_bytes) do
+  local entries = redis.call('XRANGE', KEYS[2], start, '+', 'COUNT', 100)
+  going = #entries > 0
+  for _, entry in ipairs(entries) do
+    local seq = tonumber(string.match(entry[1], '^(%d+)'))
+    if seq > covered or (length <= most and bytes <= most_bytes) then
+      going = false
+      break
+    end
+    length, bytes = length - 1, bytes - #entry[2][4]
+    keep = string.format('%d-0', seq + 1)
+    start = keep
+  end
+end
+if keep then
+  redis.call('XTRIM', KEYS[2], 'MINID', keep)
+  redis.call('HSET', KEYS[1], 'bytes', bytes)
+end
+return {'ok'}
+"""
+
+ORPHANS = """
+-- KEYS: workers. ARGV: prefix of heartbeat keys, prefix of owned keys, most runs
+-- Gives each worker without a heartbeat, with runs that it owned.
+local found, runs = {}, 0
+for _, worker in ipairs(redis.call('SMEMBERS', KEYS[1])) do
+  if redis.call('EXISTS', ARGV[1] .. worker) == 0 and runs < tonumber(ARGV[3]) then
+    local owned = redis.call('ZRANGE', ARGV[2] .. worker, 0, tonumber(ARGV[3]) - 1)
+    if #owned == 0 then redis.call('SREM', KEYS[1], worker) end
+    runs = runs + #owned
+    found[#found + 1] = {worker, owned}
+  end
+end
+return found
+"""
