@@ -65,7 +65,7 @@ class Listener:
         self._stale: set[str] = set()
         self._probed = 0
         self._heard = 0
-        self._patience = anyio.CancelScope()
+        self._patience: anyio.CancelScope | None = None
         self._echo = anyio.Event()
 
     async def run(self) -> None:
@@ -189,6 +189,7 @@ class Listener:
 
     def _take_probe(self, data: bytes) -> None:
         self._heard = max(self._heard, int(data))
-        self._patience.deadline = anyio.current_time() + DEAF_AFTER
+        if self._patience is not None:
+            self._patience.deadline = anyio.current_time() + DEAF_AFTER
         self._echo.set()
         self._echo = anyio.Event()
