@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import orjson
 
-from benchmarks.processes import running
+from benchmarks.processes import Server, running
 from benchmarks.report import Row, percentile
 from benchmarks.sockets import Socket, Watchers, cut
 
@@ -20,37 +20,38 @@ _MEANING = {
 def measure() -> Iterator[Row]:
     for kind in ("status", "token"):
         for watchers in WATCHERS:
-            latencies = _latencies(kind, watchers)
+            with running("benchmarks.hub") as hub:
+                found = latencies(hub, hub.port, kind, watchers)
             many = f"{watchers} watcher{'s' * (watchers > 1)}"
             for name, value in (
-                ("p50", percentile(latencies, 0.5)),
-                ("p99", percentile(latencies, 0.99)),
-                ("max", max(latencies)),
+                ("p50", percentile(found, 0.5)),
+                ("p99", percentile(found, 0.99)),
+                ("max", max(found)),
             ):
                 meaning = _MEANING[kind] if name == "p50" else ""
                 yield Row(GROUP, f"{kind} events, {RATE:g}/s, {many}: {name}", "ms", [value * 1000], meaning)
 
 
-def _latencies(kind: str, watchers: int) -> list[float]:
-    with running("benchmarks.hub") as hub:
-        control = Socket(hub.port)
-        input = {"kind": kind, "rate": RATE, "count": COUNT}
-        run = control.ask(op="start", agent="steady", input=input, subscribe=False)["run"]
-        sockets = [Socket(hub.port) for _ in range(watchers)]
-        for socket in sockets:
-            socket.ask(op="subscribe", to={"run": run}, since={run: {"seq": 0}})
-            socket.receive(lambda frame: frame.get("event") == "run_start")
-        hub.go()
-        received = _receive(sockets)
-    latencies = []
+def latencies(hub: Server, port: int, kind: str, watchers: int) -> list[float]:
+    """Seconds from emit, in a run of `hub`, to clients of the hub at `port`."""
+    control = Socket(hub.port)
+    input = {"kind": kind, "rate": RATE, "count": COUNT}
+    run = control.ask(op="start", agent="steady", input=input, subscribe=False)["run"]
+    sockets = [Socket(port) for _ in range(watchers)]
+    for socket in sockets:
+        socket.ask(op="subscribe", to={"run": run}, since={run: {"seq": 0}})
+        socket.receive(lambda frame: frame.get("event") == "run_start")
+    hub.go()
+    received = _receive(sockets)
+    found = []
     for socket, chunks in zip(sockets, received, strict=True):
         buffer = socket.buffer
         for now, data in chunks:
             buffer += data
             events = [orjson.loads(frame) for frame in cut(buffer)]
-            latencies += [now - event["ts"] for event in events if event.get("event") == kind][-COUNT:]
-    assert len(latencies) > watchers * COUNT / 4, "events are missing"
-    return latencies[WARM_UP * watchers :]
+            found += [now - event["ts"] for event in events if event.get("event") == kind][-COUNT:]
+    assert len(found) > watchers * COUNT / 4, "events are missing"
+    return found[WARM_UP * watchers :]
 
 
 def _receive(sockets: list[Socket]) -> list[list[tuple[float, bytes]]]:

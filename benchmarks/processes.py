@@ -3,6 +3,7 @@
 import http.client
 import os
 import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import orjson
+from redis import Redis
 
 
 class Server:
@@ -49,14 +51,50 @@ class Server:
 
 
 @contextmanager
-def running(*args: str) -> Iterator[Server]:
+def running(*args: str, **variables: str) -> Iterator[Server]:
     """`python -m args…` on the first core; it has said on stdout which port it listens on."""
     process = subprocess.Popen(
-        [sys.executable, "-m", *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=_set_up_child
+        [sys.executable, "-m", *args],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, **variables},
+        preexec_fn=_set_up_child,
     )
     assert process.stdout is not None
     try:
         yield Server(process, int(process.stdout.readline()))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+class RedisServer:
+    """A running redis-server."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"redis://127.0.0.1:{port}/0"
+
+    def info(self) -> dict[str, Any]:
+        """What `INFO` says."""
+        with Redis.from_url(self.url) as redis:
+            info: dict[str, Any] = redis.info()
+            return info
+
+
+@contextmanager
+def running_redis() -> Iterator[RedisServer]:
+    """A redis-server on the first core, without persistence."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    process = subprocess.Popen(
+        ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"],
+        stdout=subprocess.PIPE,
+        preexec_fn=_set_up_child,
+    )
+    assert process.stdout is not None
+    try:
+        assert any(b"Ready to accept connections" in line for line in iter(process.stdout.readline, b""))
+        yield RedisServer(port)
     finally:
         process.kill()
         process.communicate()

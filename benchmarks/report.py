@@ -14,7 +14,7 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("agentcast", "anyio", "orjson", "pydantic", "starlette", "uvicorn", "uvloop", "websockets")
+PACKAGES = ("agentcast", "anyio", "orjson", "pydantic", "redis", "starlette", "uvicorn", "uvloop", "websockets")
 
 
 @dataclass(frozen=True, slots=True)
