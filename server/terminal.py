@@ -48,6 +48,7 @@ class RunView:
         self._state = RunState.new("", agent)
         self._depths: dict[str, int] = {}
         self._printed: set[str] = set()
+        self._degraded: str | None = None
         self._started = time.monotonic()
         self._spinner = Spinner("dots", style="cyan")
         self._live = Live(self, console=console, auto_refresh=False, transient=True)
@@ -79,6 +80,15 @@ class RunView:
                 self.note(f"events {frame['from']}–{frame['to']} were skipped ({frame['reason']})")
             case "snapshot":
                 self._catch_up()
+            case "ping":
+                self._tell_degraded(frame.get("degraded"))
+
+    def _tell_degraded(self, reason: str | None) -> None:
+        if reason is not None and self._degraded is None:
+            self.note(f"the run stands still: {reason}")
+        elif reason is None and self._degraded is not None:
+            self.note("the run goes on")
+        self._degraded = reason
 
     def note(self, text: str) -> None:
         """A word about the run rather than from it."""

@@ -12,10 +12,12 @@ from pydantic import BaseModel, Field
 
 from agents.base import Emitter
 from agents.events import MessageEnd, MessageStart, Status, Token, ToolEnd, ToolStart
+from server.bus.redis import RedisBus
 from server.state import RunState
 from tests.support.agents import Anything, FunctionAgent, agent
 from tests.support.hub import RunningHub, open_hub
 from tests.support.log import Log
+from tests.support.redis import running_redis
 from tests.support.work import Seed, Work
 
 expect.set_options(timeout=5_000)
@@ -245,6 +247,25 @@ async def test_a_lost_connection_is_resumed_without_losing_or_repeating(browser:
         await expect(page.locator('.card[data-status="done"]')).to_have_count(4)
         assert await compare(page, hub) == 4
         assert await page.locator(".note:visible").count() == 0
+
+
+async def test_runs_that_stand_still_say_so_and_go_on(browser: Browser) -> None:
+    stepping = Stepping()
+    with running_redis("--appendonly", "yes", "--appendfsync", "always") as redis:
+        bus = RedisBus(redis.url, "w-page")
+        async with open_hub(stepping.agent, bus=bus) as hub, open_page(browser, hub) as page, hub.client() as client:
+            says = page.locator(f'.card[data-run="{await client.start("stepping")}"] .says')
+            stepping.say("one ")
+            await expect(says).to_have_text("one ")
+            redis.kill()
+            stepping.say("two ")
+            await expect(page.locator("#connection-text")).to_have_text("Runs stand still", timeout=20_000)
+            await expect(page.locator("#advice")).to_contain_text("go on by themselves")
+            redis.start()
+            stepping.say("three", last=True)
+            await expect(page.locator("#connection-text")).to_have_text("Connected", timeout=20_000)
+            await expect(says).to_have_text("one two three", timeout=20_000)
+            await expect(page.locator("#advice")).to_be_hidden()
 
 
 async def test_runs_of_others_are_shown_and_reloading_shows_the_same(browser: Browser) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.redis import free_port
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 AGENTCAST = str(Path(sysconfig.get_path("scripts")) / "agentcast")
@@ -67,14 +69,46 @@ def serve(folder: Path, command: str, **variables: str) -> Iterator[tuple[str, s
 
 @pytest.fixture(scope="module")
 def hub(folder: Path) -> Iterator[str]:
-    command = next(line for line in commands() if line.startswith("agentcast serve --agents"))
+    command = next(line for line in commands() if line == "agentcast serve --agents my_agents:registry")
     for url, banner in serve(folder, command):
         assert "summarizer, editor, countdown" in banner
         yield url
 
 
+@pytest.fixture
+def deployed(folder: Path) -> Iterator[list[str]]:
+    """The URLs of README's two hubs over one Redis, all on free ports instead of its own."""
+    lines = [line for line in commands() if line.startswith("redis-server") or "--redis" in line]
+    ports = {port: str(free_port()) for port in re.findall(r"(?<=--port )\d+", " ".join(lines))}
+    assert len(lines) == len(ports) == 3
+    text = re.sub("|".join(ports), lambda found: ports[found[0]], "\n".join(lines))
+    processes = []
+    try:
+        for line in text.splitlines():
+            program, *words = shlex.split(line)
+            arguments = [AGENTCAST if program == "agentcast" else program, *words]
+            process = subprocess.Popen(arguments, cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True)
+            processes.append(process)
+            assert process.stdout is not None
+            assert any("Ready to accept" in told or "stop    Ctrl-C" in told for told in process.stdout), line
+        yield [f"http://127.0.0.1:{port}" for port in list(ports.values())[1:]]
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+            process.communicate(timeout=20)
+
+
+def test_two_hubs_over_one_redis_show_the_same_runs(deployed: list[str]):
+    words = [AGENTCAST, "run", "countdown", "start=2", "--json", "--url", deployed[0]]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=30, check=True)
+    run = json.loads(done.stdout.splitlines()[-1])["run"]
+    for url in deployed:
+        with urllib.request.urlopen(f"{url}/v1/runs/{run}", timeout=10) as response:  # noqa: S310
+            assert json.load(response)["state"]["result"] == "lift-off"
+
+
 def test_every_snippet_is_covered_here():
-    known = ("make ", "AGENTCAST_LM=", "agentcast ", "curl ")
+    known = ("make ", "AGENTCAST_LM=", "agentcast ", "curl ", "redis-server ")
     assert all(line.startswith(known) for line in commands())
     assert len(snippets("python")) == 2
 

@@ -39,7 +39,7 @@ class Redis:
             try:
                 if self.do("PING") == b"+PONG":
                     return
-            except OSError:
+            except (OSError, AssertionError):  # not there yet, or loading its data
                 assert self._process.poll() is None, "redis-server does not start"
             assert time.monotonic() < deadline, "redis-server does not answer"
 
