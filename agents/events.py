@@ -21,7 +21,8 @@ Text = Annotated[str, AfterValidator(cut_text)]
 Value = Annotated[Any, BeforeValidator(plain)]
 Fields = Annotated[dict[str, Any], BeforeValidator(lambda fields: plain_fields(dict(fields)))]
 FieldNames = Annotated[tuple[Name, ...], AfterValidator(lambda names: names[:100])]
-Seconds = Annotated[float, Field(ge=0)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Seconds = Annotated[Number, Field(ge=0)]
 
 
 class _Fact(BaseModel):
@@ -151,8 +152,8 @@ class ToolStart(_Fact):
 class ToolProgress(_Fact):
     event: Literal["tool_progress"] = "tool_progress"
     span: Id
-    progress: float
-    total: float | None = None
+    progress: Number
+    total: Number | None = None
     message: Text | None = None
 
 

@@ -32,6 +32,7 @@ _MAX_DEPTH = 64
 _INT64 = 2**63
 _ITEM = 8
 
+_KEYS = (str, int, float, bool, type(None), enum.Enum, datetime.date)
 _ATOMS = (datetime.date, datetime.time, datetime.timedelta)
 
 
@@ -60,7 +61,7 @@ def cut_text(text: str, limit: int = VALUE_BYTES) -> str:
         return head
     mark = f"… [cut, {len(text)} characters in all]"
     room = limit - text_bytes(mark)
-    while (size := text_bytes(head)) > room:
+    while head and (size := text_bytes(head)) > room:
         head = head[: max(0, min(len(head) - 1, len(head) * room // size))]
     return head + mark
 
@@ -156,7 +157,10 @@ class _Walk:
 
     def _container(self, value: Any, depth: int) -> Any:
         if isinstance(value, BaseModel):
-            value = value.model_dump(mode="json", fallback=_name_type, warnings=False)
+            try:
+                value = value.model_dump(mode="json", fallback=_name_type, warnings=False)
+            except ValueError:  # it contains itself
+                return self._text(_name_type(value))
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         if isinstance(value, Mapping):
@@ -172,7 +176,7 @@ class _Walk:
     def _mapping(self, value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
         result = {}
         for key, item in value.items():
-            name = self._text(key if type(key) is str else str(key))
+            name = self._text(str(key) if isinstance(key, _KEYS) else _name_type(key))
             result[name] = self.copy(item, depth + 1)
         return result
 

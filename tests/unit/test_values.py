@@ -331,3 +331,22 @@ def test_anything_encodes_under_the_cap(value: Any, limit: int, times: int) -> N
 @given(st.dictionaries(st.text(st.characters()), anything))
 def test_any_fields_encode_under_the_cap(fields: dict[str, Any]) -> None:
     assert len(orjson.dumps(plain_fields(fields))) <= FIELDS_BYTES + COUNT_BYTES // 16
+
+
+class Node(BaseModel):
+    next: "Node | None" = None
+
+
+def test_a_model_that_contains_itself_is_named() -> None:
+    node = Node()
+    node.next = node
+    assert plain({"node": node}) == {"node": "<Node>"}
+
+
+def test_keys_that_are_no_plain_data_are_named() -> None:
+    assert plain({object(): 1, 2: 3, None: 4}) == {"<object>": 1, "2": 3, "None": 4}
+
+
+@pytest.mark.parametrize("limit", range(0, 60, 7))
+def test_a_limit_below_the_mark_itself_leaves_the_mark(limit: int) -> None:
+    assert cut_text("☃" * 100, limit).endswith("… [cut, 100 characters in all]")
