@@ -77,7 +77,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 async def agentcast(*args: str, stdin: str | None = None, **variables: str) -> Finished:
     """Run a command to its end."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(45):
         done = await anyio.run_process(
             [*COMMAND, *args], input=(stdin or "").encode(), check=False, env=environment(**variables)
         )
@@ -95,7 +95,7 @@ class Running:
 
     async def until(self, wanted: str) -> Frame:
         """The next frame of this type, or the next event of this name."""
-        with anyio.fail_after(10):
+        with anyio.fail_after(30):
             while True:
                 frame = json.loads(await self._lines.receive_until(b"\n", 1_000_000))
                 self.frames.append(frame)
@@ -104,7 +104,7 @@ class Running:
 
     async def code(self) -> int:
         """Its exit code, once it has printed all that it has to say."""
-        with anyio.fail_after(10):
+        with anyio.fail_after(30):
             try:
                 while True:
                     self.frames.append(json.loads(await self._lines.receive_until(b"\n", 1_000_000)))
@@ -304,7 +304,7 @@ async def test_a_reader_that_has_enough_ends_the_command_quietly(capfd: pytest.C
             await _read_until(ours, b"run ")
             os.close(ours)
             enough.set()
-            with anyio.fail_after(10):
+            with anyio.fail_after(30):
                 assert await process.wait() == 1
     assert capfd.readouterr().err == ""
 
@@ -333,7 +333,7 @@ async def test_a_terminal_shows_tokens_as_they_come() -> None:
                 shown = await _read_until(ours, b"half of [2Jit")
                 go_on.set()
                 shown += await _read_until(ours, b"done in")
-                with anyio.fail_after(10):
+                with anyio.fail_after(30):
                     assert await process.wait() == 0
     finally:
         os.close(ours)
@@ -666,7 +666,7 @@ async def running_server(hub: Scripted) -> AsyncIterator[Callable[[], None]]:
 async def _read_until(descriptor: int, text: bytes) -> bytes:
     """What comes out of a terminal, up to `text`."""
     shown = b""
-    with anyio.fail_after(10):
+    with anyio.fail_after(30):
         while text not in shown:
             await anyio.wait_readable(descriptor)
             shown += os.read(descriptor, 65_536)

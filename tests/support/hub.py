@@ -63,7 +63,7 @@ class RunningHub:
 
     async def left(self, condition: Callable[[], bool]) -> None:
         """Wait until so many connections have left that `condition` holds."""
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             while not condition():
                 self.core.connections._gone = anyio.Event()
                 await self.core.connections._gone.wait()
@@ -122,7 +122,7 @@ async def open_hub(*agents: FunctionAgent, bus: Bus | None = None, **settings: A
     )
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(server.run_until_stopped)
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             await server.up.wait()
         hub = RunningHub(core, server, server.servers[0].sockets[0].getsockname()[1])
         try:

@@ -93,7 +93,7 @@ async def _banner(stream: TextReceiveStream) -> str:
 
 async def refused(*arguments: str, **settings: str) -> tuple[int, str]:
     """Exit code and stderr of a hub that does not start."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(45):
         done = await anyio.run_process(
             command(*arguments), cwd=ROOT, env=environment(**settings), check=False, stdin=subprocess.DEVNULL
         )
