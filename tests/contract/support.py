@@ -20,7 +20,7 @@ from server.bus.base import (
     new_run_id,
 )
 
-PATIENCE = 5.0
+PATIENCE = 15.0
 T = TypeVar("T")
 
 
