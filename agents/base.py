@@ -126,8 +126,8 @@ def _text(error: BaseException) -> str:
 def redact(text: str) -> str:
     """`text` with every secret of this process's environment replaced.
 
-    A secret is the value of a variable whose name has KEY, TOKEN, SECRET, PASSWORD or CREDENTIAL in it, and the
-    password in a value that is a URL.
+    A secret is the value of a variable whose name has KEY, TOKEN, SECRET, PASSWORD or CREDENTIAL in it, the password in
+    a value that is a URL, and what was given to `keep_secret`.
     """
     for secret in _secrets():
         text = text.replace(secret, "[redacted]")
@@ -137,9 +137,17 @@ def redact(text: str) -> str:
 _SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 _MIN_SECRET = 8
 _URL_PASSWORD = re.compile(r"://[^/@\s:]*:([^/@\s]+)@")
+_kept: set[str] = set()
+
+
+def keep_secret(value: str) -> None:
+    """From now on `redact` takes `value` for a secret: a key that was given in code."""
+    if len(value) >= _MIN_SECRET:
+        _kept.add(value)
 
 
 def _secrets() -> Iterator[str]:
+    yield from _kept.copy()
     for name, value in os.environ.items():
         if len(value) >= _MIN_SECRET and any(word in name.upper() for word in _SECRET_WORDS):
             yield value

@@ -25,6 +25,14 @@ class Settings(BaseSettings):
     """Host names, besides the local ones, under which the hub may be asked (`Host`, `Origin`); `*` is any."""
     lm: str = "offline"
     """The language model: any string that `dspy.LM` takes, or `offline`."""
+    lm_attempts: int = Field(default=4, ge=1)
+    """The most attempts of one LM call; 1 is no retries."""
+    lm_patience: float = Field(default=120.0, ge=0)
+    """Seconds after the start of an LM call in which another attempt may begin, pauses included."""
+    lm_backoff: float = Field(default=1.0, ge=0)
+    """Seconds before the second attempt; doubled for each further one, up to 30."""
+    lm_idle: float = Field(default=120.0, gt=0)
+    """Seconds without a byte from the provider after which an attempt has failed."""
     redis: SecretStr | None = None
     """The Redis that several hubs share, as `redis://user:password@host:6379/0` (`rediss://` for TLS); without one, all
     runs live in this process."""

@@ -36,6 +36,7 @@ from agents.events import (
     Terminal,
 )
 from agents.execution import Execution
+from agents.failures import failure_of
 from server.bus.base import Bus, Created, Filter, NewRun, Origin, new_epoch, new_run_id
 from server.bus.replay import load_state
 from server.config import Settings
@@ -46,6 +47,8 @@ from server.state import RunState
 
 HISTORY_TURNS = 20
 ORPHANS_EVERY = 1.0
+UNKNOWN = ("agent_error", "lm_error")
+"""Codes of failures that only a traceback explains."""
 
 logger = logging.getLogger(__name__)
 
@@ -336,8 +339,12 @@ class Runs:
             return None
         if isinstance(error, Stopped | anyio.get_cancelled_exc_class()):
             return RunFailure(code="agent_error", message="the agent stopped itself")
-        logger.error("%s failed", channel.label, exc_info=error)
-        return RunFailure(code="agent_error", message=public_message(error))
+        failure = failure_of(error)
+        if failure.code in UNKNOWN:
+            logger.error("%s failed", channel.label, exc_info=error)
+        else:
+            logger.warning("%s failed: %s: %s", channel.label, failure.code, failure.message)
+        return failure
 
     async def _history(self, run: _Run) -> tuple[Turn, ...]:
         """Earlier finished turns of the thread, oldest first. Waits for a bus that is away."""

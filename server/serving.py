@@ -41,7 +41,7 @@ def serve(settings: Settings) -> int:
     _set_up_logging(settings.log_level)
     try:
         registry = load(",".join(settings.agents))
-        model = llm.configure(settings.lm)
+        model = llm.configure(settings.lm, retrying(settings))
         redis = None if settings.redis is None else anyio.run(check, settings.redis.get_secret_value())
     except (RegistryError, llm.ModelError, BusError) as error:
         raise CannotServe(str(error)) from None
@@ -50,6 +50,16 @@ def serve(settings: Settings) -> int:
     server = _Server(hub, settings, banner=_banner(hub, model, redis, sock))
     anyio.run(server.serve, [sock], backend_options={"use_uvloop": True})
     return server.exit_code
+
+
+def retrying(settings: Settings) -> llm.Retrying:
+    """How LM calls are retried."""
+    return llm.Retrying(
+        attempts=settings.lm_attempts,
+        patience=settings.lm_patience,
+        backoff=settings.lm_backoff,
+        idle=settings.lm_idle,
+    )
 
 
 def freeze_heap() -> None:
@@ -136,11 +146,17 @@ def _banner(hub: AgentCast, model: llm.ModelInfo, redis: str | None, sock: socke
     lines = [
         f"agentcast {__version__} is running at http://{shown}:{port}",
         f"  agents  {names}",
-        f"  model   {model.name}" + ("  (offline; set AGENTCAST_LM for a real one)" if model.offline else ""),
+        f"  model   {model.name}{_remark(model)}",
         *([] if redis is None else [f"  redis   {redis}"]),
         "  stop    Ctrl-C",
     ]
     return "\n".join(lines)
+
+
+def _remark(model: llm.ModelInfo) -> str:
+    if model.offline:
+        return "  (offline; set AGENTCAST_LM for a real one)"
+    return f"  (cannot be called: {model.missing_key} is not set)" if model.missing_key else ""
 
 
 class _Redacting(logging.Formatter):

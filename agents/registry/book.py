@@ -9,6 +9,7 @@ import dspy
 from pydantic import BaseModel
 
 from agents.base import DEFAULT_MAX_CONCURRENT, DEFAULT_TIMEOUT, Agent, AgentSpec
+from agents.llm import ModelError, adopt, as_model, make_lm
 from agents.react import DEFAULT_MAX_ITERS, ReAct, react_agent
 from agents.registry.errors import RegistryError
 from agents.registry.hosting import FunctionAgent, ProgramAgent
@@ -59,13 +60,15 @@ class Registry:
         timeout: float = DEFAULT_TIMEOUT,
         max_concurrent: int = DEFAULT_MAX_CONCURRENT,
         messages: Collection[str] | None = None,
+        lm: Any = None,
     ) -> Agent:
         """Add a `dspy.Module` as an agent.
 
         What it takes and gives is told by its signature, or by `signature`, or by the typed parameters of its
         `aforward` or `forward`; `input_model` replaces what it takes. An input field `history` of type `str` is
         filled with the earlier turns of the run's thread and is not asked for. `messages` are the output fields that
-        stream as text; `None`: all. `timeout` is in seconds; `max_concurrent` are runs at once in one process.
+        stream as text; `None`: all. `timeout` is in seconds; `max_concurrent` are runs at once in one process. `lm` is
+        the agent's language model, a string as `AGENTCAST_LM` takes it or a `dspy.LM`, where its predictors have none.
 
         :raises RegistryError: the name is wrong or taken, or the types cannot be told.
         """
@@ -91,7 +94,8 @@ class Registry:
             timeout=timeout,
             max_concurrent=max_concurrent,
         )
-        return self.register(ProgramAgent(spec, program, contract, messages))
+        adopt(program)
+        return self.register(ProgramAgent(spec, program, contract, messages, _lm(name, lm)))
 
     def react(
         self,
@@ -102,6 +106,7 @@ class Registry:
         description: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         max_concurrent: int = DEFAULT_MAX_CONCURRENT,
+        lm: Any = None,
     ) -> Callable[[S], S]:
         """Decorate a `dspy.Signature` class: a ReAct agent that answers it with `tools` (see `react.react_agent`).
 
@@ -122,7 +127,8 @@ class Registry:
                 raise RegistryError(
                     f"agent {agent_name!r}", str(error), "mend what is given to @registry.react"
                 ) from error
-            self.add(agent_name, program, description=description, timeout=timeout, max_concurrent=max_concurrent)
+            options = {"timeout": timeout, "max_concurrent": max_concurrent, "lm": lm}
+            self.add(agent_name, program, description=description, **options)
             return signature
 
         return decorate
@@ -138,6 +144,7 @@ class Registry:
         description: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         max_concurrent: int = DEFAULT_MAX_CONCURRENT,
+        lm: Any = None,
     ) -> Callable[[F], F]: ...
 
     def agent(
@@ -148,12 +155,13 @@ class Registry:
         description: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         max_concurrent: int = DEFAULT_MAX_CONCURRENT,
+        lm: Any = None,
     ) -> F | Callable[[F], F]:
         """Decorate an `async def`: an agent that runs it. The function itself stays as it is.
 
         Its input is the one parameter that is a pydantic model, or else its typed parameters together. A parameter
         annotated `Emitter` is given the run's emitter, one annotated `Task` the task. What it returns is checked
-        against its annotation.
+        against its annotation. `lm` is what DSPy programs that it calls use; see `add`.
 
         :raises RegistryError: it is not `async def`, its types cannot be told, or the name is wrong or taken.
         """
@@ -170,7 +178,7 @@ class Registry:
                 timeout=timeout,
                 max_concurrent=max_concurrent,
             )
-            self.register(FunctionAgent(spec, function, call))
+            self.register(FunctionAgent(spec, function, call, _lm(agent_name, lm)))
             return function
 
         return decorate if function is None else decorate(function)
@@ -207,6 +215,19 @@ class Registry:
                 "rename one of them",
             )
         self._places[name] = place
+
+
+def _lm(name: str, lm: Any) -> Any:
+    """An agent's own language model."""
+    if lm is None or isinstance(lm, dspy.BaseLM):
+        return as_model(lm)
+    problem = f"lm is {kind_of(lm)}" if not isinstance(lm, str) else ""
+    try:
+        if not problem:
+            return make_lm(lm)
+    except ModelError as error:
+        problem = f"lm={lm!r}: {error.problem}"
+    raise RegistryError(f"agent {name!r}", problem, "give a model string such as 'openai/gpt-5-mini', or a dspy.LM")
 
 
 def _spec(**fields: Any) -> AgentSpec:

@@ -4,8 +4,10 @@ They hold nothing of a run, so any number of runs of one agent may go on at once
 """
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import dspy
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from agents.base import AgentSpec, Emitter, Task, Turn
@@ -22,9 +24,12 @@ class ProgramAgent:
     """Runs a `dspy.Module`. The result is the signature's output fields, or the whole prediction without one, the
     trajectory of a ReAct loop left out."""
 
-    def __init__(self, spec: AgentSpec, program: Any, contract: Contract, messages: Collection[str] | None) -> None:
+    def __init__(
+        self, spec: AgentSpec, program: Any, contract: Contract, messages: Collection[str] | None, lm: Any = None
+    ) -> None:
         self.spec = spec
         self.program = program
+        self.lm = lm
         self._contract = contract
         self._messages = messages
 
@@ -32,7 +37,7 @@ class ProgramAgent:
         inputs = _fields(task.input)
         if self._contract.takes_history:
             inputs[HISTORY] = history_text(task.history)
-        with emitting(emit):
+        with emitting(emit), _using(self.lm):
             outcome = await run_program(self.program, inputs, emit, messages=self._messages, name=self.spec.name)
         return self._result(outcome.prediction)
 
@@ -49,9 +54,10 @@ class ProgramAgent:
 class FunctionAgent:
     """Runs an async function."""
 
-    def __init__(self, spec: AgentSpec, function: Callable[..., Awaitable[Any]], call: Call) -> None:
+    def __init__(self, spec: AgentSpec, function: Callable[..., Awaitable[Any]], call: Call, lm: Any = None) -> None:
         self.spec = spec
         self.function = function
+        self.lm = lm
         self._call = call
 
     async def run(self, task: Task, emit: Emitter) -> Any:
@@ -61,7 +67,7 @@ class FunctionAgent:
             arguments[call.emit] = emit
         if call.task:
             arguments[call.task] = task
-        with emitting(emit):
+        with emitting(emit), _using(self.lm):
             result = await self.function(**arguments)
         return result if call.result is None else self._checked(call.result, result)
 
@@ -75,6 +81,12 @@ class FunctionAgent:
                 f"{self.spec.name} returned something else than it declares"
                 f"{f' in {where}' if where else ''}: {first['msg']}"
             ) from error
+
+
+def _using(lm: Any) -> AbstractContextManager[Any]:
+    """Inside, `lm` is the language model, unless it is None."""
+    context: AbstractContextManager[Any] = nullcontext() if lm is None else dspy.context(lm=lm)
+    return context
 
 
 def history_text(turns: Iterable[Turn]) -> str:

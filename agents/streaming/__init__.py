@@ -26,10 +26,11 @@ An error in making an event fails the run with that error; DSPy would log and fo
 a run is called, or that there is a server.
 """
 
+from agents.streaming.bridge import wait_in_thread
 from agents.streaming.carrying import carrying
 from agents.streaming.drop_in import streamify
 from agents.streaming.dspy_calls import is_async
-from agents.streaming.program import EMITTER_SETTING, Outcome, current_span, run_program
+from agents.streaming.program import EMITTER_SETTING, Outcome, add_cost, can_retract, current_span, run_program
 from agents.streaming.stream import Stream, StreamError
 from agents.streaming.typed import EventStream, stream_events
 
@@ -39,10 +40,13 @@ __all__ = [
     "Outcome",
     "Stream",
     "StreamError",
+    "add_cost",
+    "can_retract",
     "carrying",
     "current_span",
     "is_async",
     "run_program",
     "stream_events",
     "streamify",
+    "wait_in_thread",
 ]

@@ -7,6 +7,8 @@ the event loop (G3). What a bridge tells is for its subclasses to know, how item
 
 import asyncio
 import contextlib
+import threading
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NoReturn
 
@@ -30,7 +32,7 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
     def __init__(self, emit: Any) -> None:
         self.emit = emit
         self.sink = Sink(self)
-        self._closed = False
+        self._closed = threading.Event()
         self._failure: Exception | None = None
         self._muted: dict[str, contextlib.AbstractContextManager[Any]] = {}
 
@@ -62,18 +64,26 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
     # -- Ending ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Nothing is emitted any more; what still runs in a thread is stopped by its next callback."""
-        self._closed = True
+        """Nothing is emitted any more; what still runs in a thread is stopped by its next callback, or wait."""
+        self._closed.set()
 
     def check(self) -> None:
         """:raises Stopped: the run is over."""
-        if self._closed:
+        if self._closed.is_set():
+            raise Stopped
+
+    def wait(self, seconds: float) -> None:
+        """Wait in a thread.
+
+        :raises Stopped: the run is over, as soon as it is.
+        """
+        if self._closed.wait(seconds):
             raise Stopped
 
     def fail(self, error: Exception) -> NoReturn:
         """End the run with `error`, which is ours, not the program's."""
         self._failure = self._failure or error
-        self._closed = True
+        self._closed.set()
         raise Stopped from error
 
     def tell(self, items: Iterable[Any], exception: BaseException | None = None) -> None:
@@ -111,3 +121,15 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
 def innermost() -> Any:
     """The bridge of the run that the calling code is in, or None."""
     return dspy.settings.get(_SETTING)
+
+
+def wait_in_thread(seconds: float) -> None:
+    """Wait in a thread, for no longer than the run goes on that the calling code is in.
+
+    :raises Stopped: the run is over.
+    """
+    run: Bridge | None = innermost()
+    if run is None:
+        time.sleep(seconds)
+    else:
+        run.wait(seconds)

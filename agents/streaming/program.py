@@ -18,6 +18,7 @@ from agents.events import Usage
 from agents.streaming.bridge import innermost
 from agents.streaming.dspy_calls import call_in_thread, is_async
 from agents.streaming.run import Run
+from agents.streaming.usage import Meter
 
 EMITTER_SETTING = "agentcast_emitter"
 """Key in DSPy's settings of the emitter that tools use (`agents.current`)."""
@@ -76,3 +77,17 @@ def current_span() -> str | None:
     run = innermost()
     call = run.call_here() if isinstance(run, Run) else None
     return None if call is None else call.span
+
+
+def can_retract() -> bool:
+    """Whether text that an LM call streams here is void once the call fails, so that the call may be made again."""
+    stream = dspy.settings.send_stream
+    run = innermost()
+    return stream is None or (isinstance(run, Run) and stream is run.sink)
+
+
+def add_cost(model: str, dollars: float) -> None:
+    """What the LM call costs that the calling code is in, unless the provider's usage has told it."""
+    meter = dspy.settings.usage_tracker
+    if isinstance(meter, Meter):
+        meter.add_cost(model, dollars)

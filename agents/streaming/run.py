@@ -27,6 +27,7 @@ from agents.events import (
     ToolStart,
     Usage,
 )
+from agents.failures import failure_of
 from agents.fields import Messages
 from agents.streaming.bridge import Bridge
 from agents.streaming.dspy_calls import can_stream, decides
@@ -232,5 +233,6 @@ def _failure(error: BaseException, code: str = "error") -> Failure:
         fields = ", ".join(error.signature.output_fields)
         return Failure(code="parse_error", message=f"the model's answer does not have the form asked for ({fields})")
     if isinstance(error, LMError):
-        code = "lm_error"
+        failure = failure_of(error)
+        return Failure(code=failure.code, message=failure.message)
     return Failure(code=code, message=public_message(error))

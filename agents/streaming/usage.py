@@ -30,6 +30,11 @@ class Meter(UsageTracker):  # type: ignore[misc]  # dspy is untyped
         if call is not None and usage_entry:
             call.usage = _sum([usage_entry], call.usage)
 
+    def add_cost(self, lm: str, dollars: float) -> None:
+        call = self._call_here()
+        if call is None or call.usage is None or call.usage.cost is None:
+            self.add_usage(lm, {"cost": dollars})
+
     def total(self) -> Usage | None:
         return _sum(entry for entries in list(self.usage_data.values()) for entry in list(entries))
 

@@ -444,7 +444,7 @@ async def test_a_failed_lm_call_retracts_what_it_had_streamed_and_keeps_its_text
         await run(dspy.Predict("question -> answer"), {"question": "?"}, events)
     (end,) = of(LmEnd, events)
     assert end.error.code == "lm_error"
-    assert [event.reason for event in of(MessageRetracted, events)] == ["LMUnexpectedError"]
+    assert "RuntimeError" in of(MessageRetracted, events)[0].reason
     assert "sk-123" not in str(events)
 
 

@@ -1,0 +1,151 @@
+"""Why a run failed, as clients are told: a code, a text that says what to do, and whether trying again may help (G9).
+
+DSPy has one family of errors for language models, whichever client raised them; here each gets a code of `lm_…`. The
+texts are ours. Of the provider's own, only what it says about a request that it refuses is passed on.
+
+This module must not know runs, streams or how calls are made.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from dspy.utils.exceptions import (
+    ContextWindowExceededError,
+    LMAuthError,
+    LMBillingError,
+    LMConfigurationError,
+    LMError,
+    LMInvalidRequestError,
+    LMLockTimeoutError,
+    LMNotConfiguredError,
+    LMRateLimitError,
+    LMServerError,
+    LMStreamAssemblyError,
+    LMTimeoutError,
+    LMTransportError,
+    LMUnexpectedError,
+    LMUnsupportedFeatureError,
+    LMUnsupportedModelError,
+)
+
+from agents.base import public_message, redact
+from agents.events import RunFailure
+from agents.values import cut_text
+
+RETRYABLE = frozenset({"lm_rate_limited", "lm_timeout", "lm_unavailable", "lm_bad_response"})
+"""Codes of what may be over when the call is made again."""
+
+_CODES: tuple[tuple[type[LMError], str], ...] = (
+    (ContextWindowExceededError, "lm_context_window"),
+    (LMNotConfiguredError, "lm_auth"),
+    (LMAuthError, "lm_auth"),
+    (LMBillingError, "lm_billing"),
+    (LMRateLimitError, "lm_rate_limited"),
+    (LMUnsupportedModelError, "lm_not_found"),
+    (LMInvalidRequestError, "lm_bad_request"),
+    (LMUnsupportedFeatureError, "lm_bad_request"),
+    (LMConfigurationError, "lm_bad_request"),
+    (LMTimeoutError, "lm_timeout"),
+    (LMServerError, "lm_unavailable"),
+    (LMTransportError, "lm_unavailable"),
+    (LMLockTimeoutError, "lm_unavailable"),
+    (LMStreamAssemblyError, "lm_bad_response"),
+)
+"""Specific classes before their parents."""
+
+_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+_SAID_CHARS = 500
+
+
+def failure_of(error: BaseException) -> RunFailure:
+    """What `error`, raised by an agent, ends its run with. A group of one error is that error."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    if not isinstance(error, LMError):
+        return RunFailure(code="agent_error", message=public_message(error))
+    code = lm_code(error)
+    model = redact(_USER_IN_URL.sub("", str(error.model or "the model")))
+    return RunFailure(code=code, message=f"{model}: {_TEXTS[code](error)}", retryable=code in RETRYABLE)
+
+
+def lm_code(error: LMError) -> str:
+    """The code of a failed LM call, `lm_error` if nothing is known of it."""
+    if isinstance(error, LMInvalidRequestError) and error.status == 404:
+        return "lm_not_found"
+    if isinstance(error, LMTransportError) and any(_is_timeout(cause) for cause in _causes(error)):
+        return "lm_timeout"
+    if type(error) is LMUnexpectedError and isinstance(error.__cause__, ValueError):
+        return "lm_bad_response"  # the provider's bytes are no JSON, or no text
+    return next((code for kind, code in _CODES if isinstance(error, kind)), "lm_error")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause = error.__cause__
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _is_timeout(error: BaseException) -> bool:
+    return isinstance(error, TimeoutError) or type(error).__name__.endswith("Timeout")
+
+
+# -- What to do --------------------------------------------------------------------------------------------------------
+
+
+def _auth(error: LMError) -> str:
+    keys = " or ".join(getattr(error, "env_keys", ())) or _key_variable(error)
+    if isinstance(error, LMNotConfiguredError):
+        return f"there is no key for it; set {keys} where the hub runs"
+    if error.status == 403:
+        return f"the provider refuses access (403); check that the key in {keys} may use this model"
+    return f"the provider does not accept the key; check {keys} where the hub runs"
+
+
+def _key_variable(error: LMError) -> str:
+    provider, slash, _ = str(error.model or "").partition("/")
+    return f"{provider.upper()}_API_KEY" if slash else "the provider's key"
+
+
+def _rate_limited(error: LMError) -> str:
+    hint = error.retry_after
+    wait = "wait a moment" if hint is None else f"the provider asks to wait {hint:g} s"
+    return f"too many requests (429); {wait}, or run fewer at once"
+
+
+def _unavailable(error: LMError) -> str:
+    if error.status is not None:
+        return f"the provider failed ({error.status}); try again in a moment"
+    reasons = (getattr(cause, "strerror", None) for cause in _causes(error) if isinstance(cause, OSError))
+    reason = next((f" ({reason})" for reason in reasons if reason), "")
+    return f"the provider cannot be reached, or hung up{reason}; check the network and the base URL, or try again"
+
+
+def _bad_request(error: LMError) -> str:
+    return f"the provider refuses the request: {_said(error)}"
+
+
+def _said(error: LMError) -> str:
+    """The first line of what the provider says."""
+    line = next(iter((error.message or "").strip().splitlines()), "") or "it gives no reason"
+    return cut_text(redact(_USER_IN_URL.sub("", line)), _SAID_CHARS)
+
+
+def _unknown(error: LMError) -> str:
+    cause = error.__cause__ or error
+    return f"the call failed ({type(cause).__name__}); the hub's log has more"
+
+
+_TEXTS: dict[str, Any] = {
+    "lm_auth": _auth,
+    "lm_billing": lambda _: "the account's quota or credit is used up; see the provider's billing page",
+    "lm_rate_limited": _rate_limited,
+    "lm_not_found": lambda _: "the provider does not know this model, or the base URL is wrong (404)",
+    "lm_context_window": lambda _: "the prompt is longer than the model takes; give it less text, or a larger model",
+    "lm_bad_request": _bad_request,
+    "lm_timeout": lambda _: "the provider was silent for too long; try again, or raise AGENTCAST_LM_IDLE",
+    "lm_unavailable": _unavailable,
+    "lm_bad_response": lambda _: "the answer broke off, or could not be read; try again",
+    "lm_error": _unknown,
+}

@@ -1,0 +1,34 @@
+"""Which language models the process uses, and how their calls are made.
+
+`setup` sets DSPy up, once, before anything runs; `model` makes the calls, again where that can help; `retrying` says
+when. Importing this, and using a model that DSPy serves natively, does not import litellm, which takes seconds.
+"""
+
+from agents.llm.model import Model, as_model
+from agents.llm.retrying import Retrying
+from agents.llm.setup import (
+    OFFLINE,
+    VARIABLE,
+    ModelError,
+    ModelInfo,
+    adopt,
+    configure,
+    make_lm,
+    missing_key,
+    takes_litellm,
+)
+
+__all__ = [
+    "OFFLINE",
+    "VARIABLE",
+    "Model",
+    "ModelError",
+    "ModelInfo",
+    "Retrying",
+    "adopt",
+    "as_model",
+    "configure",
+    "make_lm",
+    "missing_key",
+    "takes_litellm",
+]

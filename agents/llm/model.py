@@ -1,0 +1,112 @@
+"""`Model`: a `dspy.LM` whose calls survive what passes. The one place where LM calls are retried.
+
+DSPy itself retries too, but in silence, without jitter, blocking its thread, and never once text has been streamed.
+Here each attempt is a call of its own, with a span of its own: when one breaks, its text is retracted (by the bridge,
+as for any failed call), a `status` tells people what happens, and the next attempt streams anew. A stream that knows no
+retraction, such as `streamify`'s, is not repeated once it has shown text.
+
+Also here, since DSPy keeps it to its history, which is off: what a call cost.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import anyio
+import dspy
+from dspy.clients.call_context import adapter_fallback_scope
+from dspy.utils.exceptions import LMError
+
+from agents.base import keep_secret
+from agents.current import status
+from agents.failures import failure_of
+from agents.llm.retrying import Retrying
+from agents.streaming import add_cost, can_retract, wait_in_thread
+
+RETRYING_SETTING = "agentcast_retrying"
+"""Key in DSPy's settings of the `Retrying` that holds."""
+
+
+class Model(dspy.LM):  # type: ignore[misc]  # dspy is untyped
+    """A `dspy.LM` that retries as `Retrying` says and gives up on a silent provider."""
+
+    def __call__(self, prompt: Any = None, *, messages: Any = None, **options: Any) -> Any:
+        attempts = _Attempts(self)
+        while True:
+            try:
+                with attempts.one():
+                    return super().__call__(prompt, messages=messages, **options)
+            except LMError as error:
+                if _on_event_loop():  # which waiting would block
+                    raise
+                pause = attempts.pause_after(error)
+            wait_in_thread(pause)
+
+    async def acall(self, prompt: Any = None, *, messages: Any = None, **options: Any) -> Any:
+        attempts = _Attempts(self)
+        while True:
+            try:
+                with attempts.one():
+                    return await super().acall(prompt, messages=messages, **options)
+            except LMError as error:
+                pause = attempts.pause_after(error)
+            await anyio.sleep(pause)
+
+    def update_history(self, entry: dict[str, Any]) -> None:
+        """Of a call's entry, tell the run what it cost, and keep nothing."""
+        if entry.get("cost") is not None:
+            add_cost(self.model, entry["cost"])
+
+
+def as_model(lm: Any) -> Any:
+    """`lm` as a `Model`, if it is a plain `dspy.LM` that reaches a provider by itself; any other as it is."""
+    if type(lm) is not dspy.LM or not isinstance(lm.engine, str):
+        return lm
+    model = lm.copy(num_retries=0)  # shares the connections
+    model.__class__ = Model
+    if isinstance(key := model.kwargs.get("api_key"), str):
+        keep_secret(key)
+    return model
+
+
+class _Attempts:
+    """The attempts of one LM call."""
+
+    def __init__(self, lm: Model) -> None:
+        self._retrying: Retrying = dspy.settings.get(RETRYING_SETTING) or Retrying()
+        self._started = time.monotonic()
+        self._made = 0
+        self._showed_text = False
+        lm.kwargs.setdefault("timeout", self._retrying.idle)
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """One attempt."""
+        self._made += 1
+        with adapter_fallback_scope() as progress, dspy.context(disable_history=False):
+            try:
+                yield
+            finally:
+                self._showed_text = progress.emitted
+
+    def pause_after(self, error: LMError) -> float:
+        """Seconds until the next attempt, which watchers are told of.
+
+        :raises LMError: `error`, if there is none.
+        """
+        pause = self._retrying.pause(error, self._made, time.monotonic() - self._started)
+        if pause is None or (self._showed_text and not can_retract()):
+            raise error
+        what = failure_of(error).message.partition(";")[0]
+        status(f"{what}; trying again in {pause:.1f} s (attempt {self._made + 1} of {self._retrying.attempts})")
+        return pause
+
+
+def _on_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
