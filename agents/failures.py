@@ -6,6 +6,8 @@ texts are ours. Of the provider's own, only what it says about a request that it
 This module must not know runs, streams or how calls are made.
 """
 
+import contextlib
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -80,6 +82,17 @@ def lm_code(error: LMError) -> str:
     return next((code for kind, code in _CODES if isinstance(error, kind)), "lm_error")
 
 
+def retry_after(error: LMError) -> float | None:
+    """Seconds that the provider asks to wait, if it does."""
+    if error.retry_after is not None:
+        return error.retry_after
+    for cause in _causes(error):  # litellm keeps them where DSPy does not look
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
+            headers: Any = cause.litellm_response_headers  # type: ignore[attr-defined]
+            return float(headers["retry-after"])
+    return None
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
     cause = error.__cause__
     while cause is not None:
@@ -109,7 +122,7 @@ def _key_variable(error: LMError) -> str:
 
 
 def _rate_limited(error: LMError) -> str:
-    hint = error.retry_after
+    hint = retry_after(error)
     wait = "wait a moment" if hint is None else f"the provider asks to wait {hint:g} s"
     return f"too many requests (429); {wait}, or run fewer at once"
 
@@ -117,9 +130,14 @@ def _rate_limited(error: LMError) -> str:
 def _unavailable(error: LMError) -> str:
     if error.status is not None:
         return f"the provider failed ({error.status}); try again in a moment"
-    reasons = (getattr(cause, "strerror", None) for cause in _causes(error) if isinstance(cause, OSError))
-    reason = next((f" ({reason})" for reason in reasons if reason), "")
+    reason = next((f" ({_os_reason(cause)})" for cause in _causes(error) if isinstance(cause, OSError)), "")
     return f"the provider cannot be reached, or hung up{reason}; check the network and the base URL, or try again"
+
+
+def _os_reason(error: OSError) -> str:
+    """asyncio puts the address into `strerror`."""
+    known = os.strerror(error.errno) if isinstance(error.errno, int) and error.errno > 0 else error.strerror
+    return known or type(error).__name__
 
 
 def _bad_request(error: LMError) -> str:

@@ -151,6 +151,40 @@ def _settings(given: dict[str, Any]) -> Settings:
         raise _failure("wrong settings: " + "; ".join(lines)) from None
 
 
+# -- doctor --------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+def doctor(
+    agents: Annotated[
+        str | None, typer.Option(metavar="REGISTRIES", help="As for `serve`. [env: AGENTCAST_AGENTS]")
+    ] = None,
+    lm: Annotated[str | None, typer.Option(metavar="MODEL", help="As for `serve`. [env: AGENTCAST_LM]")] = None,
+    host: Annotated[str | None, typer.Option(metavar="ADDRESS", help="As for `serve`. [env: AGENTCAST_HOST]")] = None,
+    port: Annotated[int | None, typer.Option(metavar="PORT", help="As for `serve`. [env: AGENTCAST_PORT]")] = None,
+) -> None:
+    """Check what a hub with the same settings would need: registries, models, Redis, MCP servers, the port.
+
+    Makes one small call to each model that is configured. What fails is followed by what to do about it.
+
+    Examples:
+
+    * `agentcast doctor`
+
+    * `agentcast doctor --lm anthropic/claude-sonnet-4-5 --agents shop.agents:registry`
+
+    Exit codes: 0 all is well, 1 something failed, 2 wrong usage.
+    """
+    from server import serving
+    from server.doctor import examine
+
+    given = {"agents": agents, "lm": lm, "host": host, "port": port}
+    settings = _settings({name: value for name, value in given.items() if value is not None})
+    serving.set_up_logging("critical")  # what matters is among the findings
+    well = anyio.run(examine, settings, typer.echo)
+    raise typer.Exit(0 if well else FAILED)
+
+
 # -- agents --------------------------------------------------------------------------------------------------------
 
 

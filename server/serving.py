@@ -38,14 +38,14 @@ def serve(settings: Settings) -> int:
 
     :raises CannotServe: an agent, the model, the Redis, the address or the log level is wrong.
     """
-    _set_up_logging(settings.log_level)
+    set_up_logging(settings.log_level)
     try:
         registry = load(",".join(settings.agents))
         model = llm.configure(settings.lm, retrying(settings))
         redis = None if settings.redis is None else anyio.run(check, settings.redis.get_secret_value())
     except (RegistryError, llm.ModelError, BusError) as error:
         raise CannotServe(str(error)) from None
-    sock = _bind(settings)
+    sock = bind(settings)
     hub = AgentCast({agent.spec.name: agent for agent in registry}, model, settings)
     server = _Server(hub, settings, banner=_banner(hub, model, redis, sock))
     anyio.run(server.serve, [sock], backend_options={"use_uvloop": True})
@@ -127,7 +127,11 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _bind(settings: Settings) -> socket.socket:
+def bind(settings: Settings) -> socket.socket:
+    """The socket that a hub listens on.
+
+    :raises CannotServe: the address cannot be had.
+    """
     try:
         family, *_, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -166,7 +170,11 @@ class _Redacting(logging.Formatter):
         return redact(super().format(record))
 
 
-def _set_up_logging(level: str) -> None:
+def set_up_logging(level: str) -> None:
+    """Log to stderr, without secrets.
+
+    :raises CannotServe: there is no such level.
+    """
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
         raise CannotServe(f"log level {level!r} is none of debug, info, warning, error")

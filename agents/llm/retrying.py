@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dspy.utils.exceptions import LMError
 
-from agents.failures import RETRYABLE, lm_code
+from agents.failures import RETRYABLE, lm_code, retry_after
 
 MAX_BACKOFF = 30.0
 """Longest pause in seconds that the provider has not asked for."""
@@ -39,6 +39,6 @@ class Retrying:
             return None
         backoff = min(self.backoff * 2 ** (attempt - 1), MAX_BACKOFF)
         pause = backoff * random.uniform(0.5, 1.0)  # noqa: S311 -- spreads load, protects nothing
-        if error.retry_after is not None:
-            pause = error.retry_after + min(pause, self.backoff)
+        if (asked := retry_after(error)) is not None:
+            pause = asked + min(pause, self.backoff)
         return pause if elapsed + pause <= self.patience else None
