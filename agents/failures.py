@@ -85,9 +85,9 @@ def lm_code(error: LMError) -> str:
 def retry_after(error: LMError) -> float | None:
     """Seconds that the provider asks to wait, if it does."""
     if error.retry_after is not None:
-        return error.retry_after
+        return float(error.retry_after)
     for cause in _causes(error):  # litellm keeps them where DSPy does not look
-        with contextlib.suppress(AttributeError, TypeError, ValueError):
+        with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
             headers: Any = cause.litellm_response_headers  # type: ignore[attr-defined]
             return float(headers["retry-after"])
     return None

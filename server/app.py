@@ -13,7 +13,7 @@ from starlette.routing import WebSocketRoute
 
 from agents.base import Agent
 from agents.channel import Channel
-from agents.llm import ModelInfo
+from agents.llm import ModelInfo, close_connections
 from server.bus.base import Bus
 from server.bus.memory import MemoryBus
 from server.bus.redis import RedisBus
@@ -23,6 +23,9 @@ from server.http import Api, Guard, no_route
 from server.hub import Hub
 from server.runs import Runs
 from server.watchdog import Watchdog
+
+CLOSING = 2.0
+"""Seconds that idle connections to LM providers get to close."""
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +85,8 @@ class AgentCast:
             finally:
                 await self.stop()
                 tasks.cancel_scope.cancel()
+        with anyio.move_on_after(CLOSING, shield=True):
+            await close_connections()
         await self.bus.aclose()
 
     async def _guarded(

@@ -4,7 +4,7 @@
 when. Importing this, and using a model that DSPy serves natively, does not import litellm, which takes seconds.
 """
 
-from agents.llm.model import Model, as_model
+from agents.llm.model import Model, as_model, close_connections
 from agents.llm.retrying import Retrying
 from agents.llm.setup import (
     OFFLINE,
@@ -27,6 +27,7 @@ __all__ = [
     "Retrying",
     "adopt",
     "as_model",
+    "close_connections",
     "configure",
     "make_lm",
     "missing_key",

@@ -10,6 +10,7 @@ Also here, since DSPy keeps it to its history, which is off: what a call cost.
 
 import asyncio
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,15 @@ from agents.streaming import add_cost, can_retract, wait_in_thread
 
 RETRYING_SETTING = "agentcast_retrying"
 """Key in DSPy's settings of the `Retrying` that holds."""
+
+
+_called: weakref.WeakSet["Model"] = weakref.WeakSet()
+
+
+async def close_connections() -> None:
+    """Close what calls on this event loop, and on threads, have left open to providers, so that the loop can close."""
+    for model in list(_called):
+        await model.aclose()
 
 
 class Model(dspy.LM):  # type: ignore[misc]  # dspy is untyped
@@ -66,8 +76,6 @@ def as_model(lm: Any) -> Any:
         return lm
     model = lm.copy(num_retries=0)  # shares the connections
     model.__class__ = Model
-    if isinstance(key := model.kwargs.get("api_key"), str):
-        keep_secret(key)
     return model
 
 
@@ -80,6 +88,9 @@ class _Attempts:
         self._made = 0
         self._showed_text = False
         lm.kwargs.setdefault("timeout", self._retrying.idle)
+        if isinstance(key := lm.kwargs.get("api_key"), str):
+            keep_secret(key)
+        _called.add(lm)
 
     @contextmanager
     def one(self) -> Iterator[None]:

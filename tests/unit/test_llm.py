@@ -91,7 +91,7 @@ except llm.ModelError as error: tell(model=error.model, problem=error.problem, t
     assert facts["model"] == model
     assert problem in facts["problem"]
     assert facts["text"].startswith(f"AGENTCAST_LM={model!r}: ")
-    assert "'openai/gpt-4o-mini'" in facts["text"]
+    assert "'openai/gpt-5-mini'" in facts["text"]
 
 
 def test_missing_litellm_is_told():
