@@ -159,7 +159,7 @@ _TEXTS: dict[str, Any] = {
     "lm_auth": _auth,
     "lm_billing": lambda _: "the account's quota or credit is used up; see the provider's billing page",
     "lm_rate_limited": _rate_limited,
-    "lm_not_found": lambda _: "the provider does not know this model, or the base URL is wrong (404)",
+    "lm_not_found": lambda _: "the provider does not know this model (404); check the model's name and the base URL",
     "lm_context_window": lambda _: "the prompt is longer than the model takes; give it less text, or a larger model",
     "lm_bad_request": _bad_request,
     "lm_timeout": lambda _: "the provider was silent for too long; try again, or raise AGENTCAST_LM_IDLE",

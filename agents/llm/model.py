@@ -9,6 +9,8 @@ Also here, since DSPy keeps it to its history, which is off: what a call cost.
 """
 
 import asyncio
+import os
+import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -37,6 +39,9 @@ async def close_connections() -> None:
     """Close what calls on this event loop, and on threads, have left open to providers, so that the loop can close."""
     for model in list(_called):
         await model.aclose()
+    litellm: Any = sys.modules.get("litellm")
+    if litellm is not None:
+        await litellm.close_litellm_async_clients()
 
 
 class Model(dspy.LM):  # type: ignore[misc]  # dspy is untyped
@@ -70,13 +75,32 @@ class Model(dspy.LM):  # type: ignore[misc]  # dspy is untyped
             add_cost(self.model, entry["cost"])
 
 
+_GATEWAYS = {
+    "openai": (("OPENAI_BASE_URL", "OPENAI_API_BASE"), ""),
+    "anthropic": (("ANTHROPIC_BASE_URL", "ANTHROPIC_API_BASE"), "/v1"),
+    "ollama": (("OLLAMA_API_BASE", "OLLAMA_BASE_URL"), "/v1"),
+    "ollama_chat": (("OLLAMA_API_BASE", "OLLAMA_BASE_URL"), "/v1"),
+}
+"""Provider → the usual variables of its base URL, and what these leave out of it. DSPy would take any of them as a
+reason to load litellm."""
+
+
 def as_model(lm: Any) -> Any:
     """`lm` as a `Model`, if it is a plain `dspy.LM` that reaches a provider by itself; any other as it is."""
     if type(lm) is not dspy.LM or not isinstance(lm.engine, str):
         return lm
-    model = lm.copy(num_retries=0)  # shares the connections
+    model = lm.copy(num_retries=0, **_gateway(lm))
     model.__class__ = Model
     return model
+
+
+def _gateway(lm: Any) -> dict[str, Any]:
+    """Options for a base URL that the environment gives, unless `lm` has its own."""
+    variables, path = _GATEWAYS.get(lm.model.partition("/")[0], ((), ""))
+    url = next((url for variable in variables if (url := os.environ.get(variable, "").strip().rstrip("/"))), None)
+    if url is None or lm.engine != "auto" or lm.kwargs.get("api_base") or lm.kwargs.get("base_url"):
+        return {}
+    return {"api_base": url.removesuffix(path) + path, "engine": "lm15"}
 
 
 class _Attempts:

@@ -6,6 +6,7 @@ are off: they are global, shared by all users, and grow without bound in a proce
 """
 
 import importlib
+import logging
 import os
 import threading
 from dataclasses import dataclass
@@ -21,15 +22,6 @@ from agents.offline import offline_lm
 
 VARIABLE = "AGENTCAST_LM"
 OFFLINE = "offline"
-
-_GATEWAYS = {
-    "openai": (("OPENAI_BASE_URL", "OPENAI_API_BASE"), ""),
-    "anthropic": (("ANTHROPIC_BASE_URL", "ANTHROPIC_API_BASE"), "/v1"),
-    "ollama": (("OLLAMA_API_BASE", "OLLAMA_BASE_URL"), "/v1"),
-    "ollama_chat": (("OLLAMA_API_BASE", "OLLAMA_BASE_URL"), "/v1"),
-}
-"""Provider → the usual variables of its base URL, and what these leave out of it. DSPy would take any of them as a
-reason to load litellm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +87,7 @@ def make_lm(name: str) -> Any:
     # Prices come with DSPy; by default it would look for newer ones in the network, at the first call.
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     try:
-        lm = as_model(dspy.LM(name, cache=False, **_gateway(name)))
+        lm = as_model(dspy.LM(name, cache=False))
         native = select_backend(lm).native
     except Exception as error:
         raise ModelError(name, str(error).strip().rstrip(".") or type(error).__name__) from error
@@ -133,15 +125,6 @@ def takes_litellm(lm: Any) -> bool:
     return isinstance(getattr(lm, "engine", None), str) and not select_backend(lm).native
 
 
-def _gateway(name: str) -> dict[str, Any]:
-    """Options of `dspy.LM` for a base URL that the environment gives."""
-    variables, path = _GATEWAYS.get(name.partition("/")[0], ((), ""))
-    url = next((url for variable in variables if (url := os.environ.get(variable, "").strip().rstrip("/"))), None)
-    if url is None:
-        return {}
-    return {"api_base": url.removesuffix(path) + path, "engine": "lm15"}
-
-
 def _check_with_litellm(name: str) -> None:
     """litellm serves what DSPy has no client for: ask it, as it would be asked at the first call."""
     try:
@@ -149,6 +132,7 @@ def _check_with_litellm(name: str) -> None:
     except ImportError:
         raise ModelError(name, "this provider needs the package litellm: pip install litellm") from None
     litellm.suppress_debug_info = True
+    logging.getLogger("LiteLLM").setLevel(logging.WARNING)
     try:
         litellm.get_llm_provider(model=name)
     except litellm.exceptions.BadRequestError:

@@ -70,7 +70,7 @@ async def hub_of(
     registry = Registry()
     registry.add("asked", PROGRAMS[kind](), signature="question -> answer", lm=lm_of(served, engine))
     with retrying(how):
-        async with open_hub(*registry) as hub, hub.client() as client:  # type: ignore[arg-type]
+        async with open_hub(*registry) as hub, hub.client() as client:
             yield hub, client
 
 
@@ -198,7 +198,7 @@ async def test_a_client_that_breaks_down_is_in_the_log(log: Log) -> None:
     registry = Registry()
     lm = dspy.LM("own/engine", engine=Engine(), async_engine=AsyncEngine(), cache=False)
     registry.add("asked", dspy.Predict("question -> answer"), lm=lm)
-    async with open_hub(*registry) as hub, hub.client() as client:  # type: ignore[arg-type]
+    async with open_hub(*registry) as hub, hub.client() as client:
         view = await client.view(await client.start("asked", ASKED))
     assert view.document["error"]["code"] == "lm_error"
     assert "KeyError" in view.document["error"]["message"]
@@ -208,11 +208,13 @@ async def test_a_client_that_breaks_down_is_in_the_log(log: Log) -> None:
 # -- Through litellm ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of litellm's own making
 @pytest.mark.parametrize("kind", PROGRAMS)
 async def test_litellm_is_retried_in_the_same_way(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import litellm
 
     monkeypatch.setattr(litellm, "suppress_debug_info", True)
+    litellm.in_memory_llm_clients_cache.flush_cache()  # it tells loops apart by their `id`, which tests reuse
     answers = (Refuse(429, headers={"Retry-After": "0"}), Say(WHOLE.text, after=6), WHOLE)
     view, served = await outcome(*answers, kind=kind, engine="litellm")
     assert view.document["result"] == {"answer": ANSWER}

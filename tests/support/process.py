@@ -35,6 +35,7 @@ def environment(**settings: str) -> dict[str, str]:
 class ServedHub:
     process: Process
     url: str
+    banner: str
     log: list[str]
     """What it has written to stderr so far."""
 
@@ -67,9 +68,9 @@ async def serve(*arguments: str, agents: str = REGISTRY, **settings: str) -> Asy
             tasks.start_soon(_collect, TextReceiveStream(process.stderr), log)
             try:
                 with anyio.move_on_after(20) as patience:
-                    url = await _banner(TextReceiveStream(process.stdout))
+                    url, banner = await _banner(TextReceiveStream(process.stdout))
                 assert not patience.cancelled_caught, "no banner; its log:\n" + "".join(log)
-                yield ServedHub(process, url, log)
+                yield ServedHub(process, url, banner, log)
             finally:
                 if process.returncode is None:
                     process.kill()
@@ -82,12 +83,13 @@ async def _collect(stream: TextReceiveStream, log: list[str]) -> None:
         log += [text]
 
 
-async def _banner(stream: TextReceiveStream) -> str:
+async def _banner(stream: TextReceiveStream) -> tuple[str, str]:
+    """The URL, and all of it."""
     text = ""
     async for part in stream:
         text += part
-        if found := re.search(r"running at (http://\S+)", text):
-            return found[1]
+        if found := re.search(r"running at (http://\S+).*Ctrl-C\n", text, re.DOTALL):
+            return found[1], text
     raise AssertionError(f"it ended without a banner: {text}")
 
 

@@ -186,7 +186,7 @@ def test_an_agent_takes_a_model_of_its_own():
         return question
 
     @registry.react(tools=[], lm="ollama/llama3.2")
-    class Reacting(dspy.Signature):
+    class Reacting(dspy.Signature):  # type: ignore[misc]
         question: str = dspy.InputField()
         answer: str = dspy.OutputField()
 
