@@ -67,27 +67,47 @@ def _main(
     pass
 
 
-# -- serve ---------------------------------------------------------------------------------------------------------
+# -- serve and doctor --------------------------------------------------------------------------------------------------
+
+Agents = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REGISTRIES",
+        help="Registries to load, as `package.module:registry`, comma separated. "
+        "[env: AGENTCAST_AGENTS; default: the demo agents]",
+    ),
+]
+Host = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Address to bind. [env: AGENTCAST_HOST; default: 127.0.0.1]"),
+]
+Port = Annotated[
+    int | None,
+    typer.Option(metavar="PORT", help="Port to bind; 0 takes a free one. [env: AGENTCAST_PORT; default: 8000]"),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The language model: any string that `dspy.LM` takes (`openai/gpt-5-mini`, `ollama_chat/llama3`), "
+        "or `offline`. Keys come from the provider's usual variables. [env: AGENTCAST_LM; default: offline]",
+    ),
+]
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="A Redis that several hubs share, as `redis://host:6379/0` (`rediss://` for TLS). One with a password "
+        "is better given by the variable. [env: AGENTCAST_REDIS; default: none, all runs live in this process]",
+    ),
+]
 
 
 @cli.command()
 def serve(
-    agents: Annotated[
-        str | None,
-        typer.Option(
-            metavar="REGISTRIES",
-            help="Registries to load, as `package.module:registry`, comma separated. "
-            "[env: AGENTCAST_AGENTS; default: the demo agents]",
-        ),
-    ] = None,
-    host: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Address to bind. [env: AGENTCAST_HOST; default: 127.0.0.1]"),
-    ] = None,
-    port: Annotated[
-        int | None,
-        typer.Option(metavar="PORT", help="Port to bind; 0 takes a free one. [env: AGENTCAST_PORT; default: 8000]"),
-    ] = None,
+    agents: Agents = None,
+    host: Host = None,
+    port: Port = None,
     hosts: Annotated[
         str | None,
         typer.Option(
@@ -96,22 +116,8 @@ def serve(
             "`*` for any. [env: AGENTCAST_HOSTS]",
         ),
     ] = None,
-    lm: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The language model: any string that `dspy.LM` takes (`openai/gpt-5-mini`, `ollama_chat/llama3`), "
-            "or `offline`. Keys come from the provider's usual variables. [env: AGENTCAST_LM; default: offline]",
-        ),
-    ] = None,
-    redis: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="A Redis that several hubs share, as `redis://host:6379/0` (`rediss://` for TLS). One with a password "
-            "is better given by the variable. [env: AGENTCAST_REDIS; default: none, all runs live in this process]",
-        ),
-    ] = None,
+    lm: Model = None,
+    redis: RedisUrl = None,
     log_level: Annotated[
         str | None,
         typer.Option(metavar="LEVEL", help="debug, info, warning or error. [env: AGENTCAST_LOG_LEVEL; default: info]"),
@@ -151,17 +157,9 @@ def _settings(given: dict[str, Any]) -> Settings:
         raise _failure("wrong settings: " + "; ".join(lines)) from None
 
 
-# -- doctor --------------------------------------------------------------------------------------------------------
-
-
 @cli.command()
 def doctor(
-    agents: Annotated[
-        str | None, typer.Option(metavar="REGISTRIES", help="As for `serve`. [env: AGENTCAST_AGENTS]")
-    ] = None,
-    lm: Annotated[str | None, typer.Option(metavar="MODEL", help="As for `serve`. [env: AGENTCAST_LM]")] = None,
-    host: Annotated[str | None, typer.Option(metavar="ADDRESS", help="As for `serve`. [env: AGENTCAST_HOST]")] = None,
-    port: Annotated[int | None, typer.Option(metavar="PORT", help="As for `serve`. [env: AGENTCAST_PORT]")] = None,
+    agents: Agents = None, host: Host = None, port: Port = None, lm: Model = None, redis: RedisUrl = None
 ) -> None:
     """Check what a hub with the same settings would need: registries, models, Redis, MCP servers, the port.
 
@@ -178,7 +176,7 @@ def doctor(
     from server import serving
     from server.doctor import examine
 
-    given = {"agents": agents, "lm": lm, "host": host, "port": port}
+    given = {"agents": agents, "host": host, "port": port, "lm": lm, "redis": redis}
     settings = _settings({name: value for name, value in given.items() if value is not None})
     serving.set_up_logging("critical")  # what matters is among the findings
     well = anyio.run(examine, settings, typer.echo)

@@ -20,8 +20,10 @@ from agents.failures import failure_of
 from agents.registry import Registry, RegistryError, load
 from agents.streaming import run_program
 from server import serving
+from server.bus.redis import check
 from server.client import ClientError, describe_agents
 from server.config import Settings
+from server.errors import BusError
 
 CALL_SECONDS = 60.0
 """The most that the one small call to a model may take."""
@@ -47,8 +49,8 @@ async def examine(settings: Settings, tell: Callable[[Finding], None]) -> bool:
     well = True
     registry = Registry()
     checks = (_registries(settings, registry), _models(settings, registry), _redis(settings), _mcp(registry))
-    for check in (*checks, _port(settings)):
-        async for finding in check:
+    for findings in (*checks, _port(settings)):
+        async for finding in findings:
             well = well and finding.ok is not False
             tell(finding)
     return well
@@ -142,7 +144,13 @@ class _Unheard:
 
 
 async def _redis(settings: Settings) -> AsyncIterator[Finding]:
-    yield Finding("redis", None, "not used: the runs of this hub are in its memory")
+    if settings.redis is None:
+        yield Finding("redis", None, "not used: the runs of this hub are in its memory")
+        return
+    try:
+        yield Finding("redis", True, await check(settings.redis.get_secret_value()))
+    except BusError as error:
+        yield Finding("redis", False, str(error), "start it, or mend --redis or AGENTCAST_REDIS")
 
 
 async def _mcp(registry: Registry) -> AsyncIterator[Finding]:

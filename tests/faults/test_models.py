@@ -272,6 +272,23 @@ async def test_pauses_of_blocking_programs_do_not_hold_up_the_loop() -> None:
         assert client.memory.view(pausing).document["status"] == "running"
 
 
+async def test_a_blocking_call_on_the_loop_is_not_waited_for() -> None:
+    """It blocks the loop while it is made, which its author has asked for; a pause would on top of that."""
+    async with provider(WHOLE) as gone:
+        pass
+    registry = Registry()
+
+    @registry.agent(lm=lm_of(gone))
+    async def careless(question: str) -> str:
+        return str(dspy.Predict("question -> answer")(question=question).answer)
+
+    with retrying(PATIENT), anyio.fail_after(20):
+        async with open_hub(*registry) as hub, hub.client() as client:
+            view = await client.view(await client.start("careless", ASKED))
+    assert view.document["error"]["code"] == "lm_unavailable"
+    assert not of(view, "status")
+
+
 # -- Streams that know no retraction -----------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import pytest
 from tests.support.lms import chat
 from tests.support.openai import Hang, Provider, Refuse, Say, provider
 from tests.support.process import ROOT, environment, serve
+from tests.support.redis import running_redis
 
 MODEL = "openai/gpt-5-mini"
 KEY = "sk-not-to-be-seen-anywhere"
@@ -138,6 +139,17 @@ async def test_a_port_that_is_taken_by_a_hub_is_fine_and_by_another_is_not() -> 
     assert code == 1
     assert lines[-2].startswith(f"✗ port        cannot listen on 127.0.0.1:{served.port}: ")
     assert "choose another --port" in lines[-1]
+
+
+async def test_redis_is_tried() -> None:
+    with running_redis() as redis:
+        code, lines = await doctor("--redis", redis.url)
+        assert code == 0
+        assert lines[2].startswith("✓ redis       Redis ")
+    code, lines = await doctor(redis=redis.url.replace("://", f"://user:{KEY}@"))
+    assert code == 1
+    assert lines[2].startswith("✗ redis       cannot reach Redis at ")
+    assert lines[3] == "    start it, or mend --redis or AGENTCAST_REDIS"
 
 
 async def test_wrong_settings_are_wrong_usage() -> None:

@@ -10,9 +10,15 @@ import sys
 import sysconfig
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from anyio.from_thread import start_blocking_portal
+
+from tests.support.lms import chat
+from tests.support.openai import Provider, Say, provider
 
 from tests.support.redis import free_port
 
@@ -26,6 +32,12 @@ def snippets(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
+def python(holding: str) -> str:
+    """The one snippet that holds this."""
+    (found,) = (snippet for snippet in snippets("python") if holding in snippet)
+    return found
+
+
 def commands() -> list[str]:
     """Every shell command of README, without comments, continued lines joined."""
     lines = "\n".join(snippets("sh")).replace("\\\n", " ").splitlines()
@@ -35,8 +47,8 @@ def commands() -> list[str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("readme")
-    (path / "my_agents.py").write_text(snippets("python")[0])
-    (path / "client.py").write_text(snippets("python")[1])
+    (path / "my_agents.py").write_text(python("countdown(start"))
+    (path / "client.py").write_text(python("websockets"))
     return path
 
 
@@ -110,12 +122,12 @@ def test_two_hubs_over_one_redis_show_the_same_runs(deployed: list[str]):
 def test_every_snippet_is_covered_here():
     known = ("make ", "AGENTCAST_LM=", "agentcast ", "curl ", "redis-server ")
     assert all(line.startswith(known) for line in commands())
-    assert len(snippets("python")) == 2
+    assert len(snippets("python")) == 3
 
 
 def test_the_examples_are_those_of_the_readme():
-    for name, snippet in zip(("my_agents.py", "client.py"), snippets("python"), strict=True):
-        assert (ROOT / "examples" / name).read_text() == snippet
+    for name, holding in (("my_agents.py", "countdown(start"), ("client.py", "websockets")):
+        assert (ROOT / "examples" / name).read_text() == python(holding)
 
 
 def test_make_targets_exist():
@@ -185,11 +197,65 @@ def test_the_http_requests_are_answered(hub: str, command: str):
         assert set(json.load(response)) & {"agents", "run"}
 
 
-def test_a_real_model_is_taken_from_the_environment(folder: Path):
-    line = next(line for line in commands() if line.startswith("AGENTCAST_LM="))
-    variables = dict(word.split("=", 1) for word in shlex.split(line) if "=" in word)
-    for _, banner in serve(folder, "agentcast serve", **variables):
-        assert f"model   {variables['AGENTCAST_LM']}\n" in banner
+SUMMARY = "Every client sees every event."
+KEY = "sk-of-the-reader-12345"
+
+
+@contextmanager
+def real_model(*answers: str) -> Iterator[tuple[Provider, dict[str, str]]]:
+    """A stand-in for all providers, and the variables that lead to it."""
+    with start_blocking_portal() as portal:
+        said = [Say(answer) for answer in answers]
+        with portal.wrap_async_context_manager(provider(*said)) as served:
+            bases = {"OPENAI_BASE_URL": f"{served.url}/v1", "ANTHROPIC_BASE_URL": served.url}
+            yield served, bases | {"OLLAMA_API_BASE": served.url}
+
+
+def ran(agent: str, *words: str, url: str) -> dict[str, Any]:
+    """The last event of a run."""
+    done = subprocess.run(
+        [AGENTCAST, "run", agent, *words, "--url", url, "--json"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    event: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return event
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("AGENTCAST_LM=")])
+def test_a_real_model_is_asked(folder: Path, line: str):
+    words = shlex.split(line)
+    variables = {
+        name: value.replace("…", KEY) for name, _, value in (word.partition("=") for word in words if "=" in word)
+    }
+    command = " ".join(word for word in words if "=" not in word)
+    with real_model(chat(reasoning="It is said.", summary=SUMMARY)) as (served, bases):
+        for url, banner in serve(folder, f"{command} --agents my_agents:registry", **bases, **variables):
+            assert f"model   {variables['AGENTCAST_LM']}\n" in banner
+            end = ran("summarizer", "text=One hub serves many clients.", url=url)
+            assert end["result"] == {"reasoning": "It is said.", "summary": SUMMARY}
+            assert end["usage"]["output_tokens"] == 7
+    (asked,) = served.requests
+    assert asked["model"] == variables["AGENTCAST_LM"].partition("/")[2]
+    assert (KEY in str(served.headers[0])) == (KEY in variables.values())
+
+
+def test_an_agent_has_a_model_of_its_own(folder: Path):
+    (folder / "translating.py").write_text(python("translator"))
+    with real_model(chat(translation="Bonjour")) as (served, bases):
+        command = "agentcast serve --agents translating:registry"
+        for url, _ in serve(folder, command, ANTHROPIC_API_KEY=KEY, **bases):
+            assert ran("translator", "text=Hello", "language=French", url=url)["result"] == {"translation": "Bonjour"}
+    assert served.requests[0]["model"] == "claude-sonnet-4-5"
+
+
+def test_the_doctor_is_called_as_it_says(folder: Path):
+    assert "`agentcast doctor`" in README
+    done = subprocess.run([AGENTCAST, "doctor", "--port", "0"], env=environment(), cwd=folder, check=True, timeout=30)
+    assert done.returncode == 0
 
 
 def test_the_public_host_name_is_allowed(folder: Path):
