@@ -227,7 +227,8 @@ async def test_litellm_is_retried_in_the_same_way(kind: str, monkeypatch: pytest
 
 # -- Cancelling --------------------------------------------------------------------------------------------------------
 
-PATIENT = Retrying(attempts=5, backoff=3_000, patience=100_000, idle=3_000)
+PATIENT = Retrying(attempts=5, patience=100_000, idle=3_000)
+LATER = Refuse(503, headers={"Retry-After": "3000"})
 
 
 @pytest.mark.parametrize("fault", [Hang(), Say(WHOLE.text, after=6, fault="hang")], ids=["before", "middle"])
@@ -245,7 +246,7 @@ async def test_a_call_is_cancelled_at_once_and_the_provider_is_let_go(fault: Ans
 
 @pytest.mark.parametrize("kind", PROGRAMS)
 async def test_a_pause_between_attempts_is_cancelled_at_once(kind: str) -> None:
-    async with provider(Refuse(503)) as served, hub_of(served, kind, PATIENT) as (hub, client):
+    async with provider(LATER) as served, hub_of(served, kind, PATIENT) as (hub, client):
         run = await client.start("asked", ASKED)
         with anyio.fail_after(20):
             await client.event("status", run)
@@ -254,7 +255,8 @@ async def test_a_pause_between_attempts_is_cancelled_at_once(kind: str) -> None:
             await client.ask("cancel", run=run)
             view = await client.view(run)
             for thread in threads:
-                await anyio.to_thread.run_sync(thread.join)
+                await anyio.to_thread.run_sync(thread.join, 10)
+                assert not thread.is_alive()
         assert view.document["status"] == "cancelled"
         assert hub.core.runs.abandoned == 0
         assert len(served.requests) == 1
@@ -262,7 +264,7 @@ async def test_a_pause_between_attempts_is_cancelled_at_once(kind: str) -> None:
 
 async def test_pauses_of_blocking_programs_do_not_hold_up_the_loop() -> None:
     """Another client's whole run happens during the pause."""
-    async with provider(Refuse(503), WHOLE) as served, hub_of(served, "blocking", PATIENT) as (hub, client):
+    async with provider(LATER, WHOLE) as served, hub_of(served, "blocking", PATIENT) as (hub, client):
         pausing = await client.start("asked", ASKED)
         with anyio.fail_after(20):
             await client.event("status", pausing)
