@@ -11,6 +11,7 @@ Also here, since DSPy keeps it to its history, which is off: what a call cost.
 import asyncio
 import os
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -33,11 +34,14 @@ RETRYING_SETTING = "agentcast_retrying"
 
 
 _called: weakref.WeakSet["Model"] = weakref.WeakSet()
+_lock = threading.Lock()
 
 
 async def close_connections() -> None:
     """Close what calls on this event loop, and on threads, have left open to providers, so that the loop can close."""
-    for model in list(_called):
+    with _lock:
+        models = list(_called)
+    for model in models:
         await model.aclose()
     litellm: Any = sys.modules.get("litellm")
     if litellm is not None:
@@ -89,6 +93,8 @@ def as_model(lm: Any) -> Any:
     """`lm` as a `Model`, if it is a plain `dspy.LM` that reaches a provider by itself; any other as it is."""
     if type(lm) is not dspy.LM or not isinstance(lm.engine, str):
         return lm
+    # Prices come with DSPy; by default it would look for newer ones in the network, at the first call.
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     model = lm.copy(num_retries=0, **_gateway(lm))
     model.__class__ = Model
     return model
@@ -114,7 +120,8 @@ class _Attempts:
         lm.kwargs.setdefault("timeout", self._retrying.idle)
         if isinstance(key := lm.kwargs.get("api_key"), str):
             keep_secret(key)
-        _called.add(lm)
+        with _lock:
+            _called.add(lm)
 
     @contextmanager
     def one(self) -> Iterator[None]:

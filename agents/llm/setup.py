@@ -84,8 +84,6 @@ def make_lm(name: str) -> Any:
     """
     if name == OFFLINE:
         return offline_lm()
-    # Prices come with DSPy; by default it would look for newer ones in the network, at the first call.
-    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     try:
         lm = as_model(dspy.LM(name, cache=False))
         native = select_backend(lm).native
