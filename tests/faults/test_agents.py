@@ -66,7 +66,7 @@ RAISED: list[tuple[BaseException, str]] = [
     (FileNotFoundError(2, "No such file or directory", "/srv/private/file"), "No such file or directory"),
     (PermissionError(13, "Permission denied", "/srv/private/file"), "Permission denied"),
     (OSError("/srv/private/file"), "OSError"),
-    (ExceptionGroup("/srv/private", [RuntimeError("/srv/private")]), "ExceptionGroup"),
+    (ExceptionGroup("/srv/private", [RuntimeError("/srv/private")]), "RuntimeError"),
     (_validation_error(), "number: Input should be a valid integer, unable to parse string as an integer"),
     (BaseException("/srv/private"), "BaseException"),
     (SystemExit(3), "SystemExit"),
