@@ -175,7 +175,8 @@ async def test_agent_is_given_validated_input_and_the_run() -> None:
         (SystemExit(1), "SystemExit"),
         (KeyboardInterrupt(), "KeyboardInterrupt"),
         (BaseException("x"), "BaseException"),
-        (ExceptionGroup("g", [ValueError("x")]), "ExceptionGroup"),
+        (ExceptionGroup("g", [ValueError("x")]), "x"),
+        (ExceptionGroup("g", [ValueError("x"), ValueError("y")]), "ExceptionGroup"),
     ],
 )
 async def test_whatever_an_agent_raises_ends_its_run_only(error: BaseException, message: str) -> None:
