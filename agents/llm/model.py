@@ -20,6 +20,7 @@ from typing import Any
 
 import anyio
 import dspy
+import httpx
 from dspy.clients.call_context import adapter_fallback_scope
 from dspy.utils.exceptions import LMError
 
@@ -31,6 +32,11 @@ from agents.streaming import add_cost, can_retract, wait_in_thread
 
 RETRYING_SETTING = "agentcast_retrying"
 """Key in DSPy's settings of the `Retrying` that holds."""
+CONNECT = 10.0
+"""Seconds that connecting may take."""
+QUEUE = 86_400.0
+"""Seconds that a call waits for one of the client's 100 connections: it is not the provider that keeps it waiting. Runs
+have a timeout of their own."""
 
 
 _called: weakref.WeakSet["Model"] = weakref.WeakSet()
@@ -117,7 +123,8 @@ class _Attempts:
         self._started = time.monotonic()
         self._made = 0
         self._showed_text = False
-        lm.kwargs.setdefault("timeout", self._retrying.idle)
+        if "timeout" not in lm.kwargs:
+            lm.kwargs["timeout"] = httpx.Timeout(self._retrying.idle, connect=CONNECT, pool=QUEUE)
         if isinstance(key := lm.kwargs.get("api_key"), str):
             keep_secret(key)
         with _lock:

@@ -208,7 +208,7 @@ async def test_a_client_that_breaks_down_is_in_the_log(log: Log) -> None:
 # -- Through litellm ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of litellm's own making
+@pytest.mark.filterwarnings("ignore")  # litellm and its types warn of themselves
 @pytest.mark.parametrize("kind", PROGRAMS)
 async def test_litellm_is_retried_in_the_same_way(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import litellm

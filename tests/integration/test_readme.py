@@ -19,7 +19,6 @@ from anyio.from_thread import start_blocking_portal
 
 from tests.support.lms import chat
 from tests.support.openai import Provider, Say, provider
-
 from tests.support.redis import free_port
 
 ROOT = Path(__file__).parents[2]

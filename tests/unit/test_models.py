@@ -23,7 +23,17 @@ from dspy.utils.exceptions import (
 )
 
 from agents.failures import failure_of
-from agents.llm import Model, ModelError, Retrying, make_lm, missing_key, takes_litellm
+from agents.llm import (
+    Model,
+    ModelError,
+    Retrying,
+    as_model,
+    close_connections,
+    make_lm,
+    missing_key,
+    takes_litellm,
+)
+from agents.llm.model import RETRYING_SETTING
 from agents.registry import Registry, RegistryError
 from agents.registry.hosting import FunctionAgent, ProgramAgent
 
@@ -167,6 +177,20 @@ def test_a_missing_key_is_known_without_a_call(monkeypatch: pytest.MonkeyPatch):
     assert missing_key(make_lm("offline")) is None
     monkeypatch.setenv("OPENAI_API_KEY", "sk-some-key")
     assert missing_key(make_lm(MODEL)) is None
+
+
+async def test_silence_is_told_from_a_queue_for_connections():
+    lm = as_model(dspy.LM(MODEL, api_base="http://127.0.0.1:9", api_key="sk-some-key", cache=False))
+    with dspy.context(**{RETRYING_SETTING: Retrying(attempts=1, idle=7)}), pytest.raises(LMError):
+        await lm.acall("Hello")
+    timeout = lm.kwargs["timeout"]
+    assert timeout.read == 7
+    assert timeout.pool > 3_600
+    given = as_model(dspy.LM(MODEL, api_base="http://127.0.0.1:9", api_key="sk-some-key", cache=False, timeout=3))
+    with dspy.context(**{RETRYING_SETTING: Retrying(attempts=1, idle=7)}), pytest.raises(LMError):
+        await given.acall("Hello")
+    assert given.kwargs["timeout"] == 3
+    await close_connections()
 
 
 # -- An agent's own model ----------------------------------------------------------------------------------------------
