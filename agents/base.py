@@ -74,6 +74,8 @@ class AgentSpec:
     """Seconds that one run may take, from its start (not counting the queue)."""
     max_concurrent: int = DEFAULT_MAX_CONCURRENT
     """Runs at once, in one hub process; more wait in the queue."""
+    graph: Mapping[str, Any] | None = None
+    """Of a compiled graph: its nodes, edges and entry, for whoever draws it."""
 
 
 class Agent(Protocol):

@@ -65,7 +65,17 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
         return ("next_thought", "reasoning", *texts)
 
     async def aforward(self, **inputs: Any) -> Any:
-        """Run the loop. Differs from DSPy's own in what it does with failures; see the module."""
+        """Run the loop, then answer. Differs from DSPy's own in what it does with failures; see the module."""
+        trajectory = await self.act(**inputs)
+        inputs.pop("max_iters", None)
+        return dspy.Prediction(trajectory=trajectory, **await self.answer(trajectory, **inputs))
+
+    async def answer(self, trajectory: dict[str, Any], **inputs: Any) -> Any:
+        """The prediction of the output fields, out of what was done."""
+        return await self._async_call_with_potential_trajectory_truncation(self.extract, trajectory, **inputs)
+
+    async def act(self, **inputs: Any) -> dict[str, Any]:
+        """Run the loop: what was thought, done and seen."""
         limit = inputs.pop("max_iters", self.max_iters)
         trajectory: dict[str, Any] = {}
         misread = 0
@@ -89,8 +99,7 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
                 break
         else:
             emit_event(StepLimit(max_steps=limit, message=f"No answer after {limit} steps; answering from these."))
-        extract = await self._async_call_with_potential_trajectory_truncation(self.extract, trajectory, **inputs)
-        return dspy.Prediction(trajectory=trajectory, **extract)
+        return trajectory
 
     async def _observe(self, name: str, args: dict[str, Any]) -> Any:
         tool = self.tools.get(name) or _unknown_tool(name, list(self.tools))

@@ -212,6 +212,7 @@ def _described(agent: Agent) -> dict[str, Any]:
         "timeout": spec.timeout,
         "max_concurrent": spec.max_concurrent,
         "available": True,
+        **({} if spec.graph is None else {"graph": spec.graph}),
     }
 
 

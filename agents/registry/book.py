@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, overload
 
 import dspy
@@ -13,7 +14,8 @@ from agents.llm import ModelError, adopt, as_model, make_lm
 from agents.react import DEFAULT_MAX_ITERS, ReAct, react_agent
 from agents.registry.errors import RegistryError
 from agents.registry.hosting import FunctionAgent, ProgramAgent
-from agents.registry.schema import Contract, SchemaError, function_call, module_contract, signature_contract
+from agents.registry.schema import SchemaError, function_call, module_contract, signature_contract
+from agents.transpiler import Program
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 
@@ -64,11 +66,12 @@ class Registry:
     ) -> Agent:
         """Add a `dspy.Module` as an agent.
 
-        What it takes and gives is told by its signature, or by `signature`, or by the typed parameters of its
-        `aforward` or `forward`; `input_model` replaces what it takes. An input field `history` of type `str` is
-        filled with the earlier turns of the run's thread and is not asked for. `messages` are the output fields that
-        stream as text; `None`: all. `timeout` is in seconds; `max_concurrent` are runs at once in one process. `lm` is
-        the agent's language model, a string as `AGENTCAST_LM` takes it or a `dspy.LM`, where its predictors have none.
+        What it takes and gives is told by the models of a compiled graph, by its signature, or by `signature`, or by
+        the typed parameters of its `aforward` or `forward`; `input_model` replaces what it takes. An input field
+        `history` of type `str` is filled with the earlier turns of the run's thread and is not asked for. `messages`
+        are the output fields that stream as text; `None`: all. `timeout` is in seconds; `max_concurrent` are runs at
+        once in one process. `lm` is the agent's language model, a string as `AGENTCAST_LM` takes it or a `dspy.LM`,
+        where its predictors have none.
 
         :raises RegistryError: the name is wrong or taken, or the types cannot be told.
         """
@@ -83,7 +86,7 @@ class Registry:
             name, lambda: module_contract(name, program) if given is None else signature_contract(name, given)
         )
         if input_model is not None:
-            contract = Contract(input_model, contract.outputs, contract.output_schema, contract.takes_history)
+            contract = replace(contract, input_model=input_model)
         if messages is None and isinstance(program, ReAct):
             messages = program.message_fields
         spec = _spec(
@@ -93,6 +96,7 @@ class Registry:
             output_schema=contract.output_schema,
             timeout=timeout,
             max_concurrent=max_concurrent,
+            graph=contract.graph,
         )
         adopt(program)
         return self.register(ProgramAgent(spec, program, contract, messages, _lm(name, lm)))
@@ -271,6 +275,8 @@ def snake_case(name: str) -> str:
 
 
 def _description(signature: Any, program: Any) -> str:
+    if isinstance(program, Program):
+        return program.graph.description
     source = signature or getattr(program, "signature", None)
     if source is None and isinstance(program, dspy.ChainOfThought):
         source = program.predict.signature

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, create_model
 from pydantic.fields import FieldInfo
 
 from agents.base import Emitter, Task
+from agents.transpiler import Program
 
 HISTORY = "history"
 """The input field, of type `str`, that earlier turns of the thread fill instead of whoever starts a run."""
@@ -38,6 +39,7 @@ class Contract:
     """Serialisers of the output fields, or `None` if the program alone knows what it returns."""
     output_schema: Mapping[str, Any] = field(default_factory=dict)
     takes_history: bool = False
+    graph: Mapping[str, Any] | None = None
 
 
 def input_model(name: str, fields: Mapping[str, tuple[Any, Any]]) -> type[BaseModel]:
@@ -81,10 +83,13 @@ def signature_contract(name: str, signature: Any) -> Contract:
 
 
 def module_contract(name: str, program: Any) -> Contract:
-    """The contract of a `dspy.Module`: by its signature, or else by the typed parameters of `aforward` or `forward`.
+    """The contract of a `dspy.Module`: by the models of a compiled graph, by its signature, or else by the typed
+    parameters of `aforward` or `forward`.
 
     :raises SchemaError: it has neither.
     """
+    if isinstance(program, Program):
+        return _graph_contract(name, program)
     signature = _signature_of(program)
     if signature is not None:
         return signature_contract(name, signature)
@@ -97,6 +102,20 @@ def module_contract(name: str, program: Any) -> Contract:
     if takes_history:
         del fields[HISTORY]
     return Contract(input_model(name, fields), takes_history=takes_history, output_schema={"type": "object"})
+
+
+def _graph_contract(name: str, program: Program[Any]) -> Contract:
+    taken, given = program.input_model, program.output_model
+    try:
+        taken.model_json_schema()
+        schema = {"type": "object"} if given is None else given.model_json_schema(mode="serialization")
+    except Exception as error:
+        problem = f"its models make no JSON Schema: {_first_line(error)}"
+        raise SchemaError(problem, "use types that pydantic knows") from error
+    strict = type(
+        taken.__name__, (taken,), {"__module__": taken.__module__, "model_config": ConfigDict(extra="forbid")}
+    )
+    return Contract(strict, output_schema=schema, graph=program.describe())
 
 
 def _signature_of(program: Any) -> Any:

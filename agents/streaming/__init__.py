@@ -31,12 +31,14 @@ from agents.streaming.carrying import carrying
 from agents.streaming.drop_in import streamify
 from agents.streaming.dspy_calls import is_async
 from agents.streaming.program import EMITTER_SETTING, Outcome, add_cost, can_retract, current_span, run_program
+from agents.streaming.nodes import NodeSpan, node_span, tell_step_limit
 from agents.streaming.stream import Stream, StreamError
 from agents.streaming.typed import EventStream, stream_events
 
 __all__ = [
     "EMITTER_SETTING",
     "EventStream",
+    "NodeSpan",
     "Outcome",
     "Stream",
     "StreamError",
@@ -45,8 +47,10 @@ __all__ = [
     "carrying",
     "current_span",
     "is_async",
+    "node_span",
     "run_program",
     "stream_events",
     "streamify",
     "wait_in_thread",
+    "tell_step_limit",
 ]

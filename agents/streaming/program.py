@@ -40,17 +40,19 @@ async def run_program(
     messages: Collection[str] | None = None,
     name: str | None = None,
     limiter: anyio.CapacityLimiter | None = None,
+    root: bool = True,
 ) -> Outcome:
     """Call the `dspy.Module` `program` with `inputs`, emitting what happens in it.
 
     `messages` names the output fields to show, by default all. `name` is the program's own, by default its class's.
     A synchronous program runs in a thread, by default one of its own, else one of `limiter`'s. When this coroutine is
-    cancelled that thread is left behind; it ends at the program's next callback or LM chunk.
+    cancelled that thread is left behind; it ends at the program's next callback or LM chunk. Without `root` the program
+    itself is no span, only what is in it.
 
     :raises Stopped: `emit` takes no more events.
     :raises Exception: whatever the program raises, as it is.
     """
-    run = Run(program, emit, messages, name)
+    run = Run(program, emit, messages, name, root=root)
     outer = dspy.settings.usage_tracker
     settings = {
         "stream_listeners": [],

@@ -5,9 +5,10 @@ This module must not know how programs are called or how events travel.
 
 import functools
 import itertools
+import re
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import dspy
@@ -20,6 +21,7 @@ from agents.events import (
     Failure,
     LmEnd,
     LmStart,
+    MessageEnd,
     NodeEnd,
     NodeError,
     NodeStart,
@@ -47,6 +49,10 @@ class _Call:
     usage: Usage | None = None
     told: bool = True
     """Whether the call is a span of its own; otherwise `span` is the one around it."""
+    parts: frozenset[int] = frozenset()
+    """Ids of modules whose calls are this node's own work and no spans of their own."""
+    spoken: list[str] | None = None
+    """Messages that have ended in the attempt of the node around."""
 
 
 def _handler(method: Callable[..., None]) -> Callable[..., None]:
@@ -69,13 +75,16 @@ class Run(Bridge):
     it is that of the LM call. The state of a call is touched by its own, sequential, flow of control only.
     """
 
-    def __init__(self, program: Any, emit: Emitter, shown: Collection[str] | None, name: str | None) -> None:
+    def __init__(
+        self, program: Any, emit: Emitter, shown: Collection[str] | None, name: str | None, *, root: bool = True
+    ) -> None:
         super().__init__(emit)
         self.meter = Meter(self.call_here)
         self.calls: dict[str | None, _Call] = {}
         self._program = program
+        self._root = root
         self._shown = shown
-        self._names = {id(part): path.removeprefix("self.") for path, part in program.named_sub_modules()}
+        self._names = {id(part): _display_name(path) for path, part in program.named_sub_modules()}
         self._names[id(program)] = name or type(program).__name__
         self._spans = itertools.count(1)
         self._message_ids = itertools.count(1)
@@ -102,32 +111,62 @@ class Run(Bridge):
 
     @_handler
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        call, parent = self._open(call_id, self._names.get(id(instance)) or type(instance).__name__)
+        around = self.call_here()
+        if around is None and instance is self._program and not self._root:
+            return
+        parent = None if around is None else around.span
+        if around is not None and id(instance) in around.parts:
+            call = self.calls[call_id] = replace(around, started=time.monotonic(), messages=None, told=False)
+        else:
+            call, parent = self._open(call_id, self._names.get(id(instance)) or type(instance).__name__)
         call.module = instance
         if isinstance(instance, dspy.Predict):
             call.messages = Messages(call.span, self._shown, lambda: f"m{next(self._message_ids)}")
             if decides(instance):
                 self.mute(call_id)
+        if not call.told:
+            return
         kind: Literal["agent", "module"] = "agent" if instance is self._program and parent is None else "module"
         self.tell([NodeStart(span=call.span, parent=parent, node=call.name, kind=kind)])
 
     @_handler
     def on_module_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        call = self._close(call_id)
+        call = self.calls.pop(call_id, None)
         if call is None:
             return
+        self.unmute(call_id)
         span, node, duration = call.span, call.name, _since(call)
         events: list[AgentEvent] = []
         if exception is not None:
             failure = _failure(exception)
             events += call.messages.retract(failure.message) if call.messages else []
-            events.append(NodeError(span=span, node=node, duration=duration, error=failure))
+            end: AgentEvent = NodeError(span=span, node=node, duration=duration, error=failure)
         else:
             if call.messages is not None and isinstance(outputs, dspy.Prediction):
                 fields = [field for field in outputs.keys() if field != "logprobs"]
                 events += call.messages.settle({field: outputs[field] for field in fields})
-            events.append(NodeEnd(span=span, node=node, duration=duration))
-        self.tell(events, exception)
+            end = NodeEnd(span=span, node=node, duration=duration)
+        if call.spoken is not None:
+            call.spoken += [event.message for event in events if isinstance(event, MessageEnd)]
+        self.tell([*events, end] if call.told else events, exception)
+
+    # -- Nodes of graphs: spans that are told of by `nodes` ----------------------------------------------------------
+
+    def open_node(self, call_id: str, name: str, parts: Iterable[Any]) -> tuple[_Call, str | None]:
+        """A new span for a node whose own work is done by the modules `parts`, and the span around it."""
+        call, parent = self._open(call_id, name)
+        call.parts, call.spoken = frozenset(map(id, parts)), []
+        return call, parent
+
+    def close_node(self, call_id: str) -> None:
+        """The node's span has ended; its messages are the attempt's of a node around it."""
+        call, around = self.calls.pop(call_id, None), self.call_here()
+        if call is not None and around is not None and around.spoken is not None:
+            around.spoken += call.spoken or ()
+
+    def node_error(self, call: _Call, error: BaseException) -> NodeError:
+        code = "timeout" if isinstance(error, TimeoutError) else "error"
+        return NodeError(span=call.span, node=call.name, error=_failure(error, code), duration=_since(call))
 
     # -- Adapters, and whatever else has call ids: no spans, but LM calls may be inside -----------------------------
 
@@ -205,6 +244,8 @@ class Run(Bridge):
         """A new span, and the one around it."""
         around = self.call_here()
         call = self.calls[call_id] = _Call(str(next(self._spans)), name, time.monotonic())
+        if around is not None:
+            call.spoken = around.spoken
         return call, None if around is None else around.span
 
     def _pass_through(self, call_id: str) -> None:
@@ -224,6 +265,11 @@ class Run(Bridge):
 
 def _since(call: _Call) -> float:
     return time.monotonic() - call.started
+
+
+def _display_name(path: str) -> str:
+    """The name of a part, by its path; in a compiled graph, that in its node."""
+    return re.sub(r"^(steps\[[^]]*\]\.?)+", "", path.removeprefix("self."))
 
 
 def _failure(error: BaseException, code: str = "error") -> Failure:

@@ -1,0 +1,207 @@
+"""What is wrong with a graph: all of it at once, before it ever runs."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from agents.graph.building import END, Graph, Reducer, Route, StatefulNode
+from agents.graph.shape import Shape
+
+RESERVED = frozenset(
+    # What DSPy takes for itself when a predictor is called, or has on signatures and predictions.
+    {"signature", "demos", "config", "lm", "prediction", "new_signature", "instructions", "fields", "input_fields"}
+    | {"output_fields", "completions", "self", "keys", "values", "items", "get", "copy"}
+    # What a correction is made of, and what the adapters end an answer with.
+    | {"previous_answer", "problems", "completed"}
+)
+REACT_RESERVED = frozenset({"trajectory", "max_iters", "next_thought", "next_tool_name", "next_tool_args"})
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+
+
+def problems(graph: Graph, output_model: type[BaseModel] | None) -> list[str]:
+    """All reasons why `graph` cannot be compiled, each naming its node and field."""
+    structure = [*_node_problems(graph), *_edge_problems(graph), *_decision_problems(graph), *_entry_problems(graph)]
+    return [*structure, *_name_problems(graph), *_reducer_problems(graph), *_flow_problems(graph, output_model)]
+
+
+def reducers(graph: Graph) -> dict[str, Reducer]:
+    """The fields that merge."""
+    return {
+        name: reducer
+        for node in graph.nodes
+        for name, info in _fields(node.output_model).items()
+        if (reducer := reducer_of(info)) is not None
+    }
+
+
+def reducer_of(info: FieldInfo) -> Reducer | None:
+    return next((item for item in info.metadata if isinstance(item, Reducer)), None)
+
+
+def program_inputs(graph: Graph) -> type[BaseModel] | None:
+    """The model of what the program takes."""
+    if graph.input_model is not None:
+        return graph.input_model
+    return next((node.input_model for node in graph.nodes if node.name == graph.entry), None)
+
+
+# -- Nodes ---------------------------------------------------------------------------------------------------------
+
+
+def _node_problems(graph: Graph) -> Iterator[str]:
+    if not graph.nodes:
+        yield "it has no nodes: add one with graph.add_node(StatefulNode(…))"
+    if graph.max_steps < 1:
+        yield f"max_steps is {graph.max_steps}; it must be 1 or more"
+    if graph.input_model is not None and not _is_model(graph.input_model):
+        yield "input_model must be a pydantic model class"
+    if graph.on_loop_limit not in ("raise", "return"):
+        yield f"on_loop_limit is {graph.on_loop_limit!r}; it must be 'raise' or 'return'"
+    seen: set[str] = set()
+    for node in graph.nodes:
+        if node.name in seen:
+            yield f"node {node.name!r}: there are two of that name"
+        seen.add(node.name)
+        for problem in _own_problems(node):
+            yield f"node {node.name!r}: {problem}"
+
+
+def _own_problems(node: StatefulNode) -> Iterator[str]:
+    named = bool(_NAME.fullmatch(str(node.name))) and node.name not in (END, "END")
+    limits = {"max_retries": (node.max_retries, -1), "timeout": (node.timeout, 0)}
+    for is_wrong, problem in (
+        (not named, "the name must start with a letter or _, go on with up to 63 of A-z, 0-9, _ and -, and not be END"),
+        (not _is_model(node.input_model), "input_model must be a pydantic model class"),
+        (not _is_model(node.output_model), "output_model must be a pydantic model class"),
+        (sum((node.fn is not None, node.module is not None, bool(node.tools))) > 1, "it has two of fn, module, tools"),
+        (not _may_call(node.fn), "fn must be callable"),
+        (not _may_call(node.module), "module must be a dspy.Module"),
+        (
+            node.kind != "lm" and node.use_cot,
+            f"use_cot is for nodes that only ask the model, not for {node.kind} nodes",
+        ),
+    ):
+        if is_wrong:
+            yield problem
+    for name, (value, least) in limits.items():
+        if value is not None and not value > least:
+            yield f"{name} is {value}; it must be above {least}"
+
+
+def _may_call(value: Any) -> bool:
+    return value is None or callable(value)
+
+
+# -- Edges ---------------------------------------------------------------------------------------------------------
+
+
+def _edge_problems(graph: Graph) -> Iterator[str]:
+    names = {node.name for node in graph.nodes}
+    for source, target in graph.edges:
+        if source not in names:
+            yield f"edge {source!r} → {target!r}: there is no node {source!r}"
+        if target not in {*names, END}:
+            yield f"edge {source!r} → {target!r}: there is no node {target!r}"
+    for route in graph.routes:
+        for problem in _route_problems(route, names):
+            yield f"conditional edges of {route.source!r}: {problem}"
+
+
+def _route_problems(route: Route, names: set[str]) -> Iterator[str]:
+    if route.source not in names:
+        yield "there is no such node"
+    if not route.path_map:
+        yield "path_map is empty"
+    if not _may_call(route.choose):
+        yield "the router must be a function or a StatefulNode"
+    for key, target in route.path_map.items():
+        if target not in {*names, END}:
+            yield f"{key!r} leads to {target!r}, and there is no such node"
+
+
+def _decision_problems(graph: Graph) -> Iterator[str]:
+    deciding = [route for route in graph.routes if route.choose is None]
+    for route in deciding:
+        node = next((node for node in graph.nodes if node.name == route.source), None)
+        if node is not None and _is_model(node.output_model) and route.decision not in node.output_model.model_fields:
+            yield f"node {route.source!r} routes, so its output_model must have one field, or one named 'route'"
+    sources = [route.source for route in deciding]
+    for source in dict.fromkeys(sources):
+        if sources.count(source) > 1:
+            yield f"node {source!r} routes by two different path_maps"
+
+
+def _entry_problems(graph: Graph) -> Iterator[str]:
+    names = [node.name for node in graph.nodes]
+    if graph.entry is None:
+        yield "it has no entry point: call graph.set_entry_point(name)"
+    elif graph.entry not in names:
+        yield f"the entry point {graph.entry!r} is no node of it"
+    else:
+        reachable = Shape(graph).reachable
+        for name in dict.fromkeys(names):
+            if name not in reachable:
+                yield f"node {name!r} cannot be reached from the entry point {graph.entry!r}"
+
+
+# -- Fields --------------------------------------------------------------------------------------------------------
+
+
+def _name_problems(graph: Graph) -> Iterator[str]:
+    for node in graph.nodes:
+        for model in filter(_is_model, (node.input_model, node.output_model)):
+            for name in model.model_fields:
+                if name in _reserved(node):
+                    yield f"node {node.name!r}: the field name {name!r} of {model.__name__} is reserved"
+
+
+def _reducer_problems(graph: Graph) -> Iterator[str]:
+    merging = reducers(graph)
+    for node in graph.nodes:
+        for name, info in _fields(node.output_model).items():
+            if name in merging and reducer_of(info) != merging[name]:
+                yield f"node {node.name!r}: field {name!r} has another reducer, or none, than in other nodes"
+
+
+def _reserved(node: StatefulNode) -> frozenset[str]:
+    names = RESERVED
+    if node.kind == "react":
+        names |= REACT_RESERVED | {"reasoning"}
+    return names | {"reasoning"} if node.use_cot else names
+
+
+def _flow_problems(graph: Graph, output_model: type[BaseModel] | None) -> Iterator[str]:
+    shape = Shape(graph)
+    given = set(_fields(program_inputs(graph)))
+    nodes = [node for node in graph.nodes if node.name in shape.reachable]
+    sets = {node.name: set(_fields(node.output_model)) for node in nodes}
+    for node in nodes:
+        there = given.union(*(sets[name] for name in shape.ancestors(node.name)))
+        for name in sorted(_required(node.input_model) - there):
+            takes = ", ".join(sorted(given)) or "nothing"
+            yield (
+                f"node {node.name!r}: nothing provides its input field {name!r}: no node before it sets it, and the "
+                f"program takes {takes}"
+            )
+    if output_model is None:
+        return
+    if not _is_model(output_model):
+        yield "the program's output_model must be a pydantic model class"
+    for name in sorted(_required(output_model) - given.union(*sets.values())):
+        yield f"nothing provides the field {name!r} of the program's output_model {output_model.__name__}"
+
+
+def _required(model: Any) -> set[str]:
+    return {name for name, info in _fields(model).items() if info.is_required()}
+
+
+def _fields(model: Any) -> dict[str, FieldInfo]:
+    return model.model_fields if _is_model(model) else {}
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseModel)

@@ -1,0 +1,52 @@
+"""A graph as data for whoever draws it, and as Mermaid text."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from agents.graph.building import END, Graph
+
+
+def described(graph: Graph) -> dict[str, Any]:
+    """`{"entry", "nodes": [{"name", "kind"}], "edges": [{"from", "to", "label"?}]}`; the end is `"__end__"`. An edge
+    with a label is conditional. A node that is a graph itself has it as `graph`."""
+    return {
+        "entry": graph.entry,
+        "nodes": [_node(node.name, node.kind, node.module) for node in graph.nodes],
+        "edges": list(_edges(graph)),
+    }
+
+
+def _node(name: str, kind: str, module: Any) -> dict[str, Any]:
+    inner = getattr(module, "graph", None)
+    return {"name": name, "kind": kind, **({"graph": described(inner)} if isinstance(inner, Graph) else {})}
+
+
+def _edges(graph: Graph) -> Iterator[dict[str, str]]:
+    for source, target in graph.edges:
+        yield {"from": source, "to": target}
+    for route in graph.routes:
+        for key, target in route.path_map.items():
+            yield {"from": route.source, "to": target, "label": str(getattr(key, "value", key))}
+    going = {edge[0] for edge in graph.edges} | {route.source for route in graph.routes}
+    for node in graph.nodes:
+        if node.name not in going:
+            yield {"from": node.name, "to": END}
+
+
+_BOXES = {"lm": '["{}"]', "react": '[["{}"]]', "function": '("{}")', "module": '[/"{}"/]'}
+
+
+def mermaid(graph: Graph) -> str:
+    """The graph as a Mermaid flowchart: https://mermaid.js.org/syntax/flowchart.html"""
+    names = {node.name: f"n{number}" for number, node in enumerate(graph.nodes)} | {END: "finish"}
+    lines = ["flowchart TD", '    start(["start"])']
+    lines += [f"    {names[node.name]}{_BOXES[node.kind].format(node.name)}" for node in graph.nodes]
+    lines += ['    finish(["end"])', f"    start --> {names[str(graph.entry)]}"]
+    for edge in _edges(graph):
+        arrow = f'-- "{_quoted(edge["label"])}" -->' if "label" in edge else "-->"
+        lines.append(f"    {names[edge['from']]} {arrow} {names[edge['to']]}")
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return text.replace("#", "#35;").replace('"', "#quot;").replace("\n", " ")

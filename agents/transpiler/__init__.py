@@ -1,0 +1,15 @@
+"""Programs out of graphs: `AgentTranspiler.compile(graph)` gives a `dspy.Module` that runs it.
+
+    program = AgentTranspiler.compile(graph, output_model=Report)
+    report = await program.aforward(topic="…")           # a Report
+    async for event in program.astream(topic="…"): …     # dicts, step by step
+
+A program is shared by all its runs and holds nothing of them (G8). What is in a graph, and the rules by which it runs,
+are `agents.graph`'s; here is what does the work: language models that correct themselves, tools, functions, modules.
+It must not be known here what an agent or a registry is.
+"""
+
+from agents.transpiler.program import AgentTranspiler, Program
+from agents.transpiler.streaming import ProgramStream
+
+__all__ = ["AgentTranspiler", "Program", "ProgramStream"]

@@ -1,0 +1,155 @@
+"""One run of a graph: each node in a task of its own, as soon as the flow lets it start."""
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import anyio
+import dspy
+from pydantic import BaseModel, ValidationError
+
+from agents.base import public_message
+from agents.graph.building import Route, StatefulNode
+from agents.graph.detaching import detached
+from agents.graph.errors import InputError, NodeTimeout, ResultError, RouteError, StepLimitError, carry, limit_text
+from agents.graph.flow import Flow, Step
+from agents.graph.state import State, View
+from agents.streaming import NodeSpan, node_span, tell_step_limit
+from agents.threads import in_thread
+from agents.transpiler.asking import asker, parts_of, retries_of
+from agents.transpiler.attempts import settle
+from agents.transpiler.plan import Plan
+
+
+class Play:
+    """One run of the graph of `plan`, its work done by `modules` (node → module)."""
+
+    def __init__(self, plan: Plan, modules: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+        self._plan = plan
+        self._modules = modules
+        self._flow = Flow(plan.shape)
+        self._state = State(plan.reducers, _checked_inputs(plan, inputs))
+        self._failure: BaseException | None = None
+        self._set: set[str] = set()
+        self._limited = False
+
+    async def run(self) -> Any:
+        """The program's result.
+
+        :raises Exception: what the first node to fail raised, as it is; the others are cancelled.
+        """
+        async with anyio.create_task_group() as group:
+            self._group = group
+            self._start(self._flow.begin())
+        if self._failure is not None:
+            raise self._failure
+        return self._result()
+
+    def _start(self, steps: Iterable[Step]) -> None:
+        for step in steps:
+            self._group.start_soon(self._step, step, name=f"node {step.node}")
+        if self._flow.limited and not self._limited:
+            self._limited = True
+            limit = self._plan.shape.max_steps
+            tell_step_limit(limit, limit_text(limit))
+            if self._plan.graph.on_loop_limit == "raise":
+                raise StepLimitError(limit)
+
+    async def _step(self, step: Step) -> None:
+        """Run a node and what follows. Nothing is raised but cancellation, so that the first failure stays itself."""
+        node = self._plan.nodes[step.node]
+        try:
+            patch = await self._run_node(node, step)
+            self._set.update(patch)
+            targets = await self._targets(node, step, patch)
+            self._start(self._flow.finish(step, targets))
+        except (anyio.get_cancelled_exc_class(), GeneratorExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 -- raised by `run`
+            carry(error, node.name)
+            self._failure = self._failure or error
+            self._group.cancel_scope.cancel()
+
+    # -- A node ----------------------------------------------------------------------------------------------------
+
+    async def _run_node(self, node: StatefulNode, step: Step) -> dict[str, Any]:
+        values = self._state.values(list(node.input_model.model_fields), step.past)
+        module = self._modules.get(node.name)
+        with node_span(node.name, lambda: values, parts_of(node, module)) as span:
+            with anyio.move_on_after(node.timeout) as scope:
+                output = await self._work(node, module, values, span)
+            if scope.cancelled_caught:
+                raise NodeTimeout(node.name, node.timeout or 0)
+            patch = self._patch(output, step)
+            self._state.set(step, patch)
+            span.end(lambda: patch)
+        return patch
+
+    async def _work(self, node: StatefulNode, module: Any, values: Mapping[str, Any], span: NodeSpan) -> BaseModel:
+        given = _checked_input(node, values)
+        ask = await asker(node, module, given)
+        return await settle(node, ask, span, self._plan.formatter, retries_of(node))
+
+    def _patch(self, output: BaseModel, step: Step) -> dict[str, Any]:
+        """The fields that were returned; and defaults, where the state has nothing yet."""
+        return {
+            name: getattr(output, name)
+            for name in type(output).model_fields
+            if name in output.model_fields_set or not self._state.has(name, step.past)
+        }
+
+    # -- What follows ----------------------------------------------------------------------------------------------
+
+    async def _targets(self, node: StatefulNode, step: Step, patch: Mapping[str, Any]) -> list[str]:
+        targets = list(self._plan.shape.edges[node.name])
+        for route in self._plan.shape.routes[node.name]:
+            choice = patch[route.decision] if route.choose is None else await self._choose(route, step)
+            targets += _looked_up(route, choice)
+        return targets
+
+    async def _choose(self, route: Route, step: Step) -> Any:
+        assert route.choose is not None  # noqa: S101
+        view = View(self._state.values(sight=step.sight))
+        if inspect.iscoroutinefunction(route.choose):
+            return await route.choose(view)
+        choice = await in_thread(partial(route.choose, view), f"router of {route.source}")
+        return await choice if inspect.isawaitable(choice) else choice
+
+    # -- The end ---------------------------------------------------------------------------------------------------
+
+    def _result(self) -> Any:
+        model = self._plan.output_model
+        if model is None:
+            return dspy.Prediction(**detached(self._state.values(sorted(self._set))))
+        values = detached(self._state.values(list(model.model_fields)))
+        try:
+            return model.model_validate(values, by_name=True)
+        except ValidationError as error:
+            raise ResultError(f"the result is no {model.__name__}: {public_message(error)}") from error
+
+
+def _checked_inputs(plan: Plan, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    model = plan.input_model
+    unknown = [name for name in inputs if name not in model.model_fields]
+    if unknown:
+        known = ", ".join(model.model_fields) or "nothing"
+        raise TypeError(f"the program takes no {', '.join(map(repr, unknown))}; it takes {known}")
+    checked = model.model_validate(detached(dict(inputs)), by_name=True)
+    return {name: getattr(checked, name) for name in model.model_fields}
+
+
+def _checked_input(node: StatefulNode, values: Mapping[str, Any]) -> BaseModel:
+    try:
+        return node.input_model.model_validate(detached(dict(values)), by_name=True)
+    except ValidationError as error:
+        raise InputError(node.name, f"its input is wrong: {public_message(error)}") from error
+
+
+def _looked_up(route: Route, choice: Any) -> Iterator[str]:
+    for key in choice if isinstance(choice, list | tuple | set) else [choice]:
+        try:
+            yield route.path_map[key]
+        except (KeyError, TypeError):
+            known = ", ".join(map(repr, route.path_map))
+            raise RouteError(route.source, f"its router chose {key!r}, which is none of {known}") from None
