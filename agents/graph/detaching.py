@@ -20,8 +20,9 @@ _ATOMS = frozenset(
     }
 )
 
-_set_dict: Any = BaseModel.__dict__["__dict__"].__set__ if "__dict__" in BaseModel.__dict__ else None
-_set_fields: Any = BaseModel.__dict__["__pydantic_fields_set__"].__set__
+# The slots of a model, past its own `__setattr__`, which validates.
+_set_dict: Any = BaseModel.__dict__["__dict__"].__set__
+_set_names: Any = BaseModel.__dict__["__pydantic_fields_set__"].__set__
 _set_extra: Any = BaseModel.__dict__["__pydantic_extra__"].__set__
 _set_private: Any = BaseModel.__dict__["__pydantic_private__"].__set__
 
@@ -34,10 +35,28 @@ def detached(value: Any) -> Any:
     if kind is list:
         return [item if type(item) in _ATOMS else detached(item) for item in value]
     if kind is dict:
-        return {key: item if type(item) in _ATOMS else detached(item) for key, item in value.items()}
+        return _fields(value)
     if isinstance(value, BaseModel):
-        return _model(value)
-    if kind is tuple:
+        new = object.__new__(kind)
+        _set_dict(new, _fields(value.__dict__))
+        _set_names(new, value.__pydantic_fields_set__.copy())
+        extra, private = value.__pydantic_extra__, value.__pydantic_private__
+        _set_extra(new, None if extra is None else _fields(extra))
+        _set_private(new, None if private is None else _fields(private))
+        return new
+    return _other(value)
+
+
+def _fields(fields: dict[Any, Any]) -> dict[Any, Any]:
+    new = fields.copy()
+    for name, item in fields.items():
+        if type(item) not in _ATOMS:
+            new[name] = detached(item)
+    return new
+
+
+def _other(value: Any) -> Any:
+    if type(value) is tuple:
         return tuple(map(detached, value))
     if isinstance(value, enum.Enum | type):
         return value
@@ -45,14 +64,3 @@ def detached(value: Any) -> Any:
         return copy.deepcopy(value)
     except Exception:  # noqa: BLE001 -- whatever refuses to be copied, and however
         return value
-
-
-def _model(value: BaseModel) -> BaseModel:
-    new = object.__new__(type(value))
-    fields = value.__dict__
-    _set_dict(new, {name: item if type(item) in _ATOMS else detached(item) for name, item in fields.items()})
-    _set_fields(new, value.__pydantic_fields_set__.copy())
-    extra, private = value.__pydantic_extra__, value.__pydantic_private__
-    _set_extra(new, extra if extra is None else detached(extra))
-    _set_private(new, private if private is None else detached(private))
-    return new

@@ -20,6 +20,7 @@ from agents.threads import in_thread
 from agents.transpiler.asking import asker, parts_of, retries_of
 from agents.transpiler.attempts import settle
 from agents.transpiler.plan import Plan
+from agents.values import plain
 
 
 class Play:
@@ -33,6 +34,7 @@ class Play:
         self._failure: BaseException | None = None
         self._set: set[str] = set()
         self._limited = False
+        self._plain: dict[int, tuple[Any, Any]] = {}
 
     async def run(self) -> Any:
         """The program's result.
@@ -76,14 +78,14 @@ class Play:
     async def _run_node(self, node: StatefulNode, step: Step) -> dict[str, Any]:
         values = self._state.values(list(node.input_model.model_fields), step.past)
         module = self._modules.get(node.name)
-        with node_span(node.name, lambda: values, parts_of(node, module)) as span:
+        with node_span(node.name, lambda: self._shown(values), parts_of(node, module)) as span:
             with anyio.move_on_after(node.timeout) as scope:
                 output = await self._work(node, module, values, span)
             if scope.cancelled_caught:
                 raise NodeTimeout(node.name, node.timeout or 0)
             patch = self._patch(output, step)
             self._state.set(step, patch)
-            span.end(lambda: patch)
+            span.end(lambda: self._shown(self._state.values(list(patch))))
         return patch
 
     async def _work(self, node: StatefulNode, module: Any, values: Mapping[str, Any], span: NodeSpan) -> BaseModel:
@@ -98,6 +100,13 @@ class Play:
             for name in type(output).model_fields
             if name in output.model_fields_set or not self._state.has(name, step.past)
         }
+
+    def _shown(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """`values` as events show them. Values of the state never change, so each is looked at but once."""
+        for value in values.values():
+            if id(value) not in self._plain:
+                self._plain[id(value)] = value, plain(value)  # kept, so that no other value gets its id
+        return {name: self._plain[id(value)][1] for name, value in values.items()}
 
     # -- What follows ----------------------------------------------------------------------------------------------
 

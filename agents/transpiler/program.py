@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from agents.graph import Graph, GraphError
 from agents.graph.drawing import described, mermaid
+from agents.streaming.bridge import innermost
 from agents.transpiler.asking import module_of
 from agents.transpiler.attempts import ErrorFormatter, default_formatter
 from agents.transpiler.plan import Plan, plan_of
@@ -45,7 +46,7 @@ class Program(dspy.Module, Generic[T]):  # type: ignore[misc]  # dspy is untyped
         callers = dspy.settings.caller_modules or [None]
         if callers[-1] is not self:  # called by its own name: take the way that callbacks and usage tracking are on
             return await self.acall(**inputs)
-        result: T = await Play(self._plan, self.steps, inputs).run()
+        result: T = self._handed_over(await Play(self._plan, self.steps, inputs).run())
         return result
 
     async def acall(self, **inputs: Any) -> T:
@@ -55,7 +56,7 @@ class Program(dspy.Module, Generic[T]):  # type: ignore[misc]  # dspy is untyped
 
     def forward(self, **inputs: Any) -> T:
         """As `aforward`, from synchronous code. In a thread whose event loop runs, that loop waits."""
-        result: T = _run(lambda: Play(self._plan, self.steps, inputs).run())
+        result: T = self._handed_over(_run(lambda: Play(self._plan, self.steps, inputs).run()))
         return result
 
     def __call__(self, **inputs: Any) -> T:
@@ -111,6 +112,13 @@ class Program(dspy.Module, Generic[T]):  # type: ignore[misc]  # dspy is untyped
         new.callbacks, new.history = list(self.callbacks), []
         memo[id(self)] = new
         return new
+
+    def _handed_over(self, result: Any) -> Any:
+        """`result`, save to `dspy.streamify` itself, which never ends without a prediction."""
+        settings = dspy.settings
+        if settings.send_stream is None or innermost() is not None or settings.caller_modules != [self]:
+            return result
+        return result if isinstance(result, dspy.Prediction) else dspy.Prediction(**dict(result))
 
     def _set_lm_usage(self, tokens: dict[str, Any], output: Any) -> None:
         """A typed result has no place for it; `dspy.track_usage()` around the call tells it in any case."""
