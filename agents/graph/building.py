@@ -1,5 +1,6 @@
 """`Graph` and `StatefulNode`: what a user writes. Nothing is checked here; `checking` does that, all at once."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -125,6 +126,12 @@ class Graph:
 
     def set_entry_point(self, name: str) -> None:
         self.entry = name
+
+    def copy(self) -> "Graph":
+        """A graph that later changes of this one do not reach."""
+        new = copy.copy(self)
+        new.nodes, new.edges, new.routes = list(self.nodes), list(self.edges), list(self.routes)
+        return new
 
 
 def _target(name: str) -> str:

@@ -72,7 +72,7 @@ def _node_problems(graph: Graph) -> Iterator[str]:
 
 def _own_problems(node: StatefulNode) -> Iterator[str]:
     named = bool(_NAME.fullmatch(str(node.name))) and node.name not in (END, "END")
-    limits = {"max_retries": (node.max_retries, -1), "timeout": (node.timeout, 0)}
+    retries, timeout = node.max_retries, node.timeout
     for is_wrong, problem in (
         (not named, "the name must start with a letter or _, go on with up to 63 of A-z, 0-9, _ and -, and not be END"),
         (not _is_model(node.input_model), "input_model must be a pydantic model class"),
@@ -80,6 +80,8 @@ def _own_problems(node: StatefulNode) -> Iterator[str]:
         (sum((node.fn is not None, node.module is not None, bool(node.tools))) > 1, "it has two of fn, module, tools"),
         (not _may_call(node.fn), "fn must be callable"),
         (not _may_call(node.module), "module must be a dspy.Module"),
+        (retries is not None and retries < 0, f"max_retries is {retries}; it must be 0 or more"),
+        (timeout is not None and not timeout > 0, f"timeout is {timeout}; it must be above 0"),
         (
             node.kind != "lm" and node.use_cot,
             f"use_cot is for nodes that only ask the model, not for {node.kind} nodes",
@@ -87,9 +89,6 @@ def _own_problems(node: StatefulNode) -> Iterator[str]:
     ):
         if is_wrong:
             yield problem
-    for name, (value, least) in limits.items():
-        if value is not None and not value > least:
-            yield f"{name} is {value}; it must be above {least}"
 
 
 def _may_call(value: Any) -> bool:

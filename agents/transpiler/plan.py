@@ -25,6 +25,7 @@ class Plan:
 
 def plan_of(graph: Graph, output_model: type[BaseModel] | None, formatter: ErrorFormatter) -> Plan:
     """:raises GraphError: the graph cannot run; it names every reason."""
+    graph = graph.copy()
     found = problems(graph, output_model)
     taken = program_inputs(graph)
     if found or taken is None:
