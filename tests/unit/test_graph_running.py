@@ -3,6 +3,7 @@
 import operator
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal, assert_type
 
 import anyio
@@ -189,6 +190,10 @@ async def test_function_nodes_sync_async_and_callable_objects():
     assert threads == ["node sync"]
 
 
+def give(value: Any, _: Any) -> Any:
+    return value
+
+
 async def test_function_that_returns_something_else():
     for returned, problem in (
         (None, "Input should be a valid dictionary or instance of Count"),
@@ -197,7 +202,7 @@ async def test_function_that_returns_something_else():
         ({"n": 1, "m": 2}, "m: Extra inputs are not permitted"),
     ):
         with pytest.raises(OutputError, match=problem) as error:
-            await program_of(node("a", Count, Count, lambda _, value=returned: value)).aforward(n=1)
+            await program_of(node("a", Count, Count, partial(give, returned))).aforward(n=1)
         assert (error.value.node, error.value.attempts) == ("a", 1)
 
 
