@@ -64,11 +64,13 @@ def failure_of(error: BaseException) -> RunFailure:
     """What `error`, raised by an agent, ends its run with. A group of one error is that error."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
+    node = getattr(error, "node", None)  # of a graph
+    node = node if isinstance(node, str) else None
     if not isinstance(error, LMError):
-        return RunFailure(code="agent_error", message=public_message(error))
+        return RunFailure(code="agent_error", message=public_message(error), node=node)
     code = lm_code(error)
     model = redact(_USER_IN_URL.sub("", str(error.model or "the model")))
-    return RunFailure(code=code, message=f"{model}: {_TEXTS[code](error)}", retryable=code in RETRYABLE)
+    return RunFailure(code=code, message=f"{model}: {_TEXTS[code](error)}", retryable=code in RETRYABLE, node=node)
 
 
 def lm_code(error: LMError) -> str:

@@ -61,7 +61,7 @@ class ResultError(ValueError):
     """The state at the end does not make the program's `output_model`."""
 
 
-class StepLimitError(RuntimeError):
+class StepLimitError(ValueError):
     """The graph has run `max_steps` nodes and is not at its end. No node is to blame."""
 
     node = None

@@ -63,8 +63,7 @@ async def asker(node: StatefulNode, module: Any, given: BaseModel) -> Ask:
     if node.kind == "lm":
         predictor = _predictor(module)
         return functools.partial(_ask_model, node, predictor, functools.partial(predictor.acall, **inputs))
-    with dspy.context(adapter=_one_shot_adapter()):
-        trajectory = await module.act(**inputs)
+    trajectory = await module.act(**inputs)
     return functools.partial(
         _ask_model, node, module.extract.predict, functools.partial(module.answer, trajectory, **inputs)
     )

@@ -143,7 +143,7 @@ def _checked_inputs(plan: Plan, inputs: Mapping[str, Any]) -> dict[str, Any]:
     unknown = [name for name in inputs if name not in model.model_fields]
     if unknown:
         known = ", ".join(model.model_fields) or "nothing"
-        raise TypeError(f"the program takes no {', '.join(map(repr, unknown))}; it takes {known}")
+        raise ValueError(f"the program takes no {', '.join(map(repr, unknown))}; it takes {known}")
     checked = model.model_validate(detached(dict(inputs)), by_name=True)
     return {name: getattr(checked, name) for name in model.model_fields}
 

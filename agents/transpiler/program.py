@@ -38,8 +38,7 @@ class Program(dspy.Module, Generic[T]):  # type: ignore[misc]  # dspy is untyped
     async def aforward(self, **inputs: Any) -> T:
         """Run the graph; the result is an instance of `output_model`, or without one a `dspy.Prediction`.
 
-        :raises TypeError: there is no such input.
-        :raises pydantic.ValidationError: an input is missing or wrong.
+        :raises ValueError: an input is missing or wrong (`pydantic.ValidationError`), or there is none of that name.
         :raises Exception: what a node raised, as it is, with the attribute `node`; `OutputError` if its output stayed
             wrong, `StepLimitError`, `NodeTimeout` and others of `agents.graph.errors`.
         """

@@ -1,7 +1,8 @@
 """The page, as a user has it: started, watched, cancelled by keyboard; and its reducer is the hub's (G10)."""
 
 import json
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
@@ -10,11 +11,14 @@ import pytest
 from playwright.async_api import Browser, Page, expect
 from pydantic import BaseModel, Field
 
+from agents import END, AgentTranspiler
 from agents.base import Emitter
 from agents.events import MessageEnd, MessageStart, Status, Token, ToolEnd, ToolStart
+from agents.registry import Registry
 from server.bus.redis import RedisBus
 from server.state import RunState
 from tests.support.agents import Anything, FunctionAgent, agent
+from tests.support.graphs import Empty, Topic, graph_of, node
 from tests.support.hub import RunningHub, open_hub
 from tests.support.log import Log
 from tests.support.redis import running_redis
@@ -161,6 +165,57 @@ async def test_tokens_appear_as_they_come(browser: Browser) -> None:
             stepping.say(f"word{number} ", last=number == 2)
             await expect(card.locator(".says")).to_have_text("".join(f"word{n} " for n in range(number + 1)))
         await expect(card).to_have_attribute("data-status", "done")
+
+
+async def test_graph_is_drawn_and_its_nodes_light_up(browser: Browser) -> None:
+    gates = {name: anyio.Event() for name in ("plan", "left", "right", "write")}
+
+    def waiting(name: str) -> Callable[[Topic], Awaitable[dict[str, Any]]]:
+        async def run(given: Topic) -> dict[str, Any]:
+            await gates[name].wait()
+            return {}
+
+        return run
+
+    turns = iter((True, False))
+    graph = graph_of(
+        *(node(name, Topic, Empty, waiting(name)) for name in gates),
+        edges=[("plan", "left"), ("plan", "right"), ("left", "write"), ("right", "write")],
+    )
+    graph.add_conditional_edges("write", lambda _: next(turns), {True: "plan", False: END})
+    program = Registry().add("report", AgentTranspiler.compile(graph))
+    async with open_hub(program) as hub, open_page(browser, hub) as page, hub.client() as client:  # type: ignore[arg-type]
+        run = await client.start("report", {"topic": "x"})
+        drawing = page.locator(f'.card[data-run="{run}"] .graph')
+        await expect(drawing.locator("[data-node]")).to_have_count(4)
+        labels = drawing.locator("svg")
+        await expect(labels).to_have_attribute(
+            "aria-label", re.compile("write to plan if True, write to the end if False")
+        )
+
+        async def shows(name: str, status: str | None) -> None:
+            box = drawing.locator(f'[data-node="{name}"]')
+            if status is None:
+                assert await box.get_attribute("data-status") is None
+            else:
+                await expect(box).to_have_attribute("data-status", status)
+
+        await shows("plan", "running")
+        await shows("left", None)
+        gates["plan"].set()
+        await shows("plan", "done")
+        await shows("left", "running")
+        await shows("right", "running")
+        await shows("write", None)
+        gates["left"].set()
+        await shows("left", "done")
+        gates["right"].set()
+        await shows("write", "running")
+        gates["write"].set()
+        await expect(page.locator(f'.card[data-run="{run}"]')).to_have_attribute("data-status", "done")
+        await expect(drawing.locator('[data-node="plan"] title')).to_have_text("plan (function): done, 2 times")
+        assert await compare(page, hub) == 1
+        await drawing.focus()
 
 
 async def test_cancel_stops_the_run_and_says_so(browser: Browser) -> None:

@@ -113,8 +113,7 @@ async def test_stream_of_a_program_that_cannot_start_is_an_error_too():
     assert events[0] == {"event": "error", "error": "topic: Field required"}
     assert events[1]["event"] == "raised"
     events = await events_of(program_of(node("a", Topic, Text, lambda _: {})).astream(x=1))
-    assert events[0] == {"event": "error", "error": "TypeError"}
-    assert str(events[1]["exception"]) == "the program takes no 'x'; it takes topic"
+    assert events[0] == {"event": "error", "error": "the program takes no 'x'; it takes topic"}
 
 
 async def test_stream_that_has_ended_stays_so():
