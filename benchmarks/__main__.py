@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 
-from benchmarks import channel, fanout, latency, memory, redis, stall, streaming
+from benchmarks import channel, fanout, graphs, latency, memory, redis, stall, streaming
 from benchmarks.processes import set_up_watcher
 from benchmarks.report import Report
 
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "channel": channel.measure,
     "streaming": streaming.measure,
     "redis": redis.measure,
+    "graphs": graphs.measure,
 }
 
 

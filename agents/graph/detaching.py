@@ -36,7 +36,7 @@ def detached(value: Any) -> Any:
         return [item if type(item) in _ATOMS else detached(item) for item in value]
     if kind is dict:
         return _fields(value)
-    if isinstance(value, BaseModel):
+    if BaseModel in kind.__mro__:  # several times as fast as `isinstance`, which pydantic has overridden
         new = object.__new__(kind)
         _set_dict(new, _fields(value.__dict__))
         _set_names(new, value.__pydantic_fields_set__.copy())

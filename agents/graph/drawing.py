@@ -4,11 +4,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from agents.graph.building import END, Graph
+from agents.graph.shape import Shape
 
 
 def described(graph: Graph) -> dict[str, Any]:
-    """`{"entry", "nodes": [{"name", "kind"}], "edges": [{"from", "to", "label"?}]}`; the end is `"__end__"`. An edge
-    with a label is conditional. A node that is a graph itself has it as `graph`."""
+    """`{"entry", "nodes": [{"name", "kind"}], "edges": [{"from", "to", "label"?, "back"?}]}`; the end is `"__end__"`.
+
+    An edge with a label is conditional, one that closes a loop has `back`. A node that is a graph itself has it as
+    `graph`.
+    """
     return {
         "entry": graph.entry,
         "nodes": [_node(node.name, node.kind, node.module) for node in graph.nodes],
@@ -21,16 +25,17 @@ def _node(name: str, kind: str, module: Any) -> dict[str, Any]:
     return {"name": name, "kind": kind, **({"graph": described(inner)} if isinstance(inner, Graph) else {})}
 
 
-def _edges(graph: Graph) -> Iterator[dict[str, str]]:
-    for source, target in graph.edges:
-        yield {"from": source, "to": target}
-    for route in graph.routes:
-        for key, target in route.path_map.items():
-            yield {"from": route.source, "to": target, "label": str(getattr(key, "value", key))}
-    going = {edge[0] for edge in graph.edges} | {route.source for route in graph.routes}
-    for node in graph.nodes:
-        if node.name not in going:
-            yield {"from": node.name, "to": END}
+def _edges(graph: Graph) -> Iterator[dict[str, Any]]:
+    back = Shape(graph).back
+    labelled = [
+        (route.source, target, {"label": str(getattr(key, "value", key))})
+        for route in graph.routes
+        for key, target in route.path_map.items()
+    ]
+    going = {source for source, _ in graph.edges} | {route.source for route in graph.routes}
+    ends = [(node.name, END) for node in graph.nodes if node.name not in going]
+    for source, target, label in [*((*edge, {}) for edge in [*graph.edges, *ends]), *labelled]:
+        yield {"from": source, "to": target, **label, **({"back": True} if (source, target) in back else {})}
 
 
 _BOXES = {"lm": '["{}"]', "react": '[["{}"]]', "function": '("{}")', "module": '[/"{}"/]'}

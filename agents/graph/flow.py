@@ -71,7 +71,7 @@ class Flow:
         active = self._running | (self._arrivals.keys() - {name})
         arrived = self._arrivals[name]
         missing = (source for source in self._shape.sources[name] if source not in arrived)
-        return any(not active.isdisjoint(self._shape.before[source]) for source in missing)
+        return any(not active.isdisjoint(self._shape.before(source)) for source in missing)
 
     def _start(self, name: str) -> Step:
         arrivals = self._arrivals.pop(name)

@@ -3,10 +3,10 @@
 Frozen. It is shared by all runs and known to nobody in particular, and says nothing about what nodes do.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-from agents.graph.building import END, Graph, Route
+from agents.graph.building import Graph, Route
 
 
 class Shape:
@@ -22,87 +22,81 @@ class Shape:
         self.routes: dict[str, tuple[Route, ...]] = {
             name: tuple(route for route in graph.routes if route.source == name) for name in self.names
         }
+        self._before: dict[str, frozenset[str]] = {}
+        chosen = [(route.source, target) for route in graph.routes for target in route.path_map.values()]
+        self._edges = [
+            edge for edge in dict.fromkeys([*graph.edges, *chosen]) if edge[0] in self.edges and edge[1] in self.edges
+        ]
 
     @cached_property
     def index(self) -> Mapping[str, int]:
         return {name: number for number, name in enumerate(self.names)}
 
     @cached_property
-    def successors(self) -> Mapping[str, tuple[str, ...]]:
+    def successors(self) -> Mapping[str, Sequence[str]]:
         """The nodes that may come next; neither END nor nodes that do not exist."""
-        found = {}
-        for name in self.names:
-            targets = [
-                *self.edges[name],
-                *(target for route in self.routes[name] for target in route.path_map.values()),
-            ]
-            found[name] = tuple(dict.fromkeys(target for target in targets if target != END and target in self.index))
+        found: dict[str, list[str]] = {name: [] for name in self.names}
+        for source, target in self._edges:
+            found[source].append(target)
         return found
-
-    @cached_property
-    def back(self) -> frozenset[tuple[str, str]]:
-        """Edges that close a loop: those to a node on the way from the entry to their source, depth first."""
-        return frozenset(self._walk[1])
 
     @cached_property
     def reachable(self) -> frozenset[str]:
-        return frozenset(self._walk[0])
+        return frozenset(self._after(self.successors))
 
     @cached_property
-    def _walk(self) -> tuple[set[str], set[tuple[str, str]]]:
-        seen: set[str] = set()
-        back: set[tuple[str, str]] = set()
-        if self.entry not in self.index:
-            return seen, back
-        way: dict[str, Iterator[str]] = {self.entry: iter(self.successors[self.entry])}
-        seen.add(self.entry)
-        while way:  # not recursive: a graph may be deeper than Python's stack
-            name, rest = next(reversed(way.items()))
-            target = next(rest, None)
-            if target is None:
-                del way[name]
-            elif target in way:
-                back.add((name, target))
-            elif target not in seen:
-                seen.add(target)
-                way[target] = iter(self.successors[target])
-        return seen, back
+    def back(self) -> frozenset[tuple[str, str]]:
+        """The edges that close a loop; without them there is no circle.
 
-    @cached_property
-    def before(self) -> Mapping[str, frozenset[str]]:
-        """For each node, those from which edges forward lead to it, itself among them."""
-        found: dict[str, frozenset[str]] = {}
-        for name in self.names:
-            seen, stack = {name}, [name]
-            while stack:
-                new = [source for source in self.sources[stack.pop()] if source not in seen]
-                seen.update(new)
-                stack += new
-            found[name] = frozenset(seen)
-        return found
+        These are the edges whose target one must have passed to come to their source. What circles there are without
+        them can be entered at several places; of such a circle it is the edge that was added last, the conditional ones
+        after all others.
+        """
+        edges = [edge for edge in self._edges if edge[0] in self.reachable]
+        back = {(source, target) for source, target in edges if self._is_passed(target, source)}
+        forward: dict[str, list[str]] = {name: [] for name in self.names}
+        for source, target in edges:
+            if (source, target) in back or source in self._after(forward, target):
+                back.add((source, target))
+            else:
+                forward[source].append(target)
+        return frozenset(back)
 
-    @cached_property
-    def sources(self) -> Mapping[str, tuple[str, ...]]:
-        """For each node, those from which an edge forward leads to it."""
-        return {
-            name: tuple(
-                source for source in self.names if name in self.successors[source] and (source, name) not in self.back
-            )
-            for name in self.names
-        }
+    def _is_passed(self, name: str, on_the_way_to: str) -> bool:
+        return on_the_way_to not in self._after(self.successors, without=name)
+
+    def _after(
+        self, successors: Mapping[str, Sequence[str]], start: str | None = None, without: str | None = None
+    ) -> set[str]:
+        """The nodes from `start`, by default the entry, on; itself among them."""
+        first = self.entry if start is None else start
+        if first not in self.index or first == without:
+            return set()
+        seen, stack = {first}, [first]
+        while stack:
+            new = [target for target in successors[stack.pop()] if target not in seen and target != without]
+            seen.update(new)
+            stack += new
+        return seen
 
     def ancestors(self, name: str) -> frozenset[str]:
         """The nodes that may have run before `name` runs for the first time."""
-        return frozenset(
-            other for other in self.reachable if other != name and name in self._after_without(other, name)
-        )
+        sources: dict[str, list[str]] = {node: [] for node in self.names}
+        for source, target in self._edges:
+            sources[target].append(source)
+        return frozenset(self._after(self.successors, without=name) & self._after(sources, name))
 
-    def _after_without(self, start: str, goal: str) -> set[str]:
-        seen, stack = set(), [start]
-        while stack:
-            for target in self.successors[stack.pop()]:
-                if target not in seen:
-                    seen.add(target)
-                    if target != goal:
-                        stack.append(target)
-        return seen
+    @cached_property
+    def sources(self) -> Mapping[str, Sequence[str]]:
+        """For each node, those from which an edge forward leads to it."""
+        found: dict[str, list[str]] = {name: [] for name in self.names}
+        for source, target in self._edges:
+            if (source, target) not in self.back:
+                found[target].append(source)
+        return found
+
+    def before(self, name: str) -> frozenset[str]:
+        """The nodes from which edges forward lead to `name`, itself among them."""
+        if name not in self._before:
+            self._before[name] = frozenset(self._after(self.sources, name))
+        return self._before[name]

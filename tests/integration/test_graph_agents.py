@@ -110,7 +110,7 @@ async def test_agents_tell_their_graph_and_their_types():
         "entry": "sort",
         "nodes": [{"name": "sort", "kind": "lm"}],
         "edges": [
-            {"from": "sort", "to": "sort", "label": "bug"},
+            {"from": "sort", "to": "sort", "label": "bug", "back": True},
             {"from": "sort", "to": "__end__", "label": "question"},
         ],
     }

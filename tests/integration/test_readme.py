@@ -47,6 +47,7 @@ def commands() -> list[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("readme")
     (path / "my_agents.py").write_text(python("countdown(start"))
+    (path / "notes.py").write_text(python("AgentTranspiler"))
     (path / "client.py").write_text(python("websockets"))
     return path
 
@@ -121,12 +122,47 @@ def test_two_hubs_over_one_redis_show_the_same_runs(deployed: list[str]):
 def test_every_snippet_is_covered_here():
     known = ("make ", "AGENTCAST_LM=", "agentcast ", "curl ", "redis-server ")
     assert all(line.startswith(known) for line in commands())
-    assert len(snippets("python")) == 3
+    assert len(snippets("python")) == 4
 
 
 def test_the_examples_are_those_of_the_readme():
-    for name, holding in (("my_agents.py", "countdown(start"), ("client.py", "websockets")):
+    for name, holding in (("my_agents.py", "countdown(start"), ("notes.py", "AgentTranspiler"), ("client.py", "websockets")):
         assert (ROOT / "examples" / name).read_text() == python(holding)
+
+
+def test_the_graph_runs(folder: Path):
+    done = subprocess.run(
+        [sys.executable, "notes.py"],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("clean has set {'article': 'One hub serves many clients.")
+    assert "count has set {'words': 10}" in lines
+    assert "check has set {'short': True}" in lines
+    assert any("One hub serves many clients" in line for line in lines[4:])
+
+
+def test_the_graph_is_served(folder: Path):
+    command = " ".join(next(word for word in re.findall(r"`(agentcast\s+serve --agents notes[^`]+)`", README)).split())
+    for url, banner in serve(folder, command):
+        assert "notes" in banner
+        with urllib.request.urlopen(f"{url}/v1/agents", timeout=10) as response:  # noqa: S310
+            (agent,) = json.load(response)["agents"]
+        assert [node["name"] for node in agent["graph"]["nodes"]] == ["clean", "summarize", "count", "check"]
+        done = subprocess.run(
+            [AGENTCAST, "run", "notes", "article=One hub serves many clients.", "--url", url, "--json"],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+        assert json.loads(done.stdout.splitlines()[-1])["result"]["words"] == 5
 
 
 def test_make_targets_exist():

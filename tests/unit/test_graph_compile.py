@@ -115,6 +115,14 @@ def test_input_field_that_a_loop_or_a_default_or_the_program_provides():
     assert set(AgentTranspiler.compile(graph).input_model.model_fields) == {"topic", "extra"}
 
 
+def test_later_part_of_a_loop_does_not_provide_the_first_input():
+    mood = fields(mood=str)
+    graph = graph_of(ok, node("use", mood, Empty, given), node("set", Topic, mood, given), edges=[("ok", "use")])
+    graph.add_edge("use", "set")
+    graph.add_conditional_edges("set", lambda _: 1, {1: "ok", 2: END})
+    assert "node 'use': nothing provides its input field 'mood'" in one(graph)
+
+
 def test_own_output_does_not_provide_the_first_input():
     both = fields(mood=str)
     graph = graph_of(ok, node("self", both, both, given), edges=[("ok", "self"), ("self", "self")])
@@ -256,7 +264,7 @@ def test_graph_as_mermaid_and_as_data():
         ],
         "edges": [
             {"from": "ask", "to": "deep"},
-            {"from": "deep", "to": "ask", "label": 'say "x"'},
+            {"from": "deep", "to": "ask", "label": 'say "x"', "back": True},
             {"from": "deep", "to": "__end__", "label": "False"},
         ],
     }
