@@ -103,8 +103,7 @@ class Program(dspy.Module, Generic[T]):  # type: ignore[misc]  # dspy is untyped
     # -- DSPy ------------------------------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: Any) -> Self:
-        """A program with modules of its own for the same graph, as optimizers want it. Functions, tools and models are
-        shared."""
+        """A program with modules of its own for the same graph, as optimizers want it."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.steps = {name: step.deepcopy() for name, step in self.steps.items()}
