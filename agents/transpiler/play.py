@@ -130,8 +130,8 @@ class Play:
     def _result(self) -> Any:
         model = self._plan.output_model
         if model is None:
-            return dspy.Prediction(**detached(self._state.values(sorted(self._set))))
-        values = detached(self._state.values(list(model.model_fields)))
+            return dspy.Prediction(**self._state.values(sorted(self._set)))
+        values = self._state.values(list(model.model_fields))
         try:
             return model.model_validate(values, by_name=True)
         except ValidationError as error:

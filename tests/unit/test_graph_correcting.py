@@ -121,6 +121,9 @@ async def test_other_adapters_correct_themselves_too():
         events = await events_of(program.astream(topic="x"))
     assert events[-1] == {"event": "finished", "prediction": Out(color=Color.RED, n=1)}
     assert of("validation_error", events)[0]["failed_fields"] == ["color", "n"]
+    assert (
+        "color: Input should be 'red'; n: Input should be a valid integer" in of("validation_error", events)[0]["error"]
+    )
 
 
 async def test_when_all_attempts_fail():
@@ -202,6 +205,19 @@ async def test_text_of_a_failed_attempt_is_retracted():
     attempt = ["lm_start", *["message_retracted"] * 3, "validation_error"]
     assert order == [*attempt, *attempt, "lm_start"]
     assert all(event["parent"] == span for event in of("lm_start", events))
+
+
+async def test_text_of_a_program_inside_is_retracted_with_its_attempt():
+    class Short(BaseModel):
+        text: str = Field(max_length=2)
+
+    inner = program_of(node("deep", Topic, Text), output=Text)
+    program = program_of(node("outer", Topic, Short, module=inner, max_retries=1))
+    with Script(chat(text="long"), chat(text="ok")).use():
+        events = await events_of(program.astream(topic="x"))
+    first, second = of("message_start", events)
+    assert [event["message"] for event in of("message_retracted", events)] == [first["message"]]
+    assert of("message_end", events)[-1]["message"] == second["message"]
 
 
 # -- Tools -------------------------------------------------------------------------------------------------------------
@@ -311,7 +327,7 @@ def test_copies_have_predictors_of_their_own_and_run():
         assert program.deepcopy()(topic="x") == Text(text="HI")
 
 
-async def test_usage_is_tracked():
+async def test_usage_is_tracked(caplog: pytest.LogCaptureFixture):
     program = program_of(node("triage", Topic, Triage), output=Triage)
     with Script(BAD, GOOD).use(), dspy.track_usage() as tracker:
         await program.aforward(topic="x")
@@ -321,6 +337,7 @@ async def test_usage_is_tracked():
         prediction = await plain.aforward(topic="x")
         assert prediction.get_lm_usage()["script/lm"]["prompt_tokens"] == 20
         await program.acall(topic="x")
+    assert caplog.records == []
 
 
 async def test_set_lm_and_callbacks_work_as_with_any_module():

@@ -1,9 +1,13 @@
 """Programs that run: every kind of node and router, joins, conflicts, loops, failures, many runs at once."""
 
 import operator
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal, assert_type
 
 import anyio
@@ -484,6 +488,35 @@ async def test_loop_limit_returns_what_there_is():
     assert events[-1] == {"event": "finished", "prediction": Count(n=9)}
 
 
+async def test_loop_limit_lets_end_what_runs_and_is_told_once():
+    go_on = anyio.Event()
+
+    async def slow(given: Count) -> dict[str, str]:
+        await go_on.wait()
+        return {"text": "slow"}
+
+    def loop(given: Count) -> dict[str, int]:
+        return up(given)
+
+    graph = graph_of(
+        node("start", Count, Empty, lambda _: {}),
+        node("loop", Count, Count, loop),
+        node("slow", Count, Text, slow),
+        node("after", Text, Empty, lambda _: {}),
+        edges=[("start", "loop"), ("loop", "loop"), ("start", "slow"), ("slow", "after")],
+        max_steps=5,
+        on_loop_limit="return",
+    )
+    events = []
+    with anyio.fail_after(10):
+        async for event in AgentTranspiler.compile(graph).astream(n=0):
+            events.append(event)
+            if event["event"] == "step_limit":
+                go_on.set()
+    assert len(of("step_limit", events)) == 1
+    assert events[-1]["prediction"].toDict() == {"n": 3, "text": "slow"}
+
+
 async def test_default_limit_is_15_steps():
     with pytest.raises(StepLimitError, match="15 steps"):
         await loop().aforward(n=-10)
@@ -675,10 +708,17 @@ async def test_streamify_of_dspy_itself_ends_too():
     assert isinstance(items[-1], dspy.Prediction)
 
 
-def test_importing_the_package_does_not_import_dspy():
-    import subprocess
-    import sys
+async def test_the_example_of_the_docs():
+    text = (Path(__file__).parents[2] / "docs/graphs.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)  # noqa: S102 -- our own
+    with Script(chat(text="short"), chat(text="This one is long enough.")).use():
+        result = await names["program"].aforward(topic="x")
+    assert result.model_dump() == {"text": "This one is long enough.", "good": True}
 
+
+def test_importing_the_package_does_not_import_dspy():
     code = (
         "import sys, agents.events; assert 'dspy' not in sys.modules; from agents import Graph; import agents; agents.x"
     )
