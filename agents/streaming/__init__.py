@@ -30,8 +30,8 @@ from agents.streaming.bridge import wait_in_thread
 from agents.streaming.carrying import carrying
 from agents.streaming.drop_in import streamify
 from agents.streaming.dspy_calls import is_async
-from agents.streaming.program import EMITTER_SETTING, Outcome, add_cost, can_retract, current_span, run_program
 from agents.streaming.nodes import NodeSpan, node_span, tell_step_limit
+from agents.streaming.program import EMITTER_SETTING, Outcome, add_cost, can_retract, current_span, run_program
 from agents.streaming.stream import Stream, StreamError
 from agents.streaming.typed import EventStream, stream_events
 
@@ -51,6 +51,6 @@ __all__ = [
     "run_program",
     "stream_events",
     "streamify",
-    "wait_in_thread",
     "tell_step_limit",
+    "wait_in_thread",
 ]

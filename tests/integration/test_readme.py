@@ -126,7 +126,11 @@ def test_every_snippet_is_covered_here():
 
 
 def test_the_examples_are_those_of_the_readme():
-    for name, holding in (("my_agents.py", "countdown(start"), ("notes.py", "AgentTranspiler"), ("client.py", "websockets")):
+    for name, holding in (
+        ("my_agents.py", "countdown(start"),
+        ("notes.py", "AgentTranspiler"),
+        ("client.py", "websockets"),
+    ):
         assert (ROOT / "examples" / name).read_text() == python(holding)
 
 
