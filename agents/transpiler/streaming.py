@@ -4,7 +4,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
-from agents.base import public_message
+from agents.failures import failure_of
 from agents.streaming import Stream, run_program
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ class ProgramStream(Stream[Item], Generic[T]):
             self._error = error
             node = getattr(error, "node", None)
             named = {"node": node} if isinstance(node, str) else {}
-            self._items.append({"event": "error", **named, "error": public_message(error)})
+            self._items.append({"event": "error", **named, "error": failure_of(error).message})
 
 
 def stream_program(program: Any, inputs: Mapping[str, Any]) -> ProgramStream[Any]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, assert_type
 import anyio
 import dspy
 import pytest
+from dspy.utils.exceptions import LMRateLimitError
 from pydantic import BaseModel, ValidationError
 
 from agents import END, AgentTranspiler, Graph, Program, Reducer, StatefulNode
@@ -26,6 +27,7 @@ from agents.graph.errors import (
     StepError,
     StepLimitError,
 )
+from agents.registry import Registry
 from agents.streaming import streamify
 from tests.support.graphs import Empty, Script, Text, Topic, events_of, graph_of, node, of, program_of, told
 from tests.support.lms import chat, lm_of
@@ -724,3 +726,20 @@ def test_importing_the_package_does_not_import_dspy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert "AttributeError: module 'agents' has no attribute 'x'" in done.stderr
+
+
+async def test_failed_call_of_the_model_is_told_in_words_and_retried_where_the_model_says_so():
+    program = program_of(node("ask", Topic, Text), output=Text)
+    script = Script(LMRateLimitError("slow down", retry_after=0.001), chat(text="hi"))
+    with script.use():
+        events = await events_of(program.astream(topic="x"))
+        assert isinstance(events[-1]["exception"], LMRateLimitError)
+        assert events[-2]["node"] == "ask"
+        assert "too many requests" in events[-2]["error"]
+        assert of("validation_error", events) == []
+    script = Script(LMRateLimitError("slow down", retry_after=0.001), chat(text="hi"))
+    with script.use():
+        program.set_lm(dspy.settings.lm.copy(num_retries=1))
+        registered = Registry().add("asker", program)
+        assert registered.spec.name == "asker"
+        assert await program.aforward(topic="x") == Text(text="hi")
