@@ -159,7 +159,7 @@ async def slow_ticks(streamify: Streamify) -> Result:
             await self.tool.acall()
             return answer
 
-    with dspy.context(lm=lm(0.01, 60)):
+    with dspy.context(lm=lm(0.01, 160)):
         items = await take(streamify(TokensFirst(), is_async_program=True)(), 0.012)
     return len(items), statuses(items) == 2 and isinstance(items[-1], dspy.Prediction)
 

