@@ -116,6 +116,14 @@ def serve(
             "`*` for any. [env: AGENTCAST_HOSTS]",
         ),
     ] = None,
+    mcp_config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="MCP servers, in the `mcpServers` shape of other clients: adds an agent, `assistant`, that has their "
+            "tools, and defines them for agents that name them. [env: AGENTCAST_MCP_CONFIG]",
+        ),
+    ] = None,
     lm: Model = None,
     redis: RedisUrl = None,
     log_level: Annotated[
@@ -140,7 +148,7 @@ def serve(
     from server import serving
 
     given = {"agents": agents, "host": host, "port": port, "hosts": hosts, "lm": lm}
-    given |= {"redis": redis, "log_level": log_level}
+    given |= {"mcp_config": mcp_config, "redis": redis, "log_level": log_level}
     settings = _settings({name: value for name, value in given.items() if value is not None})
     try:
         code = serving.serve(settings)
