@@ -1,7 +1,7 @@
 """`librarian`: the researcher's questions, answered with the tools of an MCP server.
 
-The server, `librarian_server`, ships with it, is started with the hub and works on the same folder as the researcher. It
-shows what MCP servers of one's own look like in use: several runs share one process, a long tool tells of its progress.
+The server, `librarian_server`, ships with it, is started with the hub and works on the same folder as the researcher.
+It shows what MCP servers look like in use: several runs share one process, and a long tool tells of its progress.
 """
 
 import os

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import anyio
 from mcp import Client
 from mcp.shared.exceptions import MCPError
-from mcp_types import CONNECTION_CLOSED, REQUEST_TIMEOUT, CallToolResult
+from mcp_types import CONNECTION_CLOSED, CallToolResult
 
 from agents.base import ToolError, redact
 from agents.mcp.words import clean_error
 
+LOST = "the connection to its server was lost"
 WAITING_PROGRESS = 256
 """Notifications of progress that wait for one run."""
 
@@ -88,7 +89,7 @@ class Call:
 
     def drop(self) -> None:
         """The connection has ended; an outcome that is there already stands."""
-        self._end(None, "the connection to its server was lost")
+        self._end(None, LOST)
 
     async def _on_progress(self, progress: float, total: float | None, message: str | None) -> None:
         # The SDK starts a task for each notification: whatever came before this line could put them out of order.
@@ -105,12 +106,7 @@ class Call:
             self._news.set()
 
 
-def is_lost(error: MCPError) -> bool:
-    """Whether `error` says that the connection is of no more use."""
-    return error.code in (CONNECTION_CLOSED, REQUEST_TIMEOUT)
-
-
 def _told(error: MCPError) -> str:
-    if is_lost(error):
-        return "the connection to its server was lost"
+    if error.code == CONNECTION_CLOSED and error.message == "Connection closed":
+        return LOST
     return clean_error(error.message) or f"error {error.code}"

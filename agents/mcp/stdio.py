@@ -1,38 +1,28 @@
 """The stdio transport: a server's process, its lines as messages, and its end.
 
-Unlike the SDK's own it bounds what it holds: a line of more than `MAX_LINE` bytes is never put together nor parsed, and
-of the result in it only the beginning is kept (G3). What is no message is dropped and counted, stderr goes to the log
-at debug, and the whole process group is ended with the connection. This module must not know what the messages mean,
-save the shape of a result that it cuts.
+Unlike the SDK's own it bounds what it holds (see `oversize`). What is no message is dropped and counted, stderr goes to
+the log at debug, and the whole process group is ended with the connection. This module must not know what the messages
+mean.
 """
 
 import logging
 import os
-import re
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
 
 import anyio
-import jiter
-import orjson
 from anyio.abc import ByteReceiveStream, Process
 from anyio.lowlevel import checkpoint
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from mcp.client.stdio import get_default_environment
 from mcp.os.posix.utilities import terminate_posix_process_tree
 from mcp.shared.message import SessionMessage
-from mcp_types import JSONRPCResponse, jsonrpc_message_adapter
+from mcp_types import JSONRPCMessage, jsonrpc_message_adapter
 
+from agents.mcp.oversize import Lines, Oversize, salvage
 from agents.mcp.words import last_error_line
-from agents.values import VALUE_BYTES, cut_text
 
-MAX_LINE = 4 * 1024 * 1024
-"""Bytes of one message that are parsed."""
-HEAD_BYTES = 2 * VALUE_BYTES
-TAIL_BYTES = 256
 EXIT_PATIENCE = 2.0
 """Seconds that a server gets to exit after its stdin was closed, and again after SIGTERM."""
 STDERR_LINES = 20
@@ -41,7 +31,6 @@ STDERR_CHARS = 500
 Outgoing = tuple[MemoryObjectReceiveStream[SessionMessage | Exception], MemoryObjectSendStream[SessionMessage]]
 
 _log = logging.getLogger(__name__)
-_ID_AT_END = re.compile(rb'"id"\s*:\s*(-?\d+|"[^"\\]*")\s*(?:,\s*"jsonrpc"\s*:\s*"2\.0"\s*)?\}\s*\Z')
 _BROKEN = (anyio.ClosedResourceError, anyio.BrokenResourceError, OSError)
 
 
@@ -80,75 +69,6 @@ class StdioLog:
         how = f"it exited with code {code}" if code >= 0 else f"it was ended by signal {-code}"
         words = last_error_line(self._stderr)
         return f"{how}: {words}" if words else how
-
-
-@dataclass(frozen=True)
-class Oversize:
-    """A line that was too long: its beginning, its end, and how many bytes it has in all."""
-
-    head: bytes
-    tail: bytes
-    size: int
-
-
-class Lines:
-    """Parts bytes into lines, holding `limit` bytes at most."""
-
-    def __init__(self, limit: int = MAX_LINE) -> None:
-        self._limit = limit
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._tail = b""
-
-    def feed(self, data: bytes) -> Iterator[bytes | Oversize]:
-        """The lines that are whole now, without their ends."""
-        start = 0
-        while (end := data.find(b"\n", start)) >= 0:
-            self._add(data[start:end])
-            yield self._take()
-            start = end + 1
-        self._add(data[start:])
-
-    def _add(self, part: bytes) -> None:
-        before, self._size = self._size, self._size + len(part)
-        if self._size <= self._limit:
-            self._parts.append(part)
-            return
-        if before <= self._limit:
-            self._parts = [b"".join([*self._parts, part])[:HEAD_BYTES]]
-        self._tail = (self._tail + part)[-TAIL_BYTES:]
-
-    def _take(self) -> bytes | Oversize:
-        line, size, tail = b"".join(self._parts), self._size, self._tail
-        self._parts, self._size, self._tail = [], 0, b""
-        return line if size <= self._limit else Oversize(line, tail, size)
-
-
-def salvage(line: Oversize) -> SessionMessage | None:
-    """The beginning of the result that `line` holds, as a whole message; `None` if it answers nothing."""
-    head: Any = {}
-    with suppress(ValueError):
-        head = jiter.from_json(line.head, partial_mode="trailing-strings")
-    if not isinstance(head, dict) or "method" in head:
-        return None
-    id = head.get("id")
-    if id is None and (match := _ID_AT_END.search(line.tail)):
-        id = orjson.loads(match[1])
-    if not isinstance(id, int | str):
-        return None
-    result = head.get("result")
-    result = result if isinstance(result, dict) else {}
-    content = result.get("content")
-    blocks = content if isinstance(content, list) else []
-    texts = [block["text"] for block in blocks if isinstance(block, dict) and isinstance(block.get("text"), str)]
-    mark = f"… [cut, the result has {line.size:,} bytes]"
-    text = cut_text("\n".join(texts), VALUE_BYTES - 2 * len(mark.encode())).rpartition("… [cut, ")[0]
-    whole = {
-        "content": [{"type": "text", "text": text + mark}],
-        "isError": bool(result.get("isError")),
-        "resultType": "complete",
-    }
-    return SessionMessage(JSONRPCResponse(jsonrpc="2.0", id=id, result=whole))
 
 
 @asynccontextmanager
@@ -196,7 +116,7 @@ async def _read(
                 message = salvage(line) if isinstance(line, Oversize) else _parsed(line, log)
                 if message is not None:
                     with suppress(*_BROKEN):  # nobody listens any more; read on all the same
-                        await arrived.send(message)
+                        await arrived.send(SessionMessage(message))
     with anyio.move_on_after(EXIT_PATIENCE):
         log.exit_code = await _exit_code(process)
     ended()
@@ -232,12 +152,12 @@ async def _chunks(stream: ByteReceiveStream | None) -> AsyncIterator[bytes]:
             await checkpoint()  # a flood must not keep the others from the loop
 
 
-def _parsed(line: bytes, log: StdioLog) -> SessionMessage | None:
+def _parsed(line: bytes, log: StdioLog) -> JSONRPCMessage | None:
     if not line.strip():
         return None
     if line.lstrip()[:1] == b"{":
         with suppress(ValueError):
-            return SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False))
+            return jsonrpc_message_adapter.validate_json(line, by_name=False)
     log.drop(line)
     return None
 
