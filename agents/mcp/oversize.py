@@ -45,11 +45,11 @@ class Bounded:
         before, self._size = self._size, self._size + len(part)
         if self._size <= self._limit:
             self._parts.append(part)
-            return
-        if before <= self._limit:
-            self._parts = [b"".join([*self._parts, part])[:HEAD_BYTES]]
-            part = part if len(part) >= TAIL_BYTES else self._parts[0][-TAIL_BYTES:]
-        self._tail = (self._tail + part)[-TAIL_BYTES:]
+        elif before <= self._limit:
+            whole = b"".join([*self._parts, part])
+            self._parts, self._tail = [whole[:HEAD_BYTES]], whole[-TAIL_BYTES:]
+        else:
+            self._tail = (self._tail + part)[-TAIL_BYTES:]
 
     def take(self) -> bytes | Oversize:
         """The message, and begin anew."""

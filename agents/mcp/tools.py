@@ -100,13 +100,14 @@ def _arguments(schema: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str
 
     These are given one, null, since a prompt shows schemas alone and could not tell which arguments are needed.
     """
-    args, _, _ = convert_input_schema_to_tool_args(dict(schema))
+    described, _, _ = convert_input_schema_to_tool_args(dict(schema))
+    # A title is but the name once more.
+    args = {name: {key: arg[key] for key in arg if key != "title"} for name, arg in described.items()}
     required = schema.get("required", ())
     optional = frozenset(name for name, arg in args.items() if name not in required and "default" not in arg)
-    shown = {name: {**arg, "default": None} if name in optional else dict(arg) for name, arg in args.items()}
-    for arg in shown.values():
-        arg.pop("title", None)  # the name once more
-    return shown, optional
+    for name in optional:
+        args[name] = {"anyOf": [args[name], {"type": "null"}], "default": None}
+    return args, optional
 
 
 def _call(caller: Caller, tool: str, args: Mapping[str, Any], optional: frozenset[str]) -> Any:
