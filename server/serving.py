@@ -183,4 +183,6 @@ def set_up_logging(level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Redacting("%(asctime)s %(levelname)-8s %(name)s: %(message)s"))
     logging.basicConfig(level=number, handlers=[handler], force=True)
+    # Each request to an MCP server would be a line.
+    logging.getLogger("httpx2").setLevel(number if number <= logging.DEBUG else max(number, logging.WARNING))
     logging.getLogger("uvicorn").setLevel(max(number, logging.WARNING) if number > logging.DEBUG else number)

@@ -41,7 +41,10 @@ class StdioLog:
         self.name = name
         self.rubbish = 0
         """Lines on stdout that were no messages."""
+        self.ending = False
+        """Whether it is we who end the connection."""
         self.exit_code: int | None = None
+        """Of a process that has ended by itself."""
         self.http_status: int | None = None
         """Of the newest HTTP response, if it was an error."""
         self.heard = anyio.Event()
@@ -96,10 +99,10 @@ async def stdio_transport(
                 # However the caller was cancelled: no process stays behind. Every wait in here is bounded.
                 with anyio.CancelScope(shield=True):
                     incoming.close()  # the reader goes on, so that a server that is stuck writing can exit
+                    log.ending = True
                     await _end(process)
                     with anyio.move_on_after(EXIT_PATIENCE):
                         await log.heard.wait()
-                    log.exit_code = process.returncode if log.exit_code is None else log.exit_code
                 tasks.cancel_scope.cancel()
 
 
@@ -117,9 +120,10 @@ async def _read(
                 if message is not None:
                     with suppress(*_BROKEN):  # nobody listens any more; read on all the same
                         await arrived.send(SessionMessage(message))
-    with anyio.move_on_after(EXIT_PATIENCE):
-        log.exit_code = await _exit_code(process)
-    ended()
+    if not log.ending:
+        ended()
+        with anyio.move_on_after(EXIT_PATIENCE, shield=True):
+            log.exit_code = await _exit_code(process)
 
 
 async def _write(

@@ -19,14 +19,18 @@ async def supervise(servers: Iterable[McpServer]) -> None:
 async def running(*servers: McpServer, within: float = START_TIMEOUT) -> AsyncIterator[None]:
     """Keep `servers` inside of the block, which begins when each is up or has failed to start, or after `within`
     seconds. Those that failed are tried on, and say why when their tools are called."""
+    failure: Exception | None = None
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(supervise, dict.fromkeys(servers))
+        with anyio.move_on_after(within):
+            await _tried(servers)
         try:
-            with anyio.move_on_after(within):
-                await _tried(servers)
             yield
-        finally:
-            tasks.cancel_scope.cancel()
+        except Exception as error:  # noqa: BLE001 -- raised below, where no task group wraps it
+            failure = error
+        tasks.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
 
 
 async def check(servers: Iterable[McpServer], within: float = START_TIMEOUT) -> list[ServerStatus]:

@@ -27,6 +27,15 @@ def faulty(name: str = "faulty", *options: str, **settings: Any) -> McpServer:
     return mcp_server(name, command=sys.executable, args=["-P", FAULTY, *options], **settings)
 
 
+def failing_at_first(name: str, file: Path, failures: int) -> McpServer:
+    """The same, but its first starts fail. `file` has the number of starts, which may be changed meanwhile."""
+    words = 'File "/srv/faulty/start.py", line 3\nno luck with TOKEN-abcdefgh at /srv/faulty/data'
+    script = f"""n=$(cat {file} || echo 0); echo $((n + 1)) > {file}
+        [ $n -lt {failures} ] && echo '{words}' >&2 && exit 3
+        exec {sys.executable} -P {FAULTY}"""
+    return mcp_server(name, command="sh", args=["-c", script])
+
+
 @asynccontextmanager
 async def faulty_http(*options: str) -> AsyncIterator[tuple[str, Any]]:
     """The same over HTTP: its URL and its process, which is killed at the end."""

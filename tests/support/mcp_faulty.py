@@ -1,13 +1,12 @@
 """An MCP server that does on request whatever a bad one does. Run as a process, over stdio or HTTP.
 
-    python tests/support/mcp_faulty.py [--many N] [--fail-until N FILE] [--token T --http]
+    python tests/support/mcp_faulty.py [--many N] [--http [--port P] [--token T]]
 
 With `--http` it prints its port. It knows nothing of the project.
 """
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -89,6 +88,14 @@ async def fail(text: str) -> str:
 
 
 @server.tool()
+async def trip() -> str:
+    """Fail, and tell too much of it."""
+    raise ToolError(
+        "boom\nTraceback (most recent call last):\n  File \"/srv/app.py\", line 3, in f\nKeyError: '/srv/a/x'"
+    )
+
+
+@server.tool()
 def big(size: int) -> str:
     """A long text."""
     return "x" * size
@@ -159,27 +166,16 @@ async def grow(ctx: Context, name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--many", type=int, default=0)
-    parser.add_argument("--fail-until", nargs=2)
     parser.add_argument("--http", action="store_true")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--token")
     options = parser.parse_args()
-    if options.fail_until is not None:
-        fail_until(int(options.fail_until[0]), Path(options.fail_until[1]))
     for number in range(options.many):
         server.add_tool(lambda number=number: f"number {number}", name=f"tool_{number}", description="d" * 500)
     if options.http:
         serve_http(options.port, options.token)
     else:
         server.run("stdio")
-
-
-def fail_until(attempts: int, file: Path) -> None:
-    done = int(file.read_text()) if file.exists() else 0
-    file.write_text(str(done + 1))
-    if done < attempts:
-        sys.stderr.write('File "/srv/faulty/start.py", line 3\nno luck with TOKEN-abcdefgh at /srv/faulty/data\n')
-        sys.exit(3)
 
 
 def serve_http(port: int, token: str | None) -> None:
