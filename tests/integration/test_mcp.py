@@ -372,7 +372,9 @@ async def test_librarian_answers_through_its_server():
     progress = [event for event in indexed if event["event"] == "tool_progress"]
     assert [event["progress"] for event in progress] == list(range(len(progress)))
     assert progress[-1]["total"] == len(progress) - 1 >= 4
-    assert "The index has" in indexed[-1]["result"]["answer"]
+    [index] = [event for event in indexed if event["event"] == "tool_end" and event["tool"] == "index"]
+    assert index["result"].startswith(f"The index has {len(progress) - 1} files.\n- ")
+    assert indexed[-1]["event"] == "run_end"
 
 
 def test_librarian_server_needs_no_agents():
