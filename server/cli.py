@@ -298,12 +298,14 @@ def run(
     * 130: left by a second Ctrl-C.
     """
     document = _described(url)
-    schema = next((known.get("input", {}) for known in document["agents"] if known["name"] == agent), None)
-    if schema is None:
-        names = ", ".join(known["name"] for known in document["agents"]) or "none"
-        raise _failure(f"there is no agent {agent!r} at {url}; known are: {names}")
+    known = {described["name"]: described for described in document["agents"]}
+    if agent not in known:
+        raise _failure(f"there is no agent {agent!r} at {url}; known are: {', '.join(known) or 'none'}")
+    if not known[agent].get("available", True):
+        reason = known[agent].get("reason", "the hub does not say why")
+        raise _failure(f"agent {agent} is not available: {reason}; try again later", FAILED)
     try:
-        typed = typed_input(schema, values or [], None if input is None else _read(input))
+        typed = typed_input(known[agent].get("input", {}), values or [], None if input is None else _read(input))
     except BadArgument as error:
         raise _failure(f"input of {agent}: {error}") from None
     watch = _Watch(agent, json)

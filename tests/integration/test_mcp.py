@@ -359,6 +359,23 @@ async def test_wrong_config_stops_the_start_with_the_reason(tmp_path: Path):
     assert "Traceback" not in error
 
 
+async def test_command_line_says_why_an_agent_is_unavailable(tmp_path: Path):
+    config = tmp_path / "mcp.json"
+    config.write_text('{"mcpServers": {"files": {"command": "no-such-program-here"}}}')
+
+    async def agentcast(*words: str) -> tuple[int, str]:
+        done = await anyio.run_process([sys.executable, "-m", "server.cli", *words, "--url", hub.url], check=False)
+        return done.returncode, " ".join((done.stdout + done.stderr).decode().split())
+
+    async with serve("--mcp-config", str(config)) as hub:
+        reason = "MCP server files: cannot run 'no-such-program-here': No such file or directory"
+        with anyio.fail_after(PATIENCE):
+            while f"not available at the moment: {reason}" not in (await agentcast("agents"))[1]:  # noqa: ASYNC110
+                await anyio.sleep(0.1)
+            code, told = await agentcast("run", "assistant", "request=x")
+    assert (code, told) == (1, f"agentcast: agent assistant is not available: {reason}; try again later")
+
+
 async def test_librarian_answers_through_its_server():
     async with serve(agents="agents.demo:registry", offline_delay="0") as hub, hub.client() as client:
         with anyio.fail_after(PATIENCE):
