@@ -47,9 +47,12 @@ class Connection:
         self._stale = anyio.Event()
         self._ended = False
 
-    async def run(self, within: float, listed: Callable[[list[Tool]], Awaitable[None]]) -> None:
+    async def run(
+        self, within: float, listed: Callable[[list[Tool]], Awaitable[None]], lost: Callable[[], None]
+    ) -> None:
         """Connect within `within` seconds and serve until the connection is lost. `listed` is given the tools, at first
-        and whenever they have changed.
+        and whenever they have changed; `lost` is called as soon as no more calls can be made, while the server's
+        process, say, is still to be ended.
 
         :raises Exception: always, unless cancelled; `reason` says for people what it means.
         """
@@ -66,7 +69,12 @@ class Connection:
                     client.session.validate_tool_result = _unchecked  # type: ignore[method-assign]
                     await listed(await _tools(client))
                     starting.deadline = float("inf")
-                    await self._serve(client, listed)
+                    try:
+                        await self._serve(client, listed)
+                    finally:
+                        lost()
+                        for call in self._calls:
+                            call.drop()
             raise Lost(f"it did not start within {within:g} s")
         finally:
             for call in self._calls:

@@ -34,8 +34,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds between attempts to start: the first pause; each is twice the one before, up to the longest."""
 STEADY_AFTER = 30.0
 """Seconds after which a connection counts as good, so that the pauses begin anew."""
-RESTART_PATIENCE = 10.0
-"""Seconds that a run waits for a server that is being restarted."""
+RETRY_PATIENCE = 10.0
+"""Seconds that a run waits for a server whose newest start has failed."""
 
 State = Literal["stopped", "starting", "up", "down"]
 
@@ -135,7 +135,7 @@ class McpServer:
         if self._loop != current_token():
             raise McpUnavailable(f"MCP server {self.name} can be used on its own event loop only: call it with `await`")
         if self._connection is None:
-            with anyio.move_on_after(START_TIMEOUT if self._state == "starting" else RESTART_PATIENCE):
+            with anyio.move_on_after(START_TIMEOUT if self._reason is None else RETRY_PATIENCE):
                 await self._settled.wait()
         if self._connection is None:
             raise McpUnavailable(self.unavailable or f"MCP server {self.name} is being started; try again")
@@ -186,23 +186,24 @@ class McpServer:
                 self._connection, self._state, self._reason = connection, "up", None
                 self._settled.set()
 
+        def lost() -> None:
+            self._connection, self._state, self._settled = None, "starting", anyio.Event()
+
         try:
-            await connection.run(START_TIMEOUT, listed)
+            await connection.run(START_TIMEOUT, listed, lost)
         except Exception as error:  # noqa: BLE001 -- a server may fail in any way; the hub must not
             self._lose(connection.reason(error), was_up=up_since is not None)
             _log.debug("MCP server %s", self.name, exc_info=error)
         return up_since is not None and anyio.current_time() - up_since >= STEADY_AFTER
 
     def _lose(self, reason: str, *, was_up: bool) -> None:
-        self._connection = None
-        self._settled.set()
         if was_up:
             _log.warning("MCP server %s: %s; starting it again", self.name, reason)
-            self._state = "starting"
-        else:
-            if reason != self._reason:
-                _log.warning("MCP server %s cannot be started: %s; still trying", self.name, reason)
-            self._state, self._reason = "down", reason
+            return
+        if reason != self._reason:
+            _log.warning("MCP server %s cannot be started: %s; still trying", self.name, reason)
+        self._state, self._reason = "down", reason
+        self._settled.set()
         self._settled = anyio.Event()
 
 
