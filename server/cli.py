@@ -93,6 +93,14 @@ Model = Annotated[
         "or `offline`. Keys come from the provider's usual variables. [env: AGENTCAST_LM; default: offline]",
     ),
 ]
+McpConfig = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="MCP servers, in the `mcpServers` shape of other clients: adds an agent, `assistant`, that has their "
+        "tools, and defines them for agents that name them. [env: AGENTCAST_MCP_CONFIG]",
+    ),
+]
 RedisUrl = Annotated[
     str | None,
     typer.Option(
@@ -116,14 +124,7 @@ def serve(
             "`*` for any. [env: AGENTCAST_HOSTS]",
         ),
     ] = None,
-    mcp_config: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="MCP servers, in the `mcpServers` shape of other clients: adds an agent, `assistant`, that has their "
-            "tools, and defines them for agents that name them. [env: AGENTCAST_MCP_CONFIG]",
-        ),
-    ] = None,
+    mcp_config: McpConfig = None,
     lm: Model = None,
     redis: RedisUrl = None,
     log_level: Annotated[
@@ -167,7 +168,12 @@ def _settings(given: dict[str, Any]) -> Settings:
 
 @cli.command()
 def doctor(
-    agents: Agents = None, host: Host = None, port: Port = None, lm: Model = None, redis: RedisUrl = None
+    agents: Agents = None,
+    host: Host = None,
+    port: Port = None,
+    mcp_config: McpConfig = None,
+    lm: Model = None,
+    redis: RedisUrl = None,
 ) -> None:
     """Check what a hub with the same settings would need: registries, models, Redis, MCP servers, the port.
 
@@ -184,7 +190,7 @@ def doctor(
     from server import serving
     from server.doctor import examine
 
-    given = {"agents": agents, "host": host, "port": port, "lm": lm, "redis": redis}
+    given = {"agents": agents, "host": host, "port": port, "mcp_config": mcp_config, "lm": lm, "redis": redis}
     settings = _settings({name: value for name, value in given.items() if value is not None})
     serving.set_up_logging("critical")  # what matters is among the findings
     well = anyio.run(examine, settings, typer.echo)
