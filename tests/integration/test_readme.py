@@ -123,7 +123,7 @@ def test_two_hubs_over_one_redis_show_the_same_runs(deployed: list[str]):
 def test_every_snippet_is_covered_here():
     known = ("make ", "AGENTCAST_LM=", "agentcast ", "curl ", "redis-server ")
     assert all(line.startswith(known) for line in commands())
-    assert len(snippets("python")) == 4
+    assert len(snippets("python")) == 5
 
 
 def test_the_examples_are_those_of_the_readme():
