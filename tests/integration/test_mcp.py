@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import dspy
 import pytest
 from mcp.server.mcpserver import Context, MCPServer
+from pydantic import BaseModel
 
+from agents import END, AgentTranspiler, Graph, StatefulNode
 from agents.events import ToolEnd, ToolProgress, ToolStart
 from agents.mcp import McpServer, McpUnavailable, check, mcp_server, running
 from agents.mcp import server as server_module
-from agents.react import react_agent
+from agents.react import react_agent, servers_of
 from agents.registry import Registry
 from tests.support.hub import open_hub
+from tests.support.lms import chat, lm_of
 from tests.support.mcp import PATIENCE, Move, Played, failing_at_first, faulty, faulty_http, play, until
 from tests.support.process import refused, serve
 
@@ -177,6 +181,36 @@ async def test_tools_of_two_servers_are_told_apart():
 def lambda_tool(x: int) -> int:
     """Double."""
     return 2 * x
+
+
+class Question(BaseModel):
+    question: str
+
+
+class Answer(BaseModel):
+    answer: str
+
+
+async def test_node_of_a_graph_uses_a_server():
+    async with served("stdio") as server:
+        graph = Graph(description="Answer.")
+        graph.add_node(StatefulNode("ask", Question, Answer, tools=[server, lambda_tool]))
+        graph.add_edge("ask", END)
+        graph.set_entry_point("ask")
+        program = AgentTranspiler.compile(graph)
+        assert servers_of(program) == (server,)
+        replies = [
+            chat(next_thought="t", next_tool_name="echo", next_tool_args='{"text": "seen"}'),
+            chat(next_thought="t", next_tool_name="finish", next_tool_args="{}"),
+            chat(reasoning="r", answer="a"),
+        ]
+        with dspy.context(lm=lm_of(lambda _: replies.pop(0)), adapter=dspy.ChatAdapter()):
+            with anyio.fail_after(PATIENCE):
+                events = [event async for event in program.astream(question="q")]
+    assert [(event["tool"], event["server"]) for event in events if event["event"] == "tool_start"] == [
+        ("echo", "faulty")
+    ]
+    assert [event["result"] for event in events if event["event"] == "tool_end"] == ["seen"]
 
 
 async def test_server_object_in_this_process():
