@@ -91,6 +91,14 @@ class Agent(Protocol):
         """
 
 
+def unavailable(agent: Agent) -> str | None:
+    """Why `agent` cannot run just now, for people; `None`: it can. To be asked anew each time.
+
+    An agent that depends on something outside has a property `unavailable` that says so.
+    """
+    return getattr(agent, "unavailable", None)
+
+
 class ToolError(Exception):
     """A tool failed in a way that the LM, and people, should be told about: the text is shown to both as it is."""
 
@@ -132,8 +140,22 @@ def redact(text: str) -> str:
     a value that is a URL, and what was given to `keep_secret`.
     """
     for secret in _secrets():
-        text = text.replace(secret, "[redacted]")
+        if secret in text:
+            text = text.replace(secret, "[redacted]")
     return text
+
+
+def keep_secret(*values: str) -> None:
+    """From now on `redact` takes `values` for secrets: keys that were given in code or in a file, say.
+
+    Those of less than 8 characters are none.
+    """
+    _kept.update(value for value in values if len(value) >= _MIN_SECRET)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether the value of a variable called `name` is a secret."""
+    return any(word in name.upper() for word in _SECRET_WORDS)
 
 
 _SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
@@ -142,16 +164,10 @@ _URL_PASSWORD = re.compile(r"://[^/@\s:]*:([^/@\s]+)@")
 _kept: set[str] = set()
 
 
-def keep_secret(value: str) -> None:
-    """From now on `redact` takes `value` for a secret: a key that was given in code."""
-    if len(value) >= _MIN_SECRET:
-        _kept.add(value)
-
-
 def _secrets() -> Iterator[str]:
-    yield from _kept.copy()
+    yield from sorted(_kept, key=len, reverse=True)  # one may be part of another
     for name, value in os.environ.items():
-        if len(value) >= _MIN_SECRET and any(word in name.upper() for word in _SECRET_WORDS):
+        if len(value) >= _MIN_SECRET and is_secret_name(name):
             yield value
         yield from _URL_PASSWORD.findall(value)
 

@@ -26,9 +26,15 @@ def emit_event(event: AgentEvent) -> None:
 
     :raises Stopped: the run has ended, or is to end now.
     """
-    emit: Emitter | None = dspy.settings.get(EMITTER_SETTING)
+    emit = current_emitter()
     if emit is not None:
         emit.nowait(event)
+
+
+def current_emitter() -> Emitter | None:
+    """Where the events of the run that calls go; `None` outside of any run."""
+    emit: Emitter | None = dspy.settings.get(EMITTER_SETTING)
+    return emit
 
 
 def status(message: str) -> None:

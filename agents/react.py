@@ -2,7 +2,8 @@
 
 Sync tools run on threads, so that none blocks the event loop (G3). A tool that fails, or a reply of the model that
 cannot be read, becomes an observation which says what was wrong, without traceback or path (G9), while callbacks, and
-with them the event stream, still see the tool fail. Prompts are byte for byte those of `dspy.ReAct`.
+with them the event stream, still see the tool fail. Prompts are byte for byte those of `dspy.ReAct`. The tools of MCP
+servers are looked up at the start of each run, since they are known only while a server is connected, and may change.
 
 This module must not know runs or registries.
 """
@@ -12,10 +13,12 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import dspy
+from anyio.lowlevel import checkpoint
 from dspy.adapters.types.base_type import Type as CustomType
 from dspy.adapters.utils import format_field_value
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError
@@ -23,8 +26,9 @@ from pydantic import PrivateAttr, ValidationError
 from pydantic.fields import FieldInfo
 
 from agents.base import ToolError, public_message
-from agents.current import emit_event
+from agents.current import emit_event, status
 from agents.events import StepLimit
+from agents.mcp import TOOLS_AT_ONCE, McpServer, told_apart
 from agents.threads import in_thread
 from agents.values import cut_text, plain
 
@@ -43,21 +47,33 @@ def react_agent(
 ) -> "ReAct":
     """A ReAct program for `signature` (a `dspy.Signature` class or "question -> answer").
 
-    `tools` are functions with type hints, sync or async, or `dspy.Tool` objects; `max_iters` is the most tool calls.
+    `tools` are functions with type hints, sync or async, `dspy.Tool` objects, or MCP servers (`agents.mcp.mcp_server`),
+    which stand for all tools that they have; `max_iters` is the most tool calls.
 
     :raises ValueError: a tool has no use: its name is taken, or it is not callable; or `max_iters` is below 1.
     """
     return ReAct(signature, tools, max_iters)
 
 
+@dataclass(frozen=True)
+class Toolset:
+    """The tools of one moment by name, and the signature whose prompt lists them."""
+
+    tools: Mapping[str, Any]
+    signature: Any
+
+
 class ReAct(dspy.ReAct):  # type: ignore[misc]
-    """`dspy.ReAct` whose loop is robust. `message_fields` are the outputs worth streaming as text."""
+    """`dspy.ReAct` whose loop is robust. `message_fields` are the outputs worth streaming as text; `servers` the MCP
+    servers whose tools it has besides `tools`."""
 
     def __init__(self, signature: Any, tools: Sequence[Any], max_iters: int = DEFAULT_MAX_ITERS) -> None:
         if max_iters < 1:
             raise ValueError(f"max_iters is {max_iters}; it must be 1 or more")
-        super().__init__(signature, guarded(tools), max_iters)
+        super().__init__(signature, guarded([tool for tool in tools if not isinstance(tool, McpServer)]), max_iters)
         self.tools[FINISH] = _Finish(self.tools[FINISH])
+        self.servers = distinct(tool for tool in tools if isinstance(tool, McpServer))
+        self._extended: tuple[tuple[Any, ...], Toolset] | None = None
 
     @property
     def message_fields(self) -> Collection[str]:
@@ -77,11 +93,14 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
     async def act(self, **inputs: Any) -> dict[str, Any]:
         """Run the loop: what was thought, done and seen."""
         limit = inputs.pop("max_iters", self.max_iters)
+        toolset = await self._toolset()
         trajectory: dict[str, Any] = {}
         misread = 0
         for turn in range(limit):
             try:
-                move = await self._async_call_with_potential_trajectory_truncation(self.react, trajectory, **inputs)
+                move = await self._async_call_with_potential_trajectory_truncation(
+                    self.react, trajectory, signature=toolset.signature, **inputs
+                )
                 thought, name, args = (getattr(move, field) for field in TURN_FIELDS)
                 misread = 0
             except ContextWindowExceededError:
@@ -90,9 +109,9 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
             except (AdapterParseError, ValidationError) as error:
                 if (misread := misread + 1) == MAX_MISREAD:
                     raise
-                thought, name, args, observation = await self._recover(error)
+                thought, name, args, observation = await _recover(toolset.tools, error)
             else:
-                observation = await self._observe(name, args)
+                observation = await _observe(toolset.tools, name, args)
             trajectory |= {f"thought_{turn}": thought, f"tool_name_{turn}": name}
             trajectory |= {f"tool_args_{turn}": args, f"observation_{turn}": observation}
             if name == FINISH:
@@ -101,19 +120,32 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
             emit_event(StepLimit(max_steps=limit, message=f"No answer after {limit} steps; answering from these."))
         return trajectory
 
-    async def _observe(self, name: str, args: dict[str, Any]) -> Any:
-        tool = self.tools.get(name) or _unknown_tool(name, list(self.tools))
-        return await tool.acall(**args)
+    def forward(self, **inputs: Any) -> Any:
+        """As DSPy's own; without MCP servers only.
 
-    async def _recover(self, error: Exception) -> tuple[str, str, dict[str, Any], Any]:
-        """What a reply that does not fit the format was meant as, as far as it can be read."""
-        reply = getattr(error, "lm_response", "") or ""
-        thought, name = _section(reply, "next_thought"), _section(reply, "next_tool_name")
-        if name and name not in self.tools:
-            return thought, name, {}, await self._observe(name, {})
-        options = ", ".join(self.tools)
-        problem = f"next_tool_name must be one of {options}" if not name else "next_tool_args must be a JSON object"
-        return thought, name or "none", {}, f"Your reply could not be read: {problem}."
+        :raises ValueError: it has some.
+        """
+        if self.servers:
+            raise ValueError("an agent with MCP servers can be awaited only: use `await agent.acall(…)`")
+        return super().forward(**inputs)
+
+    async def _toolset(self) -> Toolset:
+        """The tools as they are now. Made anew only when a server has listed others.
+
+        :raises McpUnavailable: a server is not connected, and does not come back in time.
+        """
+        if not self.servers:
+            return Toolset(self.tools, self.react.signature)
+        for server in self.servers:
+            if server.status.state != "up":
+                status(f"Waiting for MCP server {server.name}")
+            await server.ready()
+        listings = tuple(server.tools for server in self.servers)
+        made_of = (self.react.signature, *listings)
+        extended = self._extended
+        if extended is None or any(old is not new for old, new in zip(extended[0], made_of, strict=True)):
+            extended = self._extended = made_of, await _extended(self.tools, self.react.signature, listings)
+        return extended[1]
 
     def _format_trajectory(self, trajectory: dict[str, Any]) -> Any:
         """As DSPy's own does it for the Chat adapter, without building a signature of all fields for each step: that
@@ -125,6 +157,41 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
         return "\n\n".join(sections).strip()
 
 
+async def _extended(own: Mapping[str, Any], signature: Any, listings: Sequence[Sequence[Any]]) -> Toolset:
+    """`own` tools and those of MCP servers, listed in the prompt of `signature` where the own ones stand."""
+    tools = {name: tool for name, tool in own.items() if name != FINISH}
+    for number, tool in enumerate(told_apart(own, listings)):
+        if number % TOOLS_AT_ONCE == 0:
+            await checkpoint()
+        tools[tool.name] = GuardedTool(tool)
+    tools[FINISH] = own[FINISH]
+    before, after = _numbered(own), _numbered(tools)
+    text = signature.instructions
+    text = text.replace(before, after) if before in text else f"{text}\n{after}"  # an optimizer may have rewritten it
+    typed = signature.with_updated_fields("next_tool_name", type_=Literal[tuple(tools)])
+    return Toolset(tools, typed.with_instructions(text))
+
+
+def _numbered(tools: Mapping[str, Any]) -> str:
+    return "\n".join(f"({number}) {tool}" for number, tool in enumerate(tools.values(), start=1))
+
+
+async def _observe(tools: Mapping[str, Any], name: str, args: dict[str, Any]) -> Any:
+    tool = tools.get(name) or _unknown_tool(name, list(tools))
+    return await tool.acall(**args)
+
+
+async def _recover(tools: Mapping[str, Any], error: Exception) -> tuple[str, str, dict[str, Any], Any]:
+    """What a reply that does not fit the format was meant as, as far as it can be read."""
+    reply = getattr(error, "lm_response", "") or ""
+    thought, name = _section(reply, "next_thought"), _section(reply, "next_tool_name")
+    if name and name not in tools:
+        return thought, name, {}, await _observe(tools, name, {})
+    options = ", ".join(tools)
+    problem = f"next_tool_name must be one of {options}" if not name else "next_tool_args must be a JSON object"
+    return thought, name or "none", {}, f"Your reply could not be read: {problem}."
+
+
 def _section_text(value: Any) -> Any:
     return value if type(value) is str else format_field_value(_TEXT_FIELD, value)
 
@@ -132,6 +199,29 @@ def _section_text(value: Any) -> Any:
 def _section(reply: str, name: str) -> str:
     match = re.search(rf"\[\[ ## {name} ## \]\]\s*(.*?)\s*(?=\[\[ ## |\Z)", reply, re.S)
     return cut_text(match[1], 4_096) if match else ""
+
+
+# -- MCP servers ---------------------------------------------------------------------------------------------------
+
+
+def distinct(servers: Iterable[McpServer]) -> tuple[McpServer, ...]:
+    """`servers`, each once.
+
+    :raises ValueError: two different ones have one name.
+    """
+    found: dict[str, McpServer] = {}
+    for server in servers:
+        if found.setdefault(server.name, server) is not server:
+            raise ValueError(f"there are two MCP servers named {server.name!r}: use one object for both, or rename one")
+    return tuple(found.values())
+
+
+def servers_of(program: Any) -> tuple[McpServer, ...]:
+    """The MCP servers that a `dspy.Module` and the modules in it use.
+
+    :raises ValueError: two different ones have one name.
+    """
+    return distinct(server for _, part in program.named_sub_modules() for server in getattr(part, "servers", ()))
 
 
 # -- Tools ---------------------------------------------------------------------------------------------------------
@@ -185,6 +275,11 @@ class GuardedTool(dspy.Tool):  # type: ignore[misc]
         self._plain = plain_tool
         with contextlib.suppress(ValueError):  # some built-in functions have none
             self._parameters = inspect.signature(plain_tool.func)
+
+    @property
+    def server(self) -> str | None:
+        """The name of the MCP server that the tool belongs to, if it does."""
+        return getattr(self._plain, "server", None)
 
     async def acall(self, /, **args: Any) -> Any:
         try:

@@ -14,6 +14,8 @@ from starlette.routing import WebSocketRoute
 from agents.base import Agent
 from agents.channel import Channel
 from agents.llm import ModelInfo, close_connections
+from agents.mcp import supervise
+from agents.registry import servers_used
 from server.bus.base import Bus
 from server.bus.memory import MemoryBus
 from server.bus.redis import RedisBus
@@ -31,7 +33,10 @@ logger = logging.getLogger(__name__)
 
 
 class AgentCast:
-    """One hub: its parts, and the order in which they start and stop. `app` is what an ASGI server serves."""
+    """One hub: its parts, and the order in which they start and stop. `app` is what an ASGI server serves.
+
+    :raises RegistryError: the MCP servers of the agents are not defined, or go by one name.
+    """
 
     def __init__(
         self, agents: Mapping[str, Agent], model: ModelInfo, settings: Settings, bus: Bus | None = None
@@ -42,6 +47,7 @@ class AgentCast:
         self.runs = Runs(self.bus, agents, settings, worker)
         self.connections = Connections(self.hub, self.runs, settings, degraded=lambda: self.bus.degraded)
         self.watchdog = Watchdog(_culprit)
+        self.mcp_servers = servers_used(agents.values())
         self.crashed: str | None = None
         """The part that broke, if one did: the hub is not ready from then on, and its server should exit."""
         self._started = False
@@ -79,6 +85,7 @@ class AgentCast:
             await tasks.start(self._guarded, "runs", self.runs.serve)
             tasks.start_soon(self._guarded, "connections", self.connections.tick)
             tasks.start_soon(self._guarded, "watchdog", self.watchdog.run)
+            tasks.start_soon(self._guarded, "MCP servers", lambda: supervise(self.mcp_servers))
             self._started = True
             try:
                 yield

@@ -93,6 +93,14 @@ Model = Annotated[
         "or `offline`. Keys come from the provider's usual variables. [env: AGENTCAST_LM; default: offline]",
     ),
 ]
+McpConfig = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="MCP servers, in the `mcpServers` shape of other clients: adds an agent, `assistant`, that has their "
+        "tools, and defines them for agents that name them. [env: AGENTCAST_MCP_CONFIG]",
+    ),
+]
 RedisUrl = Annotated[
     str | None,
     typer.Option(
@@ -116,6 +124,7 @@ def serve(
             "`*` for any. [env: AGENTCAST_HOSTS]",
         ),
     ] = None,
+    mcp_config: McpConfig = None,
     lm: Model = None,
     redis: RedisUrl = None,
     log_level: Annotated[
@@ -140,7 +149,7 @@ def serve(
     from server import serving
 
     given = {"agents": agents, "host": host, "port": port, "hosts": hosts, "lm": lm}
-    given |= {"redis": redis, "log_level": log_level}
+    given |= {"mcp_config": mcp_config, "redis": redis, "log_level": log_level}
     settings = _settings({name: value for name, value in given.items() if value is not None})
     try:
         code = serving.serve(settings)
@@ -159,7 +168,12 @@ def _settings(given: dict[str, Any]) -> Settings:
 
 @cli.command()
 def doctor(
-    agents: Agents = None, host: Host = None, port: Port = None, lm: Model = None, redis: RedisUrl = None
+    agents: Agents = None,
+    host: Host = None,
+    port: Port = None,
+    mcp_config: McpConfig = None,
+    lm: Model = None,
+    redis: RedisUrl = None,
 ) -> None:
     """Check what a hub with the same settings would need: registries, models, Redis, MCP servers, the port.
 
@@ -176,7 +190,7 @@ def doctor(
     from server import serving
     from server.doctor import examine
 
-    given = {"agents": agents, "host": host, "port": port, "lm": lm, "redis": redis}
+    given = {"agents": agents, "host": host, "port": port, "mcp_config": mcp_config, "lm": lm, "redis": redis}
     settings = _settings({name: value for name, value in given.items() if value is not None})
     serving.set_up_logging("critical")  # what matters is among the findings
     well = anyio.run(examine, settings, typer.echo)
@@ -290,12 +304,14 @@ def run(
     * 130: left by a second Ctrl-C.
     """
     document = _described(url)
-    schema = next((known.get("input", {}) for known in document["agents"] if known["name"] == agent), None)
-    if schema is None:
-        names = ", ".join(known["name"] for known in document["agents"]) or "none"
-        raise _failure(f"there is no agent {agent!r} at {url}; known are: {names}")
+    known = {described["name"]: described for described in document["agents"]}
+    if agent not in known:
+        raise _failure(f"there is no agent {agent!r} at {url}; known are: {', '.join(known) or 'none'}")
+    if not known[agent].get("available", True):
+        reason = known[agent].get("reason", "the hub does not say why")
+        raise _failure(f"agent {agent} is not available: {reason}; try again later", FAILED)
     try:
-        typed = typed_input(schema, values or [], None if input is None else _read(input))
+        typed = typed_input(known[agent].get("input", {}), values or [], None if input is None else _read(input))
     except BadArgument as error:
         raise _failure(f"input of {agent}: {error}") from None
     watch = _Watch(agent, json)

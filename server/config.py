@@ -23,6 +23,8 @@ class Settings(BaseSettings):
     """TCP port; 0 takes a free one."""
     hosts: Annotated[tuple[str, ...], NoDecode] = ()
     """Host names, besides the local ones, under which the hub may be asked (`Host`, `Origin`); `*` is any."""
+    mcp_config: str | None = None
+    """A JSON file that defines MCP servers, in the `mcpServers` shape."""
     lm: str = "offline"
     """The language model: any string that `dspy.LM` takes, or `offline`."""
     lm_attempts: int = Field(default=4, ge=1)

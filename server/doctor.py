@@ -13,11 +13,11 @@ import anyio
 import dspy
 from dspy.utils.exceptions import AdapterParseError
 
-from agents import llm
+from agents import llm, mcp
 from agents.base import redact
 from agents.events import Usage
 from agents.failures import failure_of
-from agents.registry import Registry, RegistryError, load
+from agents.registry import Registry, RegistryError, add_assistant, load, servers_used
 from agents.streaming import run_program
 from server import serving
 from server.bus.redis import check
@@ -48,7 +48,7 @@ async def examine(settings: Settings, tell: Callable[[Finding], None]) -> bool:
     """Make all checks, telling each finding as it comes; gives whether nothing failed."""
     well = True
     registry = Registry()
-    checks = (_registries(settings, registry), _models(settings, registry), _redis(settings), _mcp(registry))
+    checks = (_registries(settings, registry), _models(settings, registry), _redis(settings), _mcp(settings, registry))
     for findings in (*checks, _port(settings)):
         async for finding in findings:
             well = well and finding.ok is not False
@@ -153,8 +153,27 @@ async def _redis(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding("redis", False, str(error), "start it, or mend --redis or AGENTCAST_REDIS")
 
 
-async def _mcp(registry: Registry) -> AsyncIterator[Finding]:
-    yield Finding("mcp", None, "no agent uses an MCP server")
+async def _mcp(settings: Settings, registry: Registry) -> AsyncIterator[Finding]:
+    """Starts each MCP server, and ends it again."""
+    try:
+        configured = mcp.load_servers(settings.mcp_config) if settings.mcp_config else []
+        servers = servers_used(add_assistant(registry, configured))
+    except mcp.McpConfigError as error:
+        where = f": {error.where}" if error.where else ""
+        yield Finding("mcp", False, f"{error.file}{where}: {error.problem}", error.remedy)
+        return
+    except RegistryError as error:
+        yield Finding("mcp", False, f"{error.subject}: {error.problem}", error.remedy)
+        return
+    if not servers:
+        yield Finding("mcp", None, "no agent uses an MCP server")
+    for status in await mcp.check(servers):
+        name = f"{status.name} ({status.kind})"
+        if status.state == "up":
+            yield Finding("mcp", True, f"{name} has {status.tools} tools")
+        else:
+            remedy = "mend what describes it, or start it where it runs; until then its agents are not available"
+            yield Finding("mcp", False, f"{name}: {status.reason or 'it did not start in time'}", remedy)
 
 
 # -- The port ----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from agents.base import Agent
+from agents.base import Agent, unavailable
 from agents.llm import ModelInfo
 from server import protocol
 from server.bus.base import ACTIVE, Bus, Filter, RunInfo
@@ -204,16 +204,18 @@ def _filter(request: Request) -> Filter:
 
 def _described(agent: Agent) -> dict[str, Any]:
     spec = agent.spec
-    return {
+    reason = unavailable(agent)
+    described = {
         "name": spec.name,
         "description": spec.description,
         "input": spec.input_model.model_json_schema(),
         "output": spec.output_schema,
         "timeout": spec.timeout,
         "max_concurrent": spec.max_concurrent,
-        "available": True,
+        "available": reason is None,
         **({} if spec.graph is None else {"graph": spec.graph}),
     }
+    return described if reason is None else described | {"reason": reason}
 
 
 def _listed(run: RunInfo) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import orjson
 from anyio.abc import TaskGroup, TaskStatus
 from pydantic import BaseModel, ValidationError
 
-from agents.base import Agent, Stopped, Task, Turn, public_message
+from agents.base import Agent, Stopped, Task, Turn, public_message, unavailable
 from agents.channel import Channel
 from agents.events import (
     CancelRequested,
@@ -166,10 +166,12 @@ class Runs:
         :raises InvalidInput: the input does not fit the agent's schema; `details` names the fields.
         :raises Conflict: the key was used for another agent or input.
         :raises TooMany: this process has as many runs as it takes.
-        :raises Unavailable: the bus is away, or the hub is shutting down.
+        :raises Unavailable: the agent is, the bus is away, or the hub is shutting down.
         """
         agent = self._agent(command.agent)
         input = _validated(agent, command.input)
+        if (reason := unavailable(agent)) is not None:
+            raise Unavailable(f"agent {command.agent} is not available: {reason}")
         if self._stopping or self._tasks is None:
             raise Unavailable("the hub is shutting down; try again in a moment")
         if len(self._runs) >= self._settings.max_active:

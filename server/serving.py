@@ -19,7 +19,8 @@ import uvicorn
 
 from agents import llm
 from agents.base import redact
-from agents.registry import RegistryError, load
+from agents.mcp import McpConfigError, load_servers
+from agents.registry import RegistryError, add_assistant, load
 from server import __version__
 from server.app import AgentCast
 from server.asgi import FrameProtocol
@@ -40,13 +41,14 @@ def serve(settings: Settings) -> int:
     """
     set_up_logging(settings.log_level)
     try:
-        registry = load(",".join(settings.agents))
+        servers = load_servers(settings.mcp_config) if settings.mcp_config else []
+        registry = add_assistant(load(",".join(settings.agents)), servers)
         model = llm.configure(settings.lm, retrying(settings))
         redis = None if settings.redis is None else anyio.run(check, settings.redis.get_secret_value())
-    except (RegistryError, llm.ModelError, BusError) as error:
+        hub = AgentCast({agent.spec.name: agent for agent in registry}, model, settings)
+    except (RegistryError, McpConfigError, llm.ModelError, BusError) as error:
         raise CannotServe(str(error)) from None
     sock = bind(settings)
-    hub = AgentCast({agent.spec.name: agent for agent in registry}, model, settings)
     server = _Server(hub, settings, banner=_banner(hub, model, redis, sock))
     anyio.run(server.serve, [sock], backend_options={"use_uvloop": True})
     return server.exit_code
@@ -181,4 +183,6 @@ def set_up_logging(level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Redacting("%(asctime)s %(levelname)-8s %(name)s: %(message)s"))
     logging.basicConfig(level=number, handlers=[handler], force=True)
+    # Each request to an MCP server would be a line.
+    logging.getLogger("httpx2").setLevel(number if number <= logging.DEBUG else max(number, logging.WARNING))
     logging.getLogger("uvicorn").setLevel(max(number, logging.WARNING) if number > logging.DEBUG else number)

@@ -299,7 +299,8 @@ class AgentsView:
         if agent.get("description"):
             yield Padding(Text(_clean(agent["description"].strip())), (0, 0, 0, 2), expand=False)
         if not agent.get("available", True):
-            yield Text("  not available at the moment", style="yellow")
+            reason = _clean(" ".join(str(agent.get("reason", "")).split()))
+            yield Text(f"  not available at the moment{': ' if reason else ''}{reason}", style="yellow")
         schema = agent.get("input", {})
         fields = schema.get("properties", {})
         if not fields:

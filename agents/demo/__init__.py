@@ -1,6 +1,16 @@
-"""Agents that come with agentcast and work offline: `agents.demo:registry`."""
+"""Agents that come with agentcast and work offline: `agents.demo:registry`.
 
-from agents.demo.researcher import registry
-from agents.demo.swarm import Swarm
+They are imported when they are asked for: the librarian's server lives in this package too, and needs none of them.
+"""
+
+from typing import Any
 
 __all__ = ["Swarm", "registry"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from agents.demo import librarian, swarm
+
+    return librarian.registry if name == "registry" else swarm.Swarm

@@ -1,7 +1,10 @@
 """A folder of texts that can be searched: BM25 over its paragraphs, built when first asked, renewed when files change.
 
-Everything here blocks and is meant to run on a thread. Files are known by their path inside the folder, never by
-where the folder is. This module must not know agents.
+The folder is `AGENTCAST_DOCS`; by default this project's own `docs/` and README, or, where those are not at hand (an
+installed package), the text that ships with this module.
+
+Everything here blocks and is meant to run on a thread. Files are known by their path inside the folder, never by where
+the folder is. This module must not know agents.
 """
 
 import math
@@ -11,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from agents.base import ToolError
@@ -22,7 +26,10 @@ MAX_FILE_BYTES = 1_000_000
 MAX_READ_LINES = 60
 PASSAGE_LINES = 25
 MAX_HEADING = 80
+MAX_HITS = 10
+VARIABLE = "AGENTCAST_DOCS"
 
+_PROJECT = Path(__file__).parents[2]
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules", "venv", "build", "dist"})
 _HEADING = re.compile(r"^#{1,6} +(.+?)\s*#*$")
 _UNDERLINE = re.compile(r"^([=\-~^])\1{2,}$")
@@ -92,6 +99,50 @@ class Corpus:
                 self._index = _Index([part for name, path in files.items() for part in passages(name, _read(path))])
                 self._stamp = stamp
             return self._index
+
+
+def corpus() -> Corpus:
+    """The texts that the tools work on.
+
+    :raises ToolError: `AGENTCAST_DOCS` names no folder.
+    """
+    chosen = os.environ.get(VARIABLE, "").strip()
+    if chosen and not Path(chosen).expanduser().exists():
+        raise ToolError(f"{VARIABLE} is set to something that does not exist")
+    return _corpus(tuple([Path(chosen).expanduser()] if chosen else _own_texts()))
+
+
+@cache
+def _corpus(roots: tuple[Path, ...]) -> Corpus:
+    return Corpus(*roots)
+
+
+def _own_texts() -> list[Path]:
+    own = [path for path in (_PROJECT / "docs", _PROJECT / "README.md") if path.exists()]
+    is_checkout = (_PROJECT / "pyproject.toml").exists()
+    return own if own and is_checkout else [Path(__file__).parent / "texts"]
+
+
+def found(query: str, limit: int) -> str:
+    """What a search gives, as text: each passage under its place."""
+    hits = corpus().search(query, max(1, min(limit, MAX_HITS)))
+    if not hits:
+        return f"Nothing found for {query!r}. Other or fewer words may help."
+    return "\n\n".join(f"{hit.place}\n{hit.text}" for hit in hits)
+
+
+def excerpt(name: str, lines: list[str], line: int, count: int | None) -> str:
+    """The section around a line of a file, or `count` lines from that line on.
+
+    :raises ToolError: there is no such line.
+    """
+    if not lines:
+        return f"{name} is empty."
+    if not 1 <= line <= len(lines):
+        raise ToolError(f"{name} has {len(lines)} lines; there is no line {line}")
+    start, end = section(lines, line) if count is None else (line, line + min(max(count, 1), MAX_READ_LINES) - 1)
+    end = min(end, len(lines))
+    return "\n".join([place(name, f"{start}-{end}", heading_above(lines, start)), *lines[start - 1 : end]])
 
 
 def _find(name: str, files: Collection[str]) -> str:
@@ -167,6 +218,11 @@ def heading_above(lines: list[str], line: int) -> str:
     """The title of the section that `line` (from 1) is in."""
     titles = (_title(lines, at) for at in range(min(line, len(lines)) - 1, -1, -1))
     return next((title for title in titles if title is not None), "")
+
+
+def headings(lines: list[str]) -> list[str]:
+    """The titles in `lines`, in order."""
+    return [title for at in range(len(lines)) if (title := _title(lines, at)) is not None]
 
 
 def _title(lines: list[str], at: int) -> str | None:

@@ -16,5 +16,6 @@ is an error at once, which says what to do. `load` gets registries from strings 
 from agents.registry.book import Registry
 from agents.registry.errors import RegistryError
 from agents.registry.loading import load
+from agents.registry.servers import add_assistant, servers_used
 
-__all__ = ["Registry", "RegistryError", "load"]
+__all__ = ["Registry", "RegistryError", "add_assistant", "load", "servers_used"]

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from agents.base import DEFAULT_MAX_CONCURRENT, DEFAULT_TIMEOUT, Agent, AgentSpec
 from agents.llm import ModelError, adopt, as_model, make_lm
+from agents.mcp import McpServer
 from agents.react import DEFAULT_MAX_ITERS, ReAct, react_agent
 from agents.registry.errors import RegistryError
 from agents.registry.hosting import FunctionAgent, ProgramAgent
@@ -99,7 +100,11 @@ class Registry:
             graph=contract.graph,
         )
         adopt(program)
-        return self.register(ProgramAgent(spec, program, contract, messages, _lm(name, lm)))
+        try:
+            agent = ProgramAgent(spec, program, contract, messages, _lm(name, lm))
+        except ValueError as error:
+            raise RegistryError(f"agent {name!r}", str(error), "mend the tools of its parts") from error
+        return self.register(agent)
 
     def react(
         self,
@@ -125,17 +130,34 @@ class Registry:
                     f"@registry.react decorates a dspy.Signature class, not {kind_of(signature)}",
                     "write `class Name(dspy.Signature)`, or use @registry.agent for a function",
                 )
-            try:
-                program = react_agent(signature, tools, max_iters)
-            except ValueError as error:
-                raise RegistryError(
-                    f"agent {agent_name!r}", str(error), "mend what is given to @registry.react"
-                ) from error
+            program = _react(agent_name, signature, tools, max_iters, "@registry.react")
             options = {"timeout": timeout, "max_concurrent": max_concurrent, "lm": lm}
             self.add(agent_name, program, description=description, **options)
             return signature
 
         return decorate
+
+    def mcp(
+        self,
+        name: str,
+        signature: Any,
+        *,
+        servers: Sequence[McpServer],
+        max_iters: int = DEFAULT_MAX_ITERS,
+        description: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        max_concurrent: int = DEFAULT_MAX_CONCURRENT,
+        lm: Any = None,
+    ) -> Agent:
+        """Add a ReAct agent that answers `signature` (a class, or "question -> answer") with the tools of MCP servers.
+
+        :raises RegistryError: as `add`; or there are no servers, or two of one name.
+        """
+        if not servers or not all(isinstance(server, McpServer) for server in servers):
+            raise RegistryError(f"agent {name!r}", "servers must be a list of MCP servers", "make them with mcp_server")
+        program = _react(name, signature, servers, max_iters, "registry.mcp")
+        options = {"timeout": timeout, "max_concurrent": max_concurrent, "lm": lm}
+        return self.add(name, program, description=description, **options)
 
     @overload
     def agent(self, function: F, /) -> F: ...
@@ -232,6 +254,13 @@ def _lm(name: str, lm: Any) -> Any:
     except ModelError as error:
         problem = f"lm={lm!r}: {error.problem}"
     raise RegistryError(f"agent {name!r}", problem, "give a model string such as 'openai/gpt-5-mini', or a dspy.LM")
+
+
+def _react(name: str, signature: Any, tools: Sequence[Any], max_iters: int, where: str) -> ReAct:
+    try:
+        return react_agent(signature, tools, max_iters)
+    except ValueError as error:
+        raise RegistryError(f"agent {name!r}", str(error), f"mend what is given to {where}") from error
 
 
 def _spec(**fields: Any) -> AgentSpec:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from agents.base import AgentSpec, Emitter, Task, Turn
 from agents.current import emitting
+from agents.react import servers_of
 from agents.registry.schema import HISTORY, Call, Contract
 from agents.streaming import run_program
 from agents.values import cut_text, plain
@@ -30,8 +31,15 @@ class ProgramAgent:
         self.spec = spec
         self.program = program
         self.lm = lm
+        self.servers = servers_of(program)
+        """The MCP servers that it uses: whoever hosts it keeps them running."""
         self._contract = contract
         self._messages = messages
+
+    @property
+    def unavailable(self) -> str | None:
+        """Why it cannot run just now; see `agents.base.unavailable`."""
+        return next((reason for server in self.servers if (reason := server.unavailable) is not None), None)
 
     async def run(self, task: Task, emit: Emitter) -> Any:
         inputs = _fields(task.input)

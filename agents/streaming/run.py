@@ -227,7 +227,8 @@ class Run(Bridge):
             self._pass_through(call_id)  # not a tool, but how the loop ends
             return
         call, parent = self._open(call_id, instance.name)
-        self.tell([ToolStart(span=call.span, parent=parent, tool=call.name, args=inputs.get("kwargs", {}))])
+        args, server = inputs.get("kwargs", {}), getattr(instance, "server", None)
+        self.tell([ToolStart(span=call.span, parent=parent, tool=call.name, args=args, server=server)])
 
     @_handler
     def on_tool_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import anyio
 import pytest
@@ -53,6 +53,16 @@ async def worker(input: Seed, emit: Emitter) -> dict[str, int]:
     for number in range(4):
         await work.node(number)
     return {"seed": input.seed}
+
+
+class Needy(FunctionAgent):
+    """An agent that depends on something; `missing` is what it lacks."""
+
+    missing: ClassVar[str | None] = None
+
+    @property
+    def unavailable(self) -> str | None:
+        return self.missing
 
 
 class Stepping:
@@ -249,6 +259,27 @@ async def test_a_field_that_is_needed_is_asked_for(browser: Browser) -> None:
         await page.click('[data-action="start"]')
         await expect(page.locator('[data-error="question"]')).to_be_visible()
         await expect(page.locator(".card")).to_have_count(0)
+
+
+async def test_an_agent_that_is_unavailable_says_why_and_comes_back(
+    browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needy = Needy(asker.spec, asker.function)
+    async with open_hub(needy) as hub, open_page(browser, hub) as page:
+        button = page.locator('[data-action="start"]')
+        await expect(button).to_have_attribute("aria-disabled", "false")
+        await page.fill("#field-question", "Is it there?")
+        monkeypatch.setattr(Needy, "missing", "MCP server files: nobody answers at its address")
+        await button.click()
+        await expect(page.locator("#agent-error")).to_have_text(
+            "Not available: MCP server files: nobody answers at its address"
+        )
+        await expect(button).to_have_attribute("aria-disabled", "true")
+        monkeypatch.setattr(Needy, "missing", None)
+        await expect(button).to_have_attribute("aria-disabled", "false", timeout=30_000)
+        await expect(page.locator("#field-question")).to_have_value("Is it there?")
+        await button.click()
+        await expect(page.locator('.card[data-status="done"]')).to_have_count(1)
 
 
 async def test_a_run_that_failed_shows_its_error(browser: Browser, log: Log) -> None:

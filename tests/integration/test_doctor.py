@@ -53,11 +53,24 @@ async def test_the_demo_is_well_without_any_settings() -> None:
         ["✓", "registry"],
         ["✓", "model"],
         ["–", "redis"],
-        ["–", "mcp"],
+        ["✓", "mcp"],
         ["✓", "port"],
     ]
-    assert "agents.demo:registry: researcher, swarm" in lines[0]
+    assert "agents.demo:registry: researcher, librarian, swarm" in lines[0]
     assert "offline (the default) answered" in lines[1]
+
+
+async def test_mcp_servers_are_tried(tmp_path: Path) -> None:
+    config = tmp_path / "mcp.json"
+    config.write_text('{"mcpServers": {"files": {"command": "no-such-program-here"}}}')
+    code, lines = await doctor("--mcp-config", str(config))
+    assert code == 1
+    assert "✓ mcp         library (stdio) has 3 tools" in lines
+    assert "✗ mcp         files (stdio): cannot run 'no-such-program-here': No such file or directory" in lines
+    config.write_text('{"mcpServers": {"files": {"cmd": "x"}}}')
+    code, lines = await doctor("--mcp-config", str(config))
+    assert code == 1
+    assert f"✗ mcp         {config}: mcpServers.files.cmd: this key is not known" in lines
 
 
 async def test_every_model_is_called_once(monkeypatch: pytest.MonkeyPatch, key: None) -> None:

@@ -48,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("readme")
     (path / "my_agents.py").write_text(python("countdown(start"))
     (path / "notes.py").write_text(python("AgentTranspiler"))
+    (path / "my_mcp_agents.py").write_text(python("mcp_server"))
     (path / "client.py").write_text(python("websockets"))
     return path
 
@@ -122,13 +123,14 @@ def test_two_hubs_over_one_redis_show_the_same_runs(deployed: list[str]):
 def test_every_snippet_is_covered_here():
     known = ("make ", "AGENTCAST_LM=", "agentcast ", "curl ", "redis-server ")
     assert all(line.startswith(known) for line in commands())
-    assert len(snippets("python")) == 4
+    assert len(snippets("python")) == 5
 
 
 def test_the_examples_are_those_of_the_readme():
     for name, holding in (
         ("my_agents.py", "countdown(start"),
         ("notes.py", "AgentTranspiler"),
+        ("my_mcp_agents.py", "mcp_server"),
         ("client.py", "websockets"),
     ):
         assert (ROOT / "examples" / name).read_text() == python(holding)
@@ -295,6 +297,41 @@ def test_the_doctor_is_called_as_it_says(folder: Path):
     assert "`agentcast doctor`" in README
     done = subprocess.run([AGENTCAST, "doctor", "--port", "0"], env=environment(), cwd=folder, check=True, timeout=30)
     assert done.returncode == 0
+
+
+def run_to_its_end(url: str, *words: str) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [AGENTCAST, "run", *words, "--url", url, "--json"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=40,
+        check=True,
+    )
+    return [frame for line in done.stdout.splitlines() if (frame := json.loads(line))["type"] == "event"]
+
+
+def test_mcp_servers_are_used(folder: Path):
+    command = next(line for line in commands() if "my_mcp_agents" in line)
+    for url, banner in serve(folder, command):
+        assert "agents  reader\n" in banner
+        events = run_to_its_end(url, "reader", "question=What happens to a slow client?")
+        assert {event.get("server") for event in events if event["event"] == "tool_start"} == {"library"}
+        assert "slow" in events[-1]["result"]["answer"]
+
+
+def test_librarian_and_the_servers_of_a_file(folder: Path):
+    run = next(word for word in re.findall(r"`agentcast (run librarian [^`]+)`", README))
+    command = next(word for word in re.findall(r"`(agentcast serve --mcp-config [^`]+)`", README))
+    module = ["-m", "agents.demo.librarian_server"]
+    servers = {"texts": {"command": sys.executable, "args": module}}
+    (folder / shlex.split(command)[-1]).write_text(json.dumps({"mcpServers": servers}))
+    for url, banner in serve(folder, command):
+        assert ", assistant\n" in banner
+        events = run_to_its_end(url, *shlex.split(run)[1:])
+        assert [event for event in events if event["event"] == "tool_progress"]
+        events = run_to_its_end(url, "assistant", "request=What happens to a slow client?")
+        assert {event.get("server") for event in events if event["event"] == "tool_start"} == {"texts"}
 
 
 def test_the_public_host_name_is_allowed(folder: Path):

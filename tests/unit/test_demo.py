@@ -10,8 +10,8 @@ import pytest
 
 from agents.base import Task, ToolError, Turn
 from agents.demo import registry
-from agents.demo.corpus import Corpus, passages, section
-from agents.demo.researcher import calculate, corpus, read, search
+from agents.demo.corpus import Corpus, corpus, passages, section
+from agents.demo.researcher import calculate, read, search
 from agents.events import AgentEvent, MessageEnd, Status, Token, ToolEnd, ToolStart
 from agents.offline import offline_lm
 from agents.registry import load
@@ -245,7 +245,7 @@ def test_index_is_built_once_and_renewed_when_files_change(docs: Path, monkeypat
 def test_own_texts_are_there_without_any_setting(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("AGENTCAST_DOCS", raising=False)
     assert corpus().files()
-    monkeypatch.setattr("agents.demo.researcher._PROJECT", Path("/nowhere"))
+    monkeypatch.setattr("agents.demo.corpus._PROJECT", Path("/nowhere"))
     shipped = corpus().files()
     assert shipped
     assert corpus().search("slow client", 1)

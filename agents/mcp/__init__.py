@@ -1,0 +1,35 @@
+"""MCP servers as tools of agents: described once, supervised, shared by any number of runs.
+
+    files = mcp_server("files", command="mcp-server-files", args=["/srv/texts"])
+    search = mcp_server("search", url="https://example.org/mcp", token=os.environ["SEARCH_TOKEN"])
+
+    @registry.react(tools=[files, search, word_count])
+    class Editor(dspy.Signature): ...
+
+    async with running(files):                       # outside of a hub
+        prediction = await agent.acall(question="…")
+
+A server is started by `supervise` (which the hub does) or `running`, and restarted whenever it dies or hangs. Its tools
+become those of a ReAct program at the start of each run. What it says reaches clients and LMs bounded, and without
+secrets, tracebacks or paths (G9). Nothing in here may know registries, runs or the hub.
+"""
+
+from agents.mcp.config import McpConfigError, load_servers
+from agents.mcp.server import McpServer, McpUnavailable, ServerStatus, mcp_server
+from agents.mcp.supervising import check, running, supervise
+from agents.mcp.tools import TOOLS_AT_ONCE, McpTool, told_apart
+
+__all__ = [
+    "TOOLS_AT_ONCE",
+    "McpConfigError",
+    "McpServer",
+    "McpTool",
+    "McpUnavailable",
+    "ServerStatus",
+    "check",
+    "load_servers",
+    "mcp_server",
+    "running",
+    "supervise",
+    "told_apart",
+]

@@ -1,0 +1,112 @@
+"""One call of a tool of an MCP server, between the run that makes it and the task that owns the connection.
+
+The SDK's client is shared by all runs, and what it starts runs in the context of whoever calls it. So no run calls it:
+a run puts a `Call` into the connection's inbox and reads progress and outcome from it, and the connection makes the
+call in a task and context of its own (G8). Nothing in here waits for a run: progress that is not read in time is
+thinned out, the oldest first.
+"""
+
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any, NamedTuple
+
+import anyio
+from mcp import Client
+from mcp.shared.exceptions import MCPError
+from mcp_types import CONNECTION_CLOSED, CallToolResult
+
+from agents.base import ToolError, redact
+from agents.mcp.words import clean_error
+
+LOST = "the connection to its server was lost"
+WAITING_PROGRESS = 256
+"""Notifications of progress that wait for one run."""
+
+
+class Progress(NamedTuple):
+    progress: float
+    total: float | None
+    message: str | None
+
+
+class Call:
+    """A call and what is known of it. Everything happens on the event loop of the connection."""
+
+    def __init__(self, tool: str, args: dict[str, Any], timeout: float) -> None:
+        self.tool = tool
+        self.args = args
+        self.timeout = timeout
+        self.overdue = False
+        """Whether it was given up because it took too long."""
+        self._scope = anyio.CancelScope()
+        self._progress: deque[Progress] = deque(maxlen=WAITING_PROGRESS)
+        self._result: CallToolResult | None = None
+        self._failure: str | None = None
+        self._news = anyio.Event()
+
+    # -- For the run -----------------------------------------------------------------------------------------------
+
+    async def progress(self) -> AsyncIterator[Progress]:
+        """What the server tells of its progress, in order, until the call has ended."""
+        while True:
+            while self._progress:
+                yield self._progress.popleft()
+            if self._ended:
+                return
+            await self._news.wait()
+            self._news = anyio.Event()
+
+    def result(self) -> CallToolResult:
+        """What the server gave.
+
+        :raises ToolError: the call failed, or the connection ended before it.
+        """
+        if self._result is None:
+            raise ToolError(self._failure or "it was not answered")
+        return self._result
+
+    def cancel(self) -> None:
+        """Have the call cancelled at the server. Idempotent; does nothing to one that has ended."""
+        self._scope.cancel()
+
+    # -- For the connection ----------------------------------------------------------------------------------------
+
+    async def make(self, client: Client) -> None:
+        """Make the call. Nothing is raised: what goes wrong is the outcome."""
+        try:
+            with self._scope, anyio.move_on_after(self.timeout) as limit:
+                result = await client.call_tool(self.tool, self.args, None, self._on_progress)
+                self._end(result, None)
+            if limit.cancelled_caught:
+                self.overdue = True
+                self._end(None, f"it gave no answer within {self.timeout:g} s; the call was cancelled")
+        except MCPError as error:
+            self._end(None, _told(error))
+        except Exception as error:  # noqa: BLE001 -- whatever the SDK makes of a server's answer
+            self._end(None, f"its answer could not be read ({type(error).__name__})")
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """The connection has ended; an outcome that is there already stands."""
+        self._end(None, LOST)
+
+    async def _on_progress(self, progress: float, total: float | None, message: str | None) -> None:
+        # The SDK starts a task for each notification: whatever came before this line could put them out of order.
+        self._progress.append(Progress(progress, total, None if message is None else redact(message)))
+        self._news.set()
+
+    @property
+    def _ended(self) -> bool:
+        return self._result is not None or self._failure is not None
+
+    def _end(self, result: CallToolResult | None, failure: str | None) -> None:
+        if not self._ended:
+            self._result, self._failure = result, failure
+            self._news.set()
+
+
+def _told(error: MCPError) -> str:
+    if error.code == CONNECTION_CLOSED and error.message == "Connection closed":
+        return LOST
+    return clean_error(error.message) or f"error {error.code}"

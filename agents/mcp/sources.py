@@ -1,0 +1,142 @@
+"""Where an MCP server is: a command, an address, or an object in this process; and how each is connected to.
+
+Whatever may hold a secret (environment, headers, addresses) is left out of every `repr` and made known to `redact`.
+This module must not know how a connection is kept.
+"""
+
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any, ClassVar
+from urllib.parse import parse_qsl, urlsplit
+
+import httpx2
+from mcp.client.streamable_http import streamable_http_client
+
+from agents.base import is_secret_name, keep_secret
+from agents.mcp.oversize import MAX_BYTES, Bounded, Oversize, salvage
+from agents.mcp.stdio import StdioLog, stdio_transport
+
+CONNECT_TIMEOUT = 30.0
+"""Seconds for connecting to an HTTP server, and for each write."""
+_PLAIN_HEADERS = frozenset({"accept", "accept-language", "content-type", "user-agent"})
+
+
+@dataclass(frozen=True)
+class Stdio:
+    """A process that speaks MCP on stdin and stdout. It gets `env` and of our own environment only what is harmless
+    (`PATH`, `HOME` and the like)."""
+
+    command: str
+    args: tuple[str, ...] = field(default=(), repr=False)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    cwd: str | None = field(default=None, repr=False)
+    kind: ClassVar[str] = "stdio"
+
+    def __post_init__(self) -> None:
+        keep_secret(*(value for name, value in self.env.items() if is_secret_name(name)))
+
+    def connect(self, ended: Callable[[], None], log: StdioLog) -> Any:
+        """What `mcp.Client` connects to. `ended` is called when the connection has ended by itself."""
+        return stdio_transport([self.command, *self.args], self.env, self.cwd, ended, log)
+
+    def explain(self, error: BaseException, log: StdioLog) -> str | None:
+        """Why it cannot be reached, if more is known than `error` says."""
+        if isinstance(error, OSError):
+            name = PurePath(self.command).name
+            return f"cannot run {name!r}: {error.strerror or type(error).__name__}"
+        return log.last_words()
+
+
+@dataclass(frozen=True)
+class Http:
+    """A server at an address, by streamable HTTP."""
+
+    url: str = field(repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    kind: ClassVar[str] = "http"
+
+    def __post_init__(self) -> None:
+        keep_secret(*self._secrets())
+
+    def _secrets(self) -> Iterator[str]:
+        parts = urlsplit(self.url)
+        yield from filter(None, (parts.password, *(value for _, value in parse_qsl(parts.query))))
+        for name, value in self.headers.items():
+            if name.lower() not in _PLAIN_HEADERS:
+                yield from (value, value.rpartition(" ")[2])
+
+    @asynccontextmanager
+    async def connect(self, ended: Callable[[], None], log: StdioLog) -> AsyncIterator[Any]:
+        """As `Stdio.connect`. An HTTP connection does not end by itself: its server is asked from time to time."""
+
+        async def answered(response: httpx2.Response) -> None:
+            log.http_status = response.status_code if response.status_code >= 400 else None
+            if response.headers.get("content-type", "").startswith("application/json"):
+                response.stream = _Bounded(response.stream)
+
+        # Compressed bodies could not be cut. A call has its own time limit, so there is none for reading.
+        headers = {**self.headers, "Accept-Encoding": "identity"}
+        timeout = httpx2.Timeout(CONNECT_TIMEOUT, read=None)
+        async with httpx2.AsyncClient(headers=headers, timeout=timeout, event_hooks={"response": [answered]}) as http:
+            async with streamable_http_client(self.url, http_client=http, max_sse_event_size=MAX_BYTES) as streams:
+                yield streams
+
+    def explain(self, error: BaseException, log: StdioLog) -> str | None:
+        """As `Stdio.explain`."""
+        if isinstance(error, httpx2.ConnectError):
+            return "nobody answers at its address"
+        if isinstance(error, httpx2.TransportError):
+            return f"the connection broke ({type(error).__name__})"
+        if log.http_status in (401, 403):
+            return f"it refuses us (HTTP {log.http_status}): check its token and headers"
+        return None if log.http_status is None else f"it answers with HTTP {log.http_status}"
+
+
+class _Bounded(httpx2.AsyncByteStream):
+    """The body of a response that is one message; of one that is too large, a message with its beginning."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        whole = Bounded()
+        async for data in self._body:
+            whole.add(data)
+        body = whole.take()
+        if isinstance(body, Oversize):
+            message = salvage(body)
+            yield b"null" if message is None else message.model_dump_json(by_alias=True, exclude_unset=True).encode()
+        else:
+            yield body
+
+    async def aclose(self) -> None:
+        await self._body.aclose()
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """A server object of the SDK, `mcp.server.mcpserver.MCPServer` or `mcp.server.Server`, in this process."""
+
+    server: Any = field(repr=False)
+    kind: ClassVar[str] = "in-process"
+
+    def connect(self, ended: Callable[[], None], log: StdioLog) -> Any:
+        """As `Stdio.connect`."""
+        return self.server
+
+    def explain(self, error: BaseException, log: StdioLog) -> str | None:
+        """As `Stdio.explain`."""
+        return None
+
+
+Source = Stdio | Http | InProcess
+
+_ADDRESS = re.compile(r"https?://[^\s/]+", re.I)
+
+
+def is_address(url: str) -> bool:
+    """Whether `url` can be the address of an HTTP server."""
+    return _ADDRESS.match(url) is not None
