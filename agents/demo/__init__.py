@@ -11,6 +11,6 @@ __all__ = ["Swarm", "registry"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from agents.demo import librarian, swarm
+    from agents.demo import librarian, report, swarm, triage  # noqa: F401 -- each adds itself to the registry
 
     return librarian.registry if name == "registry" else swarm.Swarm

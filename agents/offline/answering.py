@@ -10,9 +10,12 @@ from typing import Any
 from agents.arithmetic import evaluate, find_sums, show
 from agents.offline.acting import question_of, with_topic
 from agents.offline.evidence import Passage, Quote, central, found_nothing, passages, quotes
-from agents.offline.merging import findings, is_borne_out, merged
+from agents.offline.letters import is_letter, letter
+from agents.offline.merging import cited, findings, is_borne_out, merged, misplaced
 from agents.offline.prompt import Field, Prompt, texts_of
+from agents.offline.repairing import problems_by_field, repaired
 from agents.offline.splitting import split_question
+from agents.offline.typed import addresses, choice, days, is_about, numbers, stated
 from agents.words import STOP_WORDS, keywords, stem, stems
 
 NOTE = (
@@ -25,6 +28,8 @@ LONG_TEXT = 40
 _QUESTION = re.compile(r"question|query|ask|prompt|task|topic|request|instruction|problem|goal")
 _PRIMARY = re.compile(r"^(?:final_)?(?:answer|response|reply|output|result|report|text|message|summary|explanation)$")
 _PARTS = re.compile(r"question|quer(?:y|ies)$|sub_?(?:task|topic|problem)|aspect")
+_PART = re.compile(r"^(?:.*_)?(?:question|query|aspect|topic|problem|task)_(\d+)$")
+_LIMITED = re.compile(r"\bat most \d+ (?:words|characters)\b")
 _COUNT = re.compile(r"^(?:n|k|max_.*|.*count|.*number|.*limit|how_many.*)$")
 _PARTS_BY_DEFAULT, _MOST_PARTS = 3, 20
 _CLAIM = re.compile(r"^(?:claim|finding|statement|hypothesis|answer|response|text)$")
@@ -40,19 +45,15 @@ _KINDS = (
     ("url", re.compile(r"ur[li]$|link|website")),
     ("date", re.compile(r"date$|^day$|deadline")),
 )
-_FINDERS = {
-    "email": re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
-    "url": re.compile(r"https?://[^\s)>\]\"']+"),
-    "date": re.compile(r"\b\d{4}-\d{2}-\d{2}\b"),
-}
-_NUMBER = re.compile(r"(?<![\w.:/-])-?\d+(?:\.\d+)?(?![\w/:-])(?!\.\d)")
 
 
 def answer(prompt: Prompt) -> dict[str, Any]:
     """A value for each output field of `prompt`, as JSON data; an optional field without one is left out."""
     reply = _Reply(prompt)
     values = {output.name: reply.value(output) for output in prompt.outputs}
-    return {output.name: values[output.name] for output in prompt.outputs if values[output.name] is not None}
+    if prompt.rejection is not None:
+        values = repaired(prompt.rejection, values)
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class _Reply:
@@ -141,16 +142,22 @@ class _Reply:
 
     @cached_property
     def primary(self) -> str | None:
-        """The field that holds the answer proper."""
-        texts = [output.name for output in self.prompt.outputs if output.schema.get("type", "") == "string"]
+        """The field that holds the answer proper; one that is to be short has no room for it."""
+        strings = [output for output in self.prompt.outputs if output.schema.get("type", "") == "string"]
+        texts = [output.name for output in strings if not _LIMITED.search(output.desc)]
         texts = [name for name in texts if _kind(name) != "reasoning"]
         named = [name for name in texts if _PRIMARY.match(name)]
         return next(iter(named or [name for name in texts if _kind(name) is None] or texts), None)
 
+    @cached_property
+    def choices(self) -> dict[str, Any]:
+        """The fields that are a choice, and what is chosen."""
+        return {output.name: self._choice(output) for output in self.prompt.outputs if _options(output)}
+
     def value(self, output: Field, *, top: bool = True) -> Any:
         schema = _resolve(output.schema)
-        if "enum" in schema or "const" in schema:
-            return self._choice(schema.get("enum") or [schema["const"]])
+        if _options(output):
+            return self._choice(output)
         if "anyOf" in schema:
             return self._any_of(output, schema["anyOf"])
         match schema.get("type"):
@@ -159,12 +166,15 @@ class _Reply:
             case "integer" | "number" as kind:
                 return self._number(output, schema, whole=kind == "integer")
             case "array":
-                return self._list(output, _resolve(schema.get("items", {}), output.schema))
+                found = self._list(output, _resolve(schema.get("items", {}), output.schema))
+                return found[: schema.get("maxItems")]
             case "object":
                 return self._object(output, schema)
             case "null":
                 return None
             case _:
+                if is_letter(output.desc):
+                    return f"{letter(self.prompt.values)}\n\n{NOTE}"
                 return self._whole_answer() if top and output.name == self.primary else self._text(output)
 
     def _any_of(self, output: Field, options: list[dict[str, Any]]) -> Any:
@@ -184,9 +194,8 @@ class _Reply:
         needed = schema.get("required", [])
         return {name: value for name, value in values.items() if value is not None or name in needed}
 
-    def _choice(self, options: list[Any]) -> Any:
-        words = stems(self.text)
-        return max(options, key=lambda option: sum(words.count(term) for term in set(stems(str(option)))))
+    def _choice(self, output: Field) -> Any:
+        return choice(_options(output), output.desc, self.text)
 
     def _truth(self, output: Field) -> bool:
         if self._is_borne_out is not None and _VERIFIES.search(output.name):
@@ -195,7 +204,7 @@ class _Reply:
         about = [part for part in output.name.lower().split("_") if part not in STOP_WORDS | generic]
         present = set(stems(self.text if self.read else self.question))
         if about:
-            return any(stem(part) in present for part in about)
+            return is_about("_".join(about), present)
         wanted = {stem(word) for word in keywords(self.question)}
         found = {term for passage in self.read for term in stems(passage.text)}
         return bool(wanted) and 2 * len(wanted & found) > len(wanted)
@@ -205,13 +214,13 @@ class _Reply:
             return [float(text) for _, text in self.sums if not text.startswith("no value")]
         near = quotes(f"{output.name.replace('_', ' ')} {output.desc} {self.question}", self.read, limit=1)
         texts = [quote.text for quote in near] + [self.text]
-        return [float(number) for text in texts for number in _NUMBER.findall(text)]
+        return [number for text in texts for number in numbers(text, output.name)]
 
     def _number(self, output: Field, schema: dict[str, Any], *, whole: bool) -> float | int:
         low, high = schema.get("minimum", float("-inf")), schema.get("maximum", float("inf"))
-        fitting = [
-            number for number in self._numbers(output) if low <= number <= high and (number.is_integer() or not whole)
-        ]
+        given = stated(output.desc, self.choices.values())
+        found = [*self._numbers(output), *([] if given is None else [given])]
+        fitting = [number for number in found if low <= number <= high and (number.is_integer() or not whole)]
         number = fitting[0] if fitting else min(max(0.0, low), high)
         return int(number) if whole else number
 
@@ -224,7 +233,8 @@ class _Reply:
             case "string" if "enum" not in items:
                 return self._texts(output)
             case "object" if _kind(output.name) == "quotes":
-                return [_as_object(quote, items) for quote in self.quotes]
+                found = [_as_object(quote, items, self.question) for quote in self.quotes]
+                return [item for item in found if all(name in item for name in items.get("required", ()))]
             case _:
                 return [option for option in items.get("enum", []) if stem(str(option)) in stems(self.text)]
 
@@ -236,8 +246,10 @@ class _Reply:
                 return list(dict.fromkeys(quote.source for quote in self.quotes))
             case "keywords":
                 return keywords(self.text)[:8]
-            case "email" | "url" | "date" as kind:
-                return list(dict.fromkeys(_FINDERS[kind].findall(self.text)))
+            case "date":
+                return days(self.text)
+            case "email" | "url" as kind:
+                return addresses(kind, self.text)
             case _:
                 return [quote.text for quote in self.quotes]
 
@@ -247,7 +259,19 @@ class _Reply:
         wanted = int(counts[0][:3]) if counts else output.schema.get("maxItems", _PARTS_BY_DEFAULT)
         return max(1, min(wanted, _MOST_PARTS))
 
+    def _part(self, output: Field) -> str | None:
+        """The part of the question that a numbered field is for; None: it is not for one."""
+        number = _PART.match(output.name) if self._split[0] else None
+        if number is None:
+            return None
+        parts = split_question(self._split[0], sum(bool(_PART.match(other.name)) for other in self.prompt.outputs))
+        return parts[min(int(number[1]), len(parts)) - 1]
+
     def _text(self, output: Field) -> str:
+        if output.schema.get("format") == "date":
+            return next(iter(days(self.text)), "")
+        if part := self._part(output):
+            return part
         match _kind(output.name):
             case "reasoning":
                 return self._reasoning()
@@ -268,8 +292,10 @@ class _Reply:
     # -- Texts -----------------------------------------------------------------------------------------------------
 
     def _whole_answer(self) -> str:
-        if found := [item for value in self.prompt.values.values() for item in findings(value)]:
-            return "\n\n".join([*merged(found, leave_out=NOTE), NOTE])
+        given = self.prompt.values.values()
+        if found := [item for value in given for item in findings(value)]:
+            corrections = misplaced(text for value in given for text in texts_of(value))
+            return "\n\n".join([*(cited(found, corrections) or merged(found, leave_out=NOTE)), NOTE])
         parts = [f"{sum_} = {text}" for sum_, text in self.sums]
         parts += [
             f"“{quote.text}”" if quote.source in self.prompt.values else f"{quote.place}: “{quote.text}”"
@@ -298,6 +324,9 @@ class _Reply:
 
     def _reasoning(self) -> str:
         parts = []
+        if self.prompt.rejection is not None:
+            wrong = problems_by_field(self.prompt.rejection.problems, [output.name for output in self.prompt.outputs])
+            parts.append(f"My answer was rejected: I keep what was right, and repair {', '.join(wrong) or 'the rest'}.")
         if calls := [step.tool for step in self.steps]:
             counts = [f"{tool} {calls.count(tool)}×" for tool in dict.fromkeys(calls)]
             parts.append(f"I called {', '.join(counts)}.")
@@ -309,8 +338,11 @@ class _Reply:
                 f"I compared what I read with the words of the question ({', '.join(keywords(self.question)[:8])}) "
                 f"and took what is closest to them, from {', '.join(sources)}."
                 if self._split[0] or self.steps
-                else f"I took the {len(self.quotes)} sentences whose words the text uses most."
+                else "I took the sentences whose words the text uses most."
             )
+        if self.choices:
+            chosen = (f"{name} {option}" for name, option in self.choices.items())
+            parts.append(f"By the words that the text has, I chose {', '.join(chosen)}.")
         if self._is_borne_out is not None:
             parts.append(f"The {self._claim} is {'' if self._is_borne_out else 'not '}borne out by what I read.")
         if not parts or (calls and not self.quotes and not self.sums):
@@ -328,13 +360,24 @@ def _kind(name: str) -> str | None:
     return next((kind for kind, pattern in _KINDS if pattern.search(name.lower())), None)
 
 
-def _as_object(quote: Quote, schema: dict[str, Any]) -> dict[str, Any]:
+def _options(output: Field) -> list[Any]:
+    """What a field may be, if it is a choice."""
+    schema = _resolve(output.schema)
+    return schema.get("enum") or ([schema["const"]] if "const" in schema else [])
+
+
+def _as_object(quote: Quote, schema: dict[str, Any], question: str) -> dict[str, Any]:
     """`quote` as an object with the properties that `schema` names."""
-    values = {
-        name: quote.line if name.startswith("line") else quote.source if _kind(name) == "sources" else quote.text
-        for name in schema.get("properties", {})
-    }
+    values = {name: _part_of(quote, name, question) for name in schema.get("properties", {})}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _part_of(quote: Quote, name: str, question: str) -> Any:
+    if name.startswith("line"):
+        return quote.line
+    if _kind(name) == "sources":
+        return quote.source
+    return question if _QUESTION.search(name) else quote.text
 
 
 def _resolve(schema: dict[str, Any], root: dict[str, Any] | None = None) -> dict[str, Any]:

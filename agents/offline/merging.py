@@ -16,6 +16,7 @@ _QUOTES = re.compile(r"quote|evidence|excerpt|citation")
 _PROBLEM = re.compile(r"problem|error|failure")
 _FILE = re.compile(r"file|source|document|path|url")
 _MARKER = "[[ ##"
+_PLACE = re.compile(r"\[([^\[\]:]+):(\d+)\]")
 _QUOTED = re.compile(r"“([^”]+)”")
 
 Finding = Mapping[str, Any]
@@ -53,6 +54,39 @@ def merged(found: Sequence[Finding], leave_out: str) -> list[str]:
         title = _named(item, _ASKED).replace(_MARKER, "[[")
         paragraphs.append("\n".join([f"{number}. {title}", *new]))
     return paragraphs
+
+
+def cited(found: Sequence[Finding], corrections: Mapping[str, str]) -> list[str]:
+    """A paragraph for each question, of quotes that each name their place as "[file:line]"; empty if a finding has no
+    place. What stands in `corrections` is named by what it says there, or left out."""
+    paragraphs: dict[str, list[str]] = {}
+    for item in found:
+        place = _place(item)
+        if place is None:
+            return []
+        told = paragraphs.setdefault(_named(item, _ASKED).replace(_MARKER, "[["), [])
+        place = corrections.get(place, place)
+        line = f"“{_flat(_named(item, _TEXT))}” [{place}]"
+        if place and _MARKER not in line and not any(line in lines for lines in paragraphs.values()):
+            told.append(line)
+    nothing = ["Nothing that I read answers this, or it stands above."]
+    return ["\n".join([title, *(lines or nothing)]) for title, lines in paragraphs.items()]
+
+
+def _place(item: Finding) -> str | None:
+    file, line = _named(item, _FILE), item.get("line")
+    return f"{file}:{line}" if file and line is not None else None
+
+
+def misplaced(texts: Iterable[str]) -> dict[str, str]:
+    """Of texts that start with a place, as "[a.md:3]: …": that place, and the other one that the text names; empty, if
+    it names none."""
+    found = {}
+    for text in texts:
+        places = [f"{file}:{line}" for file, line in _PLACE.findall(text)]
+        if places and text.startswith(f"[{places[0]}]: "):
+            found[places[0]] = next(iter(places[1:]), "")
+    return found
 
 
 def _pieces(item: Finding, leave_out: str) -> list[str]:

@@ -12,6 +12,8 @@ from typing import Any
 
 TRAJECTORY = "trajectory"
 """The input field in which a ReAct loop gives its turns so far."""
+PREVIOUS_ANSWER, PROBLEMS = "previous_answer", "problems"
+"""The input fields in which an answer that was rejected comes back, with what is wrong with it."""
 MAX_VALUE = 60_000
 """Characters of an input that are read."""
 
@@ -28,6 +30,13 @@ _JSON_OUTPUTS = "Outputs will be a JSON object with the following fields."
 _CHAT_TAIL, _JSON_TAIL = "\n\nRespond with the corresponding output fields,", "\n\nRespond with a JSON object"
 _CHOICE_NOTES = ("must exactly match (no extra characters) one of: ", "must be one of: ")
 _SCHEMA_NOTE = "must adhere to the JSON schema: "
+_CONSTRAINTS = re.compile(r"^Constraints: (.*)$", re.M)
+_LIMITS = (
+    (re.compile(r"greater than or equal to: (-?[\d.]+)"), "minimum"),
+    (re.compile(r"less than or equal to: (-?[\d.]+)"), "maximum"),
+    (re.compile(r"minimum length: (\d+)"), "minItems"),
+    (re.compile(r"maximum length: (\d+)"), "maxItems"),
+)
 _PLAIN_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 
 
@@ -59,14 +68,23 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Rejection:
+    """An answer that was given before, and what is wrong with it."""
+
+    answer: str
+    problems: str
+
+
+@dataclass(frozen=True)
 class Prompt:
     inputs: tuple[Field, ...]
     outputs: tuple[Field, ...]
     values: dict[str, str]
-    """What the user's message gives for each input field (`trajectory` left out)."""
+    """What the user's message gives for each input field (the trajectory and a rejected answer left out)."""
     objective: str = ""
     tools: tuple[Tool, ...] = ()
     steps: tuple[Step, ...] = ()
+    rejection: Rejection | None = None
     as_json: bool = False
     """The answer is to be one JSON object instead of marked sections."""
 
@@ -86,14 +104,16 @@ def parse(system: str, user: str) -> Prompt:
     notes = _json_notes(structure) if as_json else dict(_NOTE.findall(structure))
     inputs = _fields(inputs_text.partition(_INPUTS)[2], {})
     values = _values(inputs, user, as_json=as_json)
+    trajectory, rejection = values.pop(TRAJECTORY, ""), _rejection(values)
     objective = textwrap.dedent(objective.strip("\n")).strip()
     return Prompt(
         inputs=inputs,
         outputs=_fields(outputs_text, notes),
-        values={name: value for name, value in values.items() if name != TRAJECTORY},
+        values=values,
         objective=objective,
         tools=tuple(_tool(*match) for match in _TOOL.findall(objective)),
-        steps=tuple(_steps(values.get(TRAJECTORY, ""))),
+        steps=tuple(_steps(trajectory)),
+        rejection=rejection,
         as_json=as_json,
     )
 
@@ -110,6 +130,13 @@ def texts_of(value: str) -> list[str]:
     return [value]
 
 
+def _rejection(values: dict[str, str]) -> Rejection | None:
+    """Taken out of `values`, where it would be read as something to answer from."""
+    if not {PREVIOUS_ANSWER, PROBLEMS} <= values.keys():
+        return None
+    return Rejection(values.pop(PREVIOUS_ANSWER), values.pop(PROBLEMS))
+
+
 def _fields(text: str, notes: dict[str, str]) -> tuple[Field, ...]:
     found: list[tuple[str, str, str]] = []
     for line in text.splitlines():
@@ -118,7 +145,17 @@ def _fields(text: str, notes: dict[str, str]) -> tuple[Field, ...]:
         elif found:  # a description of several lines
             name, kind, desc = found[-1]
             found[-1] = name, kind, f"{desc}\n{line}"
-    return tuple(Field(name, desc.strip(), _schema(kind, notes.get(name, ""))) for name, kind, desc in found)
+    return tuple(
+        Field(name, _CONSTRAINTS.sub("", desc).strip(), {**_limits(desc), **_schema(kind, notes.get(name, ""))})
+        for name, kind, desc in found
+    )
+
+
+def _limits(desc: str) -> dict[str, Any]:
+    """The constraints that stand below a description, as JSON Schema has them."""
+    stated = _CONSTRAINTS.search(desc)
+    found = ((key, pattern.search(stated[1])) for pattern, key in _LIMITS) if stated else ()
+    return {key: float(match[1]) if "Items" not in key else int(match[1]) for key, match in found if match}
 
 
 def _schema(kind: str, note: str) -> dict[str, Any]:

@@ -1,0 +1,166 @@
+"""`report`: a topic, looked up from three sides at once, and a report whose every citation was checked. A graph with
+parallel branches and a loop.
+
+No model is asked whether a citation is right: a function looks it up in the files, and as long as one is wrong, the
+writer is told which, and why.
+"""
+
+import operator
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
+
+from agents.base import ToolError
+from agents.demo.corpus import Corpus
+from agents.demo.researcher import calculate, corpus, read, registry, search
+from agents.graph import END, Graph, Reducer, StatefulNode
+from agents.transpiler import AgentTranspiler
+
+MAX_STEPS = 10
+"""The plan, three nodes side by side, and the report, written and checked up to three times."""
+NEAR, LONGEST = 2, 12
+"""A quote stands at its line if it starts at most so many lines away, and ends within so many."""
+
+PLAN = "Split a topic into three questions that can be looked up in texts, each without knowing the others."
+RESEARCH = (
+    "Look a question up in a folder of texts: search for the words that matter, read what looks best, and pick the "
+    "sentences that answer it."
+)
+WRITE = (
+    "Write a report on a topic, question by question, from the evidence and from nothing else. Quote word for word, each "
+    "quote followed by its place, as in “The key is under the mat.” [home/keys.md:3]. Do without the citations that "
+    "are named as wrong, or cite the place where they really stand."
+)
+
+_CITATION = re.compile(
+    r"(?:(?:“(?P<curly>[^”]+)”|\"(?P<straight>[^\"]+)\")[,.;:]?\s*)?"
+    r"\[`?(?P<file>[^\[\]:`\n]+):(?P<line>\d+)(?:[-–]\d+)?`?\]"
+)
+
+
+class Topic(BaseModel):
+    topic: str = Field(
+        min_length=1,
+        max_length=2_000,
+        description="what the report is about",
+        examples=["How are slow clients, lost connections and cancelled runs dealt with?"],
+    )
+
+
+class Question1(BaseModel):
+    question_1: str = Field(min_length=1, description="a full sentence that names what it is about")
+
+
+class Question2(BaseModel):
+    question_2: str = Field(min_length=1, description="another side of the topic, again as a full sentence")
+
+
+class Question3(BaseModel):
+    question_3: str = Field(min_length=1, description="a third side of the topic, again as a full sentence")
+
+
+class Plan(Question1, Question2, Question3):
+    pass
+
+
+class Evidence(BaseModel):
+    question: str = Field(description="the question that it answers")
+    file: str
+    line: int = Field(description="the line at which the sentence starts")
+    text: str = Field(min_length=1, description="the sentence, word for word")
+
+
+class Found(BaseModel):
+    evidence: Annotated[list[Evidence], Reducer(operator.add)] = Field(
+        description="the sentences of the files that answer the question; empty if none does"
+    )
+
+
+class Notes(Topic, Found):
+    wrong: list[str] = Field(default=[], description="citations of your last report that are wrong, and why")
+
+
+class Report(BaseModel):
+    report: str = Field(min_length=1, description="question by question, each sentence cited as “quote” [file:line]")
+
+
+class Draft(Found, Report):
+    pass
+
+
+class Verdict(BaseModel):
+    wrong: list[str] = Field(description="citations that do not hold, and why")
+
+
+class Checked(Report, Verdict):
+    """The result. `wrong` is not empty only if there were still wrong citations after the last try."""
+
+
+def verify(draft: Draft) -> dict[str, list[str]]:
+    """Blocks: it reads the files."""
+    texts = corpus()
+    found = list(_CITATION.finditer(draft.report))
+    wrong = [problem for citation in found if (problem := _problem(texts, citation))]
+    if draft.evidence and not found:
+        wrong.append("Nothing is cited, though there is evidence: cite each sentence as [file:line].")
+    return {"wrong": list(dict.fromkeys(wrong))}
+
+
+def _problem(texts: Corpus, citation: re.Match[str]) -> str | None:
+    place, line = f"[{citation['file']}:{citation['line']}]", int(citation["line"])
+    quote = _flat(citation["curly"] or citation["straight"] or "")
+    try:
+        _, lines = texts.open(citation["file"])
+    except ToolError:
+        return f"{place}: there is no such file; {_remedy(texts, quote)}"
+    if not 1 <= line <= len(lines):
+        return f"{place}: that file has {len(lines)} lines; {_remedy(texts, quote)}"
+    if quote not in _flat("\n".join(lines[max(0, line - 1 - NEAR) : line - 1 + LONGEST])):
+        return f"{place}: the quote does not stand there; {_remedy(texts, quote)}"
+    return None
+
+
+def _remedy(texts: Corpus, quote: str) -> str:
+    for name in texts.files() if quote else ():
+        _, lines = texts.open(name)
+        if quote in _flat("\n".join(lines)):
+            starts = (at for at in range(len(lines), 0, -1) if quote in _flat("\n".join(lines[at - 1 : at + LONGEST])))
+            if start := next(starts, None):
+                return f"it stands at [{name}:{start}]"
+    return "leave it out"
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def verdict(state: Mapping[str, Any]) -> str:
+    return "wrong" if state["wrong"] else "right"
+
+
+def graph() -> Graph:
+    made = Graph(
+        description="Write a report on a topic out of a folder of texts: plan, look up three questions at once, write, "
+        "and check every citation against the files.",
+        max_steps=MAX_STEPS,
+        on_loop_limit="return",
+    )
+    tools = (search, read, calculate)
+    made.add_node(StatefulNode("plan", Topic, Plan, instructions=PLAN))
+    for number, question in enumerate((Question1, Question2, Question3), start=1):
+        name = f"research_{number}"
+        made.add_node(StatefulNode(name, question, Found, instructions=RESEARCH, tools=tools))
+        made.add_edge("plan", name)
+        made.add_edge(name, "write")
+    made.add_node(StatefulNode("write", Notes, Report, instructions=WRITE))
+    made.add_node(StatefulNode("verify", Draft, Verdict, fn=verify))
+    made.add_edge("write", "verify")
+    made.add_conditional_edges("verify", verdict, {"right": END, "wrong": "write"})
+    made.set_entry_point("plan")
+    return made
+
+
+report = AgentTranspiler.compile(graph(), output_model=Checked)
+registry.add("report", report, messages=("next_thought", "reasoning", "report"))

@@ -1,0 +1,91 @@
+"""Values of a type, found in a text by rules: a choice, numbers, days, addresses.
+
+What a field's description says about its values counts too, as for any model: "bug: crash, error; question: anything
+else" says which words stand for a choice, "4 if critical, 72 if normal" which number goes with one that was made.
+"""
+
+import datetime
+import re
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from agents.words import stem, stems
+
+_FINDERS = {
+    "email": re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
+    "url": re.compile(r"https?://[^\s)>\]\"']+"),
+}
+_NUMBER = re.compile(r"(?<![\w.:/-])-?\d+(?:\.\d+)?(?![\w/:-])(?!\.\d)")
+_UNIT = re.compile(r"_(minutes|hours|days|weeks|months)$")
+_IF = re.compile(r"(\d+(?:\.\d+)?) if ([\w-]+)")
+_ELSE = re.compile(r"\b(?:anything|everything|all) else\b")
+
+_MONTHS = "january february march april may june july august september october november december".split()
+_MONTH = "|".join(f"{name[:3]}(?:{name[3:]})?" for name in _MONTHS)
+_DAYS = (
+    re.compile(r"\b(?P<year>\d{4})-(?P<month>\d{2})-(?P<day>\d{2})\b"),
+    re.compile(rf"\b(?P<day>\d{{1,2}})(?:st|nd|rd|th)?\.? (?:of )?(?P<month>{_MONTH})\.?,? (?P<year>\d{{4}})\b", re.I),
+    re.compile(rf"\b(?P<month>{_MONTH})\.? (?P<day>\d{{1,2}})(?:st|nd|rd|th)?,? (?P<year>\d{{4}})\b", re.I),
+)
+
+
+def choice(options: Sequence[Any], desc: str, text: str) -> Any:
+    """The option whose words `text` has most often: its name, and what `desc` says that it stands for. If it has none
+    of them, the one that stands for anything else, or the first."""
+    words = stems(text)
+    meanings = {option: _meaning(str(option), desc) for option in options}
+    counts = {
+        option: sum(words.count(term) for term in {*stems(str(option)), *stems(_ELSE.sub("", meaning))})
+        for option, meaning in meanings.items()
+    }
+    if any(counts.values()):
+        return max(options, key=lambda option: counts[option])
+    return next((option for option in options if _ELSE.search(meanings[option])), options[0])
+
+
+def _meaning(option: str, desc: str) -> str:
+    match = re.search(rf"(?:^|[;:.(]\s*)`?{re.escape(option)}`?: ([^;]*)", desc)
+    return match[1] if match else ""
+
+
+def stated(desc: str, made: Collection[Any]) -> float | None:
+    """The number that `desc` says goes with one of the choices that were `made`."""
+    return next((float(number) for number, option in _IF.findall(desc) if option in made), None)
+
+
+def numbers(text: str, name: str) -> list[float]:
+    """The numbers in `text`; of a field whose name ends in a unit of time, only those in that unit."""
+    unit = _UNIT.search(name)
+    if unit is None:
+        return [float(number) for number in _NUMBER.findall(text)]
+    return [float(number) for number in re.findall(rf"(?<![\w.])(\d+(?:\.\d+)?)[ -]{unit[1][:-1]}s?\b", text, re.I)]
+
+
+def addresses(kind: str, text: str) -> list[str]:
+    """The e-mail addresses ("email") or web addresses ("url") in `text`, each once."""
+    return list(dict.fromkeys(_FINDERS[kind].findall(text)))
+
+
+def without_addresses(kind: str, text: str) -> str:
+    """`text` with a mark of omission where such an address was."""
+    return _FINDERS[kind].sub("[…]", text)
+
+
+def days(text: str) -> list[str]:
+    """The days that `text` names with their year, in its order, as "2026-11-03"."""
+    found = sorted((match.start(), match) for pattern in _DAYS for match in pattern.finditer(text))
+    return list(dict.fromkeys(day for _, match in found for day in _day(match)))
+
+
+def _day(match: re.Match[str]) -> Iterator[str]:
+    month = match["month"]
+    number = int(month) if month.isdecimal() else 1 + [name[:3] for name in _MONTHS].index(month[:3].lower())
+    try:
+        yield datetime.date(int(match["year"]), number, int(match["day"])).isoformat()
+    except ValueError:  # the 31st of June
+        return
+
+
+def is_about(name: str, words: Collection[str]) -> bool:
+    """Whether a part of the field name `name` is among the stems `words`."""
+    return any(stem(part) in words for part in name.split("_"))
