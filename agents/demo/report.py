@@ -5,6 +5,7 @@ No model is asked whether a citation is right: a function looks it up in the fil
 writer is told which, and why.
 """
 
+import itertools
 import operator
 import re
 from collections.abc import Mapping
@@ -29,10 +30,13 @@ RESEARCH = (
     "sentences that answer it."
 )
 WRITE = (
-    "Write a report on a topic, question by question, from the evidence and from nothing else. Quote word for word, each "
-    "quote followed by its place, as in “The key is under the mat.” [home/keys.md:3]. Do without the citations that "
-    "are named as wrong, or cite the place where they really stand."
+    "Write a report on a topic, question by question, from the evidence and from nothing else. Quote word for word, "
+    "each quote followed by its place, as in “The key is under the mat.” [home/keys.md:3]. Do without the citations "
+    "that are named as wrong, or cite the place where they really stand."
 )
+
+MAX_WRONG = 20
+"""So many are looked for at a time."""
 
 _CITATION = re.compile(
     r"(?:(?:“(?P<curly>[^”]+)”|\"(?P<straight>[^\"]+)\")[,.;:]?\s*)?"
@@ -45,7 +49,7 @@ class Topic(BaseModel):
         min_length=1,
         max_length=2_000,
         description="what the report is about",
-        examples=["How are slow clients, lost connections and cancelled runs dealt with?"],
+        examples=["What happens to slow clients, lost connections and cancelled runs?"],
     )
 
 
@@ -61,8 +65,11 @@ class Question3(BaseModel):
     question_3: str = Field(min_length=1, description="a third side of the topic, again as a full sentence")
 
 
-class Plan(Question1, Question2, Question3):
-    pass
+QUESTIONS: tuple[type[BaseModel], ...] = (Question1, Question2, Question3)
+
+
+class Plan(Question3, Question2, Question1):
+    """The questions, in their order."""
 
 
 class Evidence(BaseModel):
@@ -102,7 +109,8 @@ def verify(draft: Draft) -> dict[str, list[str]]:
     """Blocks: it reads the files."""
     texts = corpus()
     found = list(_CITATION.finditer(draft.report))
-    wrong = [problem for citation in found if (problem := _problem(texts, citation))]
+    problems = (problem for citation in found if (problem := _problem(texts, citation)))
+    wrong = list(itertools.islice(problems, MAX_WRONG))
     if draft.evidence and not found:
         wrong.append("Nothing is cited, though there is evidence: cite each sentence as [file:line].")
     return {"wrong": list(dict.fromkeys(wrong))}
@@ -149,7 +157,7 @@ def graph() -> Graph:
     )
     tools = (search, read, calculate)
     made.add_node(StatefulNode("plan", Topic, Plan, instructions=PLAN))
-    for number, question in enumerate((Question1, Question2, Question3), start=1):
+    for number, question in enumerate(QUESTIONS, start=1):
         name = f"research_{number}"
         made.add_node(StatefulNode(name, question, Found, instructions=RESEARCH, tools=tools))
         made.add_edge("plan", name)

@@ -75,8 +75,8 @@ class Classified(BaseModel):
 
     category: Category = Field(
         description="bug: crash, error, fails, broken, wrong, typo; billing: invoice, charge, payment, refund, price; "
-        "access: log in, sign in, login, password, permission, locked, account; feature: wish, suggestion, add, support for, would like; "
-        "question: anything else"
+        "access: log in, sign in, login, password, permission, locked, account; feature: wish, suggestion, add, would "
+        "like; question: anything else"
     )
     severity: Severity = Field(
         description="critical: outage, down, data loss, security, all users; high: urgent, blocked, deadline, cannot "
@@ -114,8 +114,8 @@ class Escalation(BaseModel):
 
 class Answer(BaseModel):
     reply: Annotated[str, _short(REPLY_WORDS), AfterValidator(_private)] = Field(
-        description=f"a polite reply to the customer, in at most {REPLY_WORDS} words: what we have understood, and when "
-        "they hear from us; without promises, and without e-mail addresses"
+        description=f"a polite reply to the customer, in at most {REPLY_WORDS} words: what we have understood, and "
+        "when they hear from us; without promises, and without e-mail addresses"
     )
 
 
@@ -132,7 +132,9 @@ def urgency(state: Mapping[str, Any]) -> str:
 
 
 def graph() -> Graph:
-    made = Graph(description="Classify a support ticket into typed fields, escalate it if it is urgent, and draft a reply.")
+    made = Graph(
+        description="Classify a support ticket into typed fields, escalate it if it is urgent, and draft a reply."
+    )
     made.add_node(StatefulNode("classify", Ticket, Classified, instructions="Classify a support ticket.", use_cot=True))
     made.add_node(StatefulNode("escalate", Classified, Escalation, fn=escalate))
     made.add_node(StatefulNode("answer", Case, Answer, instructions="Draft a reply to a support ticket."))

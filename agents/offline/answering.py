@@ -173,9 +173,7 @@ class _Reply:
             case "null":
                 return None
             case _:
-                if is_letter(output.desc):
-                    return f"{letter(self.prompt.values)}\n\n{NOTE}"
-                return self._whole_answer() if top and output.name == self.primary else self._text(output)
+                return self._long_text(output) if top else self._text(output)
 
     def _any_of(self, output: Field, options: list[dict[str, Any]]) -> Any:
         definitions = {"$defs": output.schema.get("$defs", {})}
@@ -267,11 +265,16 @@ class _Reply:
         parts = split_question(self._split[0], sum(bool(_PART.match(other.name)) for other in self.prompt.outputs))
         return parts[min(int(number[1]), len(parts)) - 1]
 
+    def _long_text(self, output: Field) -> str:
+        if is_letter(output.desc):
+            return f"{letter(self.prompt.values)}\n\n{NOTE}"
+        if part := self._part(output):
+            return part
+        return self._whole_answer() if output.name == self.primary else self._text(output)
+
     def _text(self, output: Field) -> str:
         if output.schema.get("format") == "date":
             return next(iter(days(self.text)), "")
-        if part := self._part(output):
-            return part
         match _kind(output.name):
             case "reasoning":
                 return self._reasoning()

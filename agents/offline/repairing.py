@@ -14,9 +14,13 @@ from agents.offline.typed import without_addresses
 
 _SECTION = re.compile(r"^\[\[ ## (\w+) ## \]\]$", re.M)
 _CLAUSE_END = re.compile(r"[,;:.!?)–—]$")
-_JOINTS = frozenset({"and", "or", "but", "so", "because", "which", "that", "when", "if", "while", "since", "with", "a", "the"})
+_JOINTS = frozenset(
+    {"and", "or", "but", "so", "because", "which", "that", "when", "if", "while", "since", "with", "a", "the"}
+)
 _AT_MOST = re.compile(r"(?:at most|no more than|less than or equal to) (-?\d+(?:\.\d+)?)(?: (word|character|item))?")
-_AT_LEAST = re.compile(r"(?:at least|no less than|greater than or equal to) (-?\d+(?:\.\d+)?)(?! (?:word|character|item))")
+_AT_LEAST = re.compile(
+    r"(?:at least|no less than|greater than or equal to) (-?\d+(?:\.\d+)?)(?! (?:word|character|item))"
+)
 _FORBIDDEN = re.compile(r"\b(?:must|may|should|can)(?: not|not)\b[^.;]*?\b(e-?mail|url|link|web address)")
 
 
