@@ -30,9 +30,9 @@ RESEARCH = (
     "sentences that answer it."
 )
 WRITE = (
-    "Write a report on a topic, question by question, from the evidence and from nothing else. Quote word for word, "
-    "each quote followed by its place, as in “The key is under the mat.” [home/keys.md:3]. Do without the citations "
-    "that are named as wrong, or cite the place where they really stand."
+    "Write a report on a topic, question by question, from the evidence and from nothing else; say which question has "
+    "no answer. Quote word for word, each quote followed by its place, as in “The key is under the mat.” "
+    "[home/keys.md:3]. Do without the citations that are named as wrong, or cite the place where they really stand."
 )
 
 MAX_WRONG = 20
@@ -85,7 +85,7 @@ class Found(BaseModel):
     )
 
 
-class Notes(Topic, Found):
+class Notes(Found, Plan, Topic):
     wrong: list[str] = Field(default=[], description="citations of your last report that are wrong, and why")
 
 

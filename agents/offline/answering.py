@@ -10,6 +10,7 @@ from typing import Any
 from agents.arithmetic import evaluate, find_sums, show
 from agents.offline.acting import question_of, with_topic
 from agents.offline.evidence import Passage, Quote, central, found_nothing, passages, quotes
+from agents.offline.fields import is_part, kind_of, options_of, resolved
 from agents.offline.letters import is_letter, letter
 from agents.offline.merging import cited, findings, is_borne_out, merged, misplaced
 from agents.offline.prompt import Field, Prompt, texts_of
@@ -28,23 +29,11 @@ LONG_TEXT = 40
 _QUESTION = re.compile(r"question|query|ask|prompt|task|topic|request|instruction|problem|goal")
 _PRIMARY = re.compile(r"^(?:final_)?(?:answer|response|reply|output|result|report|text|message|summary|explanation)$")
 _PARTS = re.compile(r"question|quer(?:y|ies)$|sub_?(?:task|topic|problem)|aspect")
-_PART = re.compile(r"^(?:.*_)?(?:question|query|aspect|topic|problem|task)_(\d+)$")
 _LIMITED = re.compile(r"\bat most \d+ (?:words|characters)\b")
 _COUNT = re.compile(r"^(?:n|k|max_.*|.*count|.*number|.*limit|how_many.*)$")
 _PARTS_BY_DEFAULT, _MOST_PARTS = 3, 20
 _CLAIM = re.compile(r"^(?:claim|finding|statement|hypothesis|answer|response|text)$")
 _VERIFIES = re.compile(r"support|faithful|ground|verif|confirm|proven|entail|correct|accurate|consistent|factual")
-_KINDS = (
-    ("reasoning", re.compile(r"^(?:reasoning|rationale|thoughts?|justification|analysis)$")),
-    ("sources", re.compile(r"source|file|citation|reference")),
-    ("quotes", re.compile(r"quote|evidence|excerpt|passage|snippet|fact")),
-    ("keywords", re.compile(r"keyword|tag|topic|entit")),
-    ("title", re.compile(r"title|headline|subject|heading")),
-    ("summary", re.compile(r"summary|abstract|tldr|gist|overview")),
-    ("email", re.compile(r"mail")),
-    ("url", re.compile(r"ur[li]$|link|website")),
-    ("date", re.compile(r"date$|^day$|deadline")),
-)
 
 
 def answer(prompt: Prompt) -> dict[str, Any]:
@@ -145,18 +134,18 @@ class _Reply:
         """The field that holds the answer proper; one that is to be short has no room for it."""
         strings = [output for output in self.prompt.outputs if output.schema.get("type", "") == "string"]
         texts = [output.name for output in strings if not _LIMITED.search(output.desc)]
-        texts = [name for name in texts if _kind(name) != "reasoning"]
+        texts = [name for name in texts if kind_of(name) != "reasoning"]
         named = [name for name in texts if _PRIMARY.match(name)]
-        return next(iter(named or [name for name in texts if _kind(name) is None] or texts), None)
+        return next(iter(named or [name for name in texts if kind_of(name) is None] or texts), None)
 
     @cached_property
     def choices(self) -> dict[str, Any]:
         """The fields that are a choice, and what is chosen."""
-        return {output.name: self._choice(output) for output in self.prompt.outputs if _options(output)}
+        return {output.name: self._choice(output) for output in self.prompt.outputs if options_of(output)}
 
     def value(self, output: Field, *, top: bool = True) -> Any:
-        schema = _resolve(output.schema)
-        if _options(output):
+        schema = resolved(output.schema)
+        if options_of(output):
             return self._choice(output)
         if "anyOf" in schema:
             return self._any_of(output, schema["anyOf"])
@@ -166,7 +155,7 @@ class _Reply:
             case "integer" | "number" as kind:
                 return self._number(output, schema, whole=kind == "integer")
             case "array":
-                found = self._list(output, _resolve(schema.get("items", {}), output.schema))
+                found = self._list(output, resolved(schema.get("items", {}), output.schema))
                 return found[: schema.get("maxItems")]
             case "object":
                 return self._object(output, schema)
@@ -193,7 +182,7 @@ class _Reply:
         return {name: value for name, value in values.items() if value is not None or name in needed}
 
     def _choice(self, output: Field) -> Any:
-        return choice(_options(output), output.desc, self.text)
+        return choice(options_of(output), output.desc, self.text)
 
     def _truth(self, output: Field) -> bool:
         if self._is_borne_out is not None and _VERIFIES.search(output.name):
@@ -230,7 +219,7 @@ class _Reply:
                 return self._numbers(output)
             case "string" if "enum" not in items:
                 return self._texts(output)
-            case "object" if _kind(output.name) == "quotes":
+            case "object" if kind_of(output.name) == "quotes":
                 found = [_as_object(quote, items, self.question) for quote in self.quotes]
                 return [item for item in found if all(name in item for name in items.get("required", ()))]
             case _:
@@ -239,7 +228,7 @@ class _Reply:
     def _texts(self, output: Field) -> list[str]:
         if self._split[0] and _PARTS.search(output.name):
             return split_question(self._split[0], self._wanted(output))
-        match _kind(output.name):
+        match kind_of(output.name):
             case "sources":
                 return list(dict.fromkeys(quote.source for quote in self.quotes))
             case "keywords":
@@ -259,11 +248,11 @@ class _Reply:
 
     def _part(self, output: Field) -> str | None:
         """The part of the question that a numbered field is for; None: it is not for one."""
-        number = _PART.match(output.name) if self._split[0] else None
-        if number is None:
+        numbered = [other.name for other in self.prompt.outputs if is_part(other.name)]
+        if output.name not in numbered or not self._split[0]:
             return None
-        parts = split_question(self._split[0], sum(bool(_PART.match(other.name)) for other in self.prompt.outputs))
-        return parts[min(int(number[1]), len(parts)) - 1]
+        parts = split_question(self._split[0], len(numbered))
+        return parts[min(numbered.index(output.name), len(parts) - 1)]
 
     def _long_text(self, output: Field) -> str:
         if is_letter(output.desc):
@@ -275,7 +264,7 @@ class _Reply:
     def _text(self, output: Field) -> str:
         if output.schema.get("format") == "date":
             return next(iter(days(self.text)), "")
-        match _kind(output.name):
+        match kind_of(output.name):
             case "reasoning":
                 return self._reasoning()
             case "sources" | "keywords":
@@ -296,9 +285,10 @@ class _Reply:
 
     def _whole_answer(self) -> str:
         given = self.prompt.values.values()
+        asked = [text for name, text in self.prompt.values.items() if is_part(name)]
         if found := [item for value in given for item in findings(value)]:
             corrections = misplaced(text for value in given for text in texts_of(value))
-            return "\n\n".join([*(cited(found, corrections) or merged(found, leave_out=NOTE)), NOTE])
+            return "\n\n".join([*(cited(found, corrections, asked) or merged(found, leave_out=NOTE)), NOTE])
         parts = [f"{sum_} = {text}" for sum_, text in self.sums]
         parts += [
             f"“{quote.text}”" if quote.source in self.prompt.values else f"{quote.place}: “{quote.text}”"
@@ -359,16 +349,6 @@ def _read(value: str, name: str) -> list[Passage]:
     return [passage for text in texts if len(texts) == 1 or not found_nothing(text) for passage in passages(text, name)]
 
 
-def _kind(name: str) -> str | None:
-    return next((kind for kind, pattern in _KINDS if pattern.search(name.lower())), None)
-
-
-def _options(output: Field) -> list[Any]:
-    """What a field may be, if it is a choice."""
-    schema = _resolve(output.schema)
-    return schema.get("enum") or ([schema["const"]] if "const" in schema else [])
-
-
 def _as_object(quote: Quote, schema: dict[str, Any], question: str) -> dict[str, Any]:
     """`quote` as an object with the properties that `schema` names."""
     values = {name: _part_of(quote, name, question) for name in schema.get("properties", {})}
@@ -378,19 +358,9 @@ def _as_object(quote: Quote, schema: dict[str, Any], question: str) -> dict[str,
 def _part_of(quote: Quote, name: str, question: str) -> Any:
     if name.startswith("line"):
         return quote.line
-    if _kind(name) == "sources":
+    if kind_of(name) == "sources":
         return quote.source
     return question if _QUESTION.search(name) else quote.text
-
-
-def _resolve(schema: dict[str, Any], root: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`schema`, or what it refers to."""
-    definitions = (root or schema).get("$defs", {})
-    reference = schema.get("$ref") or next((part.get("$ref") for part in schema.get("allOf", [])), None)
-    if reference is None:
-        return schema
-    target = definitions.get(str(reference).rpartition("/")[2], {})
-    return {**target, "$defs": definitions}
 
 
 def _short(text: str) -> str:

@@ -56,21 +56,26 @@ def merged(found: Sequence[Finding], leave_out: str) -> list[str]:
     return paragraphs
 
 
-def cited(found: Sequence[Finding], corrections: Mapping[str, str]) -> list[str]:
-    """A paragraph for each question, of quotes that each name their place as "[file:line]"; empty if a finding has no
-    place. What stands in `corrections` is named by what it says there, or left out."""
-    paragraphs: dict[str, list[str]] = {}
+def cited(found: Sequence[Finding], corrections: Mapping[str, str], asked: Iterable[str]) -> list[str]:
+    """A paragraph for each question, those of `asked` first, of quotes that each name their place as "[file:line]";
+    empty if a finding has no place. A place that stands in `corrections` gives way to what it says there; if that is
+    nothing, the quote is left out."""
+    paragraphs: dict[str, list[str]] = {question: [] for question in asked}
+    told: set[str] = set()
     for item in found:
         place = _place(item)
         if place is None:
             return []
-        told = paragraphs.setdefault(_named(item, _ASKED).replace(_MARKER, "[["), [])
+        lines = paragraphs.setdefault(_named(item, _ASKED), [])
         place = corrections.get(place, place)
         line = f"“{_flat(_named(item, _TEXT))}” [{place}]"
-        if place and _MARKER not in line and not any(line in lines for lines in paragraphs.values()):
-            told.append(line)
-    nothing = ["Nothing that I read answers this, or it stands above."]
-    return ["\n".join([title, *(lines or nothing)]) for title, lines in paragraphs.items()]
+        if place and _MARKER not in line:
+            lines.append("(What was found stands above.)" if line in told else line)
+            told.add(line)
+    return [
+        "\n".join([title.replace(_MARKER, "[["), *(dict.fromkeys(lines) or ["Nothing was found."])])
+        for title, lines in paragraphs.items()
+    ]
 
 
 def _place(item: Finding) -> str | None:
