@@ -200,8 +200,7 @@ class _Reply:
         if self.sums:
             return [float(text) for _, text in self.sums if not text.startswith("no value")]
         near = quotes(f"{output.name.replace('_', ' ')} {output.desc} {self.question}", self.read, limit=1)
-        texts = [quote.text for quote in near] + [self.text]
-        return [number for text in texts for number in numbers(text, output.name)]
+        return numbers("\n".join([*(quote.text for quote in near), self.text]), output.name)
 
     def _number(self, output: Field, schema: dict[str, Any], *, whole: bool) -> float | int:
         low, high = schema.get("minimum", float("-inf")), schema.get("maximum", float("inf"))

@@ -15,7 +15,9 @@ _FINDERS = {
     "email": re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
     "url": re.compile(r"https?://[^\s)>\]\"']+"),
 }
+_WORD = re.compile(r"[^\W_]+")
 _NUMBER = re.compile(r"(?<![\w.:/-])-?\d+(?:\.\d+)?(?![\w/:-])(?!\.\d)")
+_NUMBER_OF = re.compile(r"(?<![\w.:/-])(\d+(?:\.\d+)?)[ -]([A-Za-z]+)")
 _UNIT = re.compile(r"_(minutes|hours|days|weeks|months)$")
 _IF = re.compile(r"(\d+(?:\.\d+)?) if ([\w-]+)")
 _ELSE = re.compile(r"\b(?:anything|everything|all) else\b")
@@ -30,12 +32,13 @@ _DAYS = (
 
 
 def choice(options: Sequence[Any], desc: str, text: str) -> Any:
-    """The option whose words `text` has most often: its name, and what `desc` says that it stands for. If it has none
-    of them, the one that stands for anything else, or the first."""
-    words = stems(text)
+    """The option whose words `text` has most often: those of its name, and the phrases that `desc` says it stands for.
+    If it has none of them, the one that stands for anything else, or the first."""
+    names, words = stems(text), _words(text)
     meanings = {option: _meaning(str(option), desc) for option in options}
     counts = {
-        option: sum(words.count(term) for term in {*stems(str(option)), *stems(_ELSE.sub("", meaning))})
+        option: sum(names.count(term) for term in set(stems(str(option))))
+        + sum(_count(_words(phrase), words) for phrase in meaning.split(","))
         for option, meaning in meanings.items()
     }
     if any(counts.values()):
@@ -48,17 +51,26 @@ def _meaning(option: str, desc: str) -> str:
     return match[1] if match else ""
 
 
+def _words(text: str) -> list[str]:
+    return [stem(word) for word in _WORD.findall(text)]
+
+
+def _count(phrase: list[str], words: list[str]) -> int:
+    size = len(phrase)
+    return sum(words[at : at + size] == phrase for at in range(len(words) - size + 1)) if phrase else 0
+
+
 def stated(desc: str, made: Collection[Any]) -> float | None:
     """The number that `desc` says goes with one of the choices that were `made`."""
     return next((float(number) for number, option in _IF.findall(desc) if option in made), None)
 
 
 def numbers(text: str, name: str) -> list[float]:
-    """The numbers in `text`; of a field whose name ends in a unit of time, only those in that unit."""
-    unit = _UNIT.search(name)
-    if unit is None:
-        return [float(number) for number in _NUMBER.findall(text)]
-    return [float(number) for number in re.findall(rf"(?<![\w.])(\d+(?:\.\d+)?)[ -]{unit[1][:-1]}s?\b", text, re.I)]
+    """The numbers in `text`, those of what the field `name` names first ("7 people"); only they, if it ends in a unit
+    of time."""
+    parts = set(stems(name.replace("_", " ")))
+    named = [float(number) for number, what in _NUMBER_OF.findall(text) if stem(what) in parts]
+    return named if _UNIT.search(name) else [*named, *(float(number) for number in _NUMBER.findall(text))]
 
 
 def addresses(kind: str, text: str) -> list[str]:
