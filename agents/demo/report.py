@@ -5,10 +5,11 @@ No model is asked whether a citation is right: a function looks it up in the fil
 writer is told which, and why.
 """
 
+import bisect
 import itertools
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
@@ -21,8 +22,8 @@ from agents.transpiler import AgentTranspiler
 
 MAX_STEPS = 10
 """The plan, three nodes side by side, and the report, written and checked up to three times."""
-NEAR, LONGEST = 2, 12
-"""A quote stands at its line if it starts at most so many lines away, and ends within so many."""
+NEAR = 2
+"""A quote stands at its line if it starts at most so many lines away."""
 
 PLAN = "Split a topic into three questions that can be looked up in texts, each without knowing the others."
 RESEARCH = (
@@ -125,7 +126,7 @@ def _problem(texts: Corpus, citation: re.Match[str]) -> str | None:
         return f"{place}: there is no such file; {_remedy(texts, quote)}"
     if not 1 <= line <= len(lines):
         return f"{place}: that file has {len(lines)} lines; {_remedy(texts, quote)}"
-    if quote not in _flat("\n".join(lines[max(0, line - 1 - NEAR) : line - 1 + LONGEST])):
+    if quote and all(abs(start - line) > NEAR for start in _starts(quote, lines)):
         return f"{place}: the quote does not stand there; {_remedy(texts, quote)}"
     return None
 
@@ -133,11 +134,17 @@ def _problem(texts: Corpus, citation: re.Match[str]) -> str | None:
 def _remedy(texts: Corpus, quote: str) -> str:
     for name in texts.files() if quote else ():
         _, lines = texts.open(name)
-        if quote in _flat("\n".join(lines)):
-            starts = (at for at in range(len(lines), 0, -1) if quote in _flat("\n".join(lines[at - 1 : at + LONGEST])))
-            if start := next(starts, None):
-                return f"it stands at [{name}:{start}]"
+        if start := next(_starts(quote, lines), None):
+            return f"it stands at [{name}:{start}]"
     return "leave it out"
+
+
+def _starts(quote: str, lines: Sequence[str]) -> Iterator[int]:
+    """The lines, from 1, at which `quote` starts; it may go on over line breaks."""
+    told = [(number, _flat(line)) for number, line in enumerate(lines, start=1) if line.strip()]
+    offsets = [0, *itertools.accumulate(len(line) + 1 for _, line in told)]
+    for match in re.finditer(re.escape(quote), " ".join(line for _, line in told)):
+        yield told[bisect.bisect_right(offsets, match.start()) - 1][0]
 
 
 def _flat(text: str) -> str:
