@@ -297,7 +297,7 @@ def test_nothing_to_cite_is_no_mistake_and_the_list_of_mistakes_is_bounded():
 
 
 def test_they_are_offered_with_their_graphs():
-    graphs = {name: registry[name].spec.graph for name in ("triage", "report")}
+    graphs = {name: registry[name].spec.graph or {} for name in ("triage", "report")}
     assert {node["name"]: node["kind"] for node in graphs["report"]["nodes"]} == {
         "plan": "lm",
         **dict.fromkeys(RESEARCH, "react"),

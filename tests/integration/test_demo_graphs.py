@@ -1,0 +1,81 @@
+"""The demo graphs on a hub as users start it: what an independent client sees of them, live."""
+
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from tests.support.client import View
+from tests.support.process import serve
+
+DEMO = "agents.demo:registry"
+TICKET = (
+    "Hello, since 3 November 2026 the CSV export fails with error 500 in our production account, and all our users are "
+    "blocked because they cannot send their monthly reports to the tax office. We expect a fix in 48 hours. Ada"
+)
+TROUBLE = "# Prints\n\npress.ini:12: the roller pressure is too high, so the paper tears.\n"
+
+
+def ended(view: View, node: str) -> list[dict[str, Any]]:
+    return [event["patch"] for event in view.events if event["event"] == "node_end" and event["node"] == node]
+
+
+async def test_triage_shows_attempts_retracted_texts_and_patches() -> None:
+    async with serve(agents=DEMO, offline_delay="0") as hub, hub.client() as client:
+        view = await client.view(await client.start("triage", {"ticket": TICKET}))
+        async with httpx.AsyncClient(base_url=hub.url, trust_env=False) as http:
+            listed = {agent["name"]: agent for agent in (await http.get("/v1/agents")).json()["agents"]}
+    state = view.document
+    assert state["status"] == "done"
+    (failed,) = [event for event in view.events if event["event"] == "validation_error"]
+    assert (failed["node"], failed["attempt"], failed["failed_fields"]) == (
+        "classify",
+        1,
+        ["respond_in_hours", "summary"],
+    )
+    summaries = [message for message in state["messages"] if message["field"] == "summary"]
+    assert [message["status"] for message in summaries] == ["retracted", "done"]
+    assert summaries[1]["text"] == state["result"]["summary"]
+    assert len(summaries[1]["text"].split()) <= 25 < len(summaries[0]["text"].split())
+    (classified,) = ended(view, "classify")
+    assert classified["since"] == "2026-11-03"
+    assert state["state"] == {**classified, **ended(view, "escalate")[0], **ended(view, "answer")[0]}
+    assert state["result"] == state["state"]
+    assert [node["name"] for node in listed["triage"]["graph"]["nodes"]] == ["classify", "escalate", "answer"]
+    assert {"urgent", "can wait"} == {edge.get("label") for edge in listed["triage"]["graph"]["edges"]} - {None}
+
+
+async def test_triage_is_cancelled_in_the_middle_of_a_node() -> None:
+    async with serve(agents=DEMO, offline_delay="5") as hub, hub.client() as client:
+        run = await client.start("triage", {"ticket": TICKET})
+        await client.event("lm_start", run)
+        await client.ask("cancel", run=run)
+        view = await client.view(run)
+    assert view.names[-1] == "run_cancelled"
+    assert {span["status"] for span in view.document["spans"]} == {"cancelled"}
+
+
+async def test_report_runs_side_by_side_and_goes_back_for_a_wrong_citation(tmp_path: Path) -> None:
+    (tmp_path / "prints.md").write_text(TROUBLE)
+    async with serve(agents=DEMO, offline_delay="0", docs=str(tmp_path)) as hub, hub.client() as client:
+        with anyio.fail_after(60):
+            view = await client.view(await client.start("report", {"topic": "Why does the paper tear?"}))
+    assert [patch["wrong"] for patch in ended(view, "verify")] == [
+        ["[press.ini:12]: there is no such file; it stands at [prints.md:3]"],
+        [],
+    ]
+    assert "[prints.md:3]" in view.document["result"]["report"]
+    spans = {span["span"]: span for span in view.document["spans"]}
+    tools = [span for span in spans.values() if span["kind"] == "tool"]
+    assert {spans[span["parent"]]["name"] for span in tools} == {"research_1", "research_2", "research_3"}
+    assert str(tmp_path) not in "".join(view.texts)
+
+
+@pytest.mark.parametrize(("agent", "field"), [("triage", "ticket"), ("report", "topic")])
+async def test_an_empty_input_is_refused_with_the_field(agent: str, field: str) -> None:
+    async with serve(agents=DEMO) as hub, hub.client() as client:
+        error = await client.refused("start", agent=agent, input={field: ""})
+    assert error["code"] == "invalid_input"
+    assert error["details"][0]["loc"] == [field]
