@@ -54,7 +54,8 @@ async def test_triage_is_cancelled_in_the_middle_of_a_node() -> None:
         await client.ask("cancel", run=run)
         view = await client.view(run)
     assert view.names[-1] == "run_cancelled"
-    assert {span["status"] for span in view.document["spans"]} == {"cancelled"}
+    assert [span["name"] for span in view.document["spans"]] == ["triage", "classify", "offline/rules"]
+    assert {span["error"]["code"] for span in view.document["spans"]} == {"cancelled"}
 
 
 async def test_report_runs_side_by_side_and_goes_back_for_a_wrong_citation(tmp_path: Path) -> None:

@@ -198,6 +198,29 @@ def test_reports_cite_name_what_has_no_answer_and_mend_places():
     assert cited([{"question": "Key?", "text": "x"}], {}, []) == []
 
 
+class Cited(BaseModel):
+    question: str
+    file: str
+    line: int
+    text: str
+
+
+@pytest.mark.parametrize(
+    ("said", "evidence"),
+    [
+        (
+            "home/keys.md:3 (Keys)\nThe key is here.",
+            [Cited(question="Where is the key?", file="home/keys.md", line=3, text="The key is here.")],
+        ),
+        ("The key is here.", []),
+    ],
+    ids=["a place", "no place"],
+)
+def test_what_has_no_place_is_no_evidence_where_a_place_is_asked_for(said: str, evidence: list[Cited]):
+    signature = dspy.Signature("question, notes -> reasoning").append("evidence", dspy.OutputField(), type_=list[Cited])
+    assert dspy.Predict(signature)(question="Where is the key?", notes=said).evidence == evidence
+
+
 def test_numbered_questions_are_the_parts_of_what_is_asked():
     plan = dspy.Predict("topic -> question_1, question_2, question_3")
     result = plan(topic="Where is the key, who has the mat and when does the door open?")
