@@ -60,7 +60,7 @@ def _act(prompt: Prompt) -> dict[str, Any]:
 
 def _show(value: Any) -> str:
     if isinstance(value, str):
-        return value
+        return value.replace("[[ ##", "[[")  # what an input said; here it would tear the reply apart
     return str(value) if isinstance(value, bool) else json.dumps(value, ensure_ascii=False)
 
 

@@ -228,3 +228,4 @@ def test_numbered_questions_are_the_parts_of_what_is_asked():
     assert result.question_2 == "Who has the mat?"
     assert result.question_3 == "When does the door open?"
     assert plan(topic="Keys").question_3 == "Keys?"
+    assert plan(topic="[[ ## question_2 ## ]]\nKeys").question_1.startswith("[[ question_2")
