@@ -22,6 +22,8 @@ from agents.transpiler import AgentTranspiler
 
 MAX_STEPS = 10
 """The plan, three nodes side by side, and the report, written and checked up to three times."""
+MAX_WRONG = 20
+"""So many wrong citations are looked for at a time."""
 NEAR = 2
 """A quote stands at its line if it starts at most so many lines away."""
 
@@ -36,12 +38,9 @@ WRITE = (
     "[home/keys.md:3]. Do without the citations that are named as wrong, or cite the place where they really stand."
 )
 
-MAX_WRONG = 20
-"""So many are looked for at a time."""
-
 _CITATION = re.compile(
     r"(?:(?:“(?P<curly>[^”]+)”|\"(?P<straight>[^\"]+)\")[,.;:]?\s*)?"
-    r"\[`?(?P<file>[^\[\]:`\n]+):(?P<line>\d+)(?:[-–]\d+)?`?\]"
+    r"\[`?(?P<file>[^\[\]:`\n]+):(?P<line>\d{1,7})(?:[-–]\d+)?`?\]"
 )
 
 
@@ -70,7 +69,7 @@ QUESTIONS: tuple[type[BaseModel], ...] = (Question1, Question2, Question3)
 
 
 class Plan(Question3, Question2, Question1):
-    """The questions, in their order."""
+    """The questions in their order: the fields of the last base come first."""
 
 
 class Evidence(BaseModel):
@@ -102,7 +101,7 @@ class Verdict(BaseModel):
     wrong: list[str] = Field(description="citations that do not hold, and why")
 
 
-class Checked(Report, Verdict):
+class Checked(Verdict, Report):
     """The result. `wrong` is not empty only if there were still wrong citations after the last try."""
 
 

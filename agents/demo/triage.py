@@ -119,7 +119,7 @@ class Answer(BaseModel):
     )
 
 
-class Triaged(Classified, Escalation, Answer):
+class Triaged(Answer, Escalation, Classified):
     """The result."""
 
 

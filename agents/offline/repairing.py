@@ -45,10 +45,10 @@ def problems_by_field(problems: str, names: Collection[str]) -> dict[str, list[t
     to the fields that it names."""
     found: dict[str, list[tuple[str, str]]] = {}
     known = "|".join(map(re.escape, names))
-    starts = list(re.finditer(rf"(?:^|(?<=; ))(?:({known})((?:\.[\w-]+)*): |(?=Value error, ))", problems, re.M))
-    ends = [*(start.start() for start in starts), len(problems) + 2][1:]
+    starts = list(re.finditer(rf"(?:^[-* ]*|(?<=; ))(?:({known})((?:\.[\w-]+)*): |(?=Value error, ))", problems, re.M))
+    ends = [*(start.start() for start in starts), len(problems)][1:]
     for start, end in zip(starts, ends, strict=True):
-        reason = problems[start.end() : end - 2].removeprefix("Value error, ").strip()
+        reason = problems[start.end() : end].removeprefix("Value error, ").strip("; \n")
         fields = [start[1]] if start[1] else [name for name in names if re.search(rf"\b{name}\b", reason)]
         for name in fields:
             found.setdefault(name, []).append(((start[2] or "").removeprefix("."), reason))

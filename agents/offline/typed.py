@@ -85,8 +85,8 @@ def without_addresses(kind: str, text: str) -> str:
 
 def days(text: str) -> list[str]:
     """The days that `text` names with their year, in its order, as "2026-11-03"."""
-    found = sorted((match.start(), match) for pattern in _DAYS for match in pattern.finditer(text))
-    return list(dict.fromkeys(day for _, match in found for day in _day(match)))
+    found = sorted((match for pattern in _DAYS for match in pattern.finditer(text)), key=lambda match: match.start())
+    return list(dict.fromkeys(day for match in found for day in _day(match)))
 
 
 def _day(match: re.Match[str]) -> Iterator[str]:

@@ -21,6 +21,7 @@ from tests.support.agents import Anything, FunctionAgent, agent
 from tests.support.graphs import Empty, Topic, graph_of, node
 from tests.support.hub import RunningHub, open_hub
 from tests.support.log import Log
+from tests.support.process import ServedHub
 from tests.support.redis import running_redis
 from tests.support.work import Seed, Work
 
@@ -92,7 +93,7 @@ class Stepping:
 
 
 @asynccontextmanager
-async def open_page(browser: Browser, hub: RunningHub) -> AsyncIterator[Page]:
+async def open_page(browser: Browser, hub: RunningHub | ServedHub) -> AsyncIterator[Page]:
     """The page, connected. Whatever it writes to its console fails the test."""
     context = await browser.new_context(viewport={"width": 1200, "height": 900})
     page = await context.new_page()
@@ -175,6 +176,29 @@ async def test_tokens_appear_as_they_come(browser: Browser) -> None:
             stepping.say(f"word{number} ", last=number == 2)
             await expect(card.locator(".says")).to_have_text("".join(f"word{n} " for n in range(number + 1)))
         await expect(card).to_have_attribute("data-status", "done")
+
+
+async def test_the_result_comes_into_view_below_a_long_answer(browser: Browser) -> None:
+    gate = anyio.Event()
+
+    @agent("writer")
+    async def writer(input: Anything, emit: Emitter) -> dict[str, Any]:
+        await emit.send(MessageStart(message="m", span="s", field="answer"))
+        await emit.send(Token(message="m", delta="line\n" * 200))
+        await gate.wait()
+        await emit.send(MessageEnd(message="m", text="line\n" * 200))
+        return {"answer": "line\n" * 200, "severity": "high"}
+
+    async with open_hub(writer) as hub, open_page(browser, hub) as page, hub.client() as client:
+        run = await client.start("writer")
+        card = page.locator(f'.card[data-run="{run}"]')
+        await expect(card.locator(".says")).to_contain_text("line")
+        gate.set()
+        await expect(card).to_have_attribute("data-status", "done")
+        last = card.locator('[data-result][data-output="severity"]')
+        await expect(last).to_be_visible()
+        below = "(box) => box.scrollHeight - box.scrollTop - box.clientHeight"
+        assert await card.locator(".answer").evaluate(below) < 24
 
 
 async def test_graph_is_drawn_and_its_nodes_light_up(browser: Browser) -> None:

@@ -277,6 +277,7 @@ NO_FILE = "there is no such file; leave it out"
         ("“Store the paper” [trouble.md:1]", [f"[trouble.md:1]: {THERE} [paper.md:3]"]),
         ("“Damp paper burns.” [paper.md:4]", ["[paper.md:4]: the quote does not stand there; leave it out"]),
         ("A [../x.md:1] [/etc/passwd:1]", [f"[../x.md:1]: {NO_FILE}", f"[/etc/passwd:1]: {NO_FILE}"]),
+        (f"[paper.md:{'9' * 5_000}] [x.md:1]", [f"[x.md:1]: {NO_FILE}"]),
         ("[paper.md:0]", ["[paper.md:0]: that file has 5 lines; leave it out"]),
         ("No place at all.", ["Nothing is cited, though there is evidence: cite each sentence as [file:line]."]),
         ("[x.md:1] and again [x.md:1]", [f"[x.md:1]: {NO_FILE}"]),

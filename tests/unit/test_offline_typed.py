@@ -131,6 +131,7 @@ def _refuse_without_reason(text: str) -> str:
         ("a: Value error, long; b.0.c: Field required", {"a": [("", "long")], "b": [("0.c", "Field required")]}),
         ("a: bad; really; b: worse", {"a": [("", "bad; really")], "b": [("", "worse")]}),
         ("Value error, b must be less than or equal to 3", {"b": [("", "b must be less than or equal to 3")]}),
+        ("- a: bad\n- b: worse", {"a": [("", "bad")], "b": [("", "worse")]}),
         ("c: unknown", {}),
         ("", {}),
     ],
