@@ -8,6 +8,8 @@ import httpx
 import pytest
 
 from tests.support.client import View
+from tests.support.lms import chat
+from tests.support.openai import Say, provider
 from tests.support.process import serve
 
 DEMO = "agents.demo:registry"
@@ -80,3 +82,30 @@ async def test_an_empty_input_is_refused_with_the_field(agent: str, field: str) 
         error = await client.refused("start", agent=agent, input={field: ""})
     assert error["code"] == "invalid_input"
     assert error["details"][0]["loc"] == [field]
+
+
+async def test_a_real_model_corrects_its_ticket_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing replaced but the provider, which speaks its API on loopback: it is asked again, with what was wrong."""
+    fields = {"reasoning": "r", "category": "bug", "severity": "critical", "area": "api", "since": "2026-11-03"}
+    right = fields | {"respond_in_hours": "4", "summary": "The API is down."}
+    wrong = right | {"respond_in_hours": "48", "summary": "Write to ada@example.org"}
+    async with provider(Say(chat(**wrong)), Say(chat(**right)), Say(chat(reply="We are at it."))) as served:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{served.url}/v1")
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-not-to-be-seen-anywhere")
+        async with serve(agents=DEMO, lm="openai/gpt-5-mini") as hub, hub.client() as client:
+            view = await client.view(await client.start("triage", {"ticket": "The API is down!"}))
+    assert view.document["result"] == {
+        "category": "bug",
+        "severity": "critical",
+        "area": "api",
+        "since": "2026-11-03",
+        "respond_in_hours": 4,
+        "summary": "The API is down.",
+        "escalated_to": "engineering",
+        "reply": "We are at it.",
+    }
+    assert [error["failed_fields"] for error in view.document["validation_errors"]] == [["respond_in_hours", "summary"]]
+    assert len(served.requests) == 3
+    asked_again = str(served.requests[1]["messages"])
+    assert "must be at most 4 if the severity is critical, and is 48" in asked_again
+    assert "must not contain an e-mail address" in asked_again
