@@ -15,8 +15,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from agents.base import ToolError
-from agents.demo.corpus import Corpus
-from agents.demo.researcher import calculate, corpus, read, registry, search
+from agents.demo.corpus import Corpus, corpus
+from agents.demo.researcher import calculate, read, registry, search
 from agents.graph import END, Graph, Reducer, StatefulNode
 from agents.transpiler import AgentTranspiler
 

@@ -9,9 +9,9 @@ import dspy
 import pytest
 
 from agents.base import ToolError
-from agents.demo import registry, report, triage
-from agents.demo.report import MAX_STEPS, Draft, Evidence, verify
-from agents.demo.triage import REPLY_WORDS, SUMMARY_WORDS, Category, Severity
+from agents.demo import registry
+from agents.demo.report import MAX_STEPS, Draft, Evidence, report, verify
+from agents.demo.triage import REPLY_WORDS, SUMMARY_WORDS, Category, Severity, triage
 from agents.offline import offline_lm
 from agents.offline.answering import NOTE
 from tests.support.graphs import Script, events_of, of, told
