@@ -125,7 +125,7 @@ class RunState:
         span = self._spans.get(event["span"])
         if span is None or span["status"] != "running":
             return
-        span.update(status="error" if "error" in event else "done", ended=event["ts"])
+        span.update(status=_outcome(event), ended=event["ts"])
         recent = any(span is item for item in self.document["spans"][-MAX_DETAILED:])
         kept = ("result", "patch", "error", "usage") if recent else ("error", "usage")
         span.update({field: event[field] for field in kept if field in event})
@@ -188,6 +188,13 @@ class RunState:
             place = next((i for i, item in enumerate(items) if item["status"] != unfinished), 0)
             del index[items.pop(place)[key]]
             self._drop()
+
+
+def _outcome(event: Wire) -> str:
+    """The status of a span after its last event."""
+    if "error" not in event:
+        return "done"
+    return "cancelled" if event["error"].get("code") == "cancelled" else "error"
 
 
 _FOLDS: dict[str, Callable[[RunState, Wire], None]] = {

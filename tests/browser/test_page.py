@@ -464,6 +464,8 @@ TRICKY: dict[str, list[dict[str, Any]]] = {
         _event(11, "tool_start", span="s", tool="u", args={"a": 2}),
         _event(12, "tool_end", span="s", tool="u", duration=1, error={"code": "c", "message": "m"}),
         _event(13, "tool_progress", span="s", progress=1, total=2),
+        _event(14, "node_start", span="t", node="n", kind="module"),
+        _event(15, "node_error", span="t", node="n", duration=1, error={"code": "cancelled", "message": "m"}),
     ],
     "texts that grow": [
         _event(2, "message_start", message="m", span="s", field="f"),

@@ -12,6 +12,7 @@ from server.state import RunState
 
 QUEUED = {"event": "run_queued", "epoch": "e", "input": {"q": None}}
 FAILURE = {"code": "agent_error", "message": "no"}
+STOPPED = {"code": "cancelled", "message": "cancelled"}
 TERMINAL = [
     {"event": "run_end", "result": {"a": None}, "duration": 1.0, "usage": {"input_tokens": 3, "output_tokens": 4}},
     {"event": "run_error", "error": FAILURE | {"retryable": False}, "duration": 1.0},
@@ -177,6 +178,7 @@ def test_span_starts(start: dict[str, Any], kind: str, name: str, extra: dict[st
         ({"event": "node_end", "patch": {"a": 1}}, "done", {"patch": {"a": 1}}),
         ({"event": "node_end"}, "done", {}),
         ({"event": "node_error", "error": FAILURE}, "error", {"error": FAILURE}),
+        ({"event": "node_error", "error": STOPPED}, "cancelled", {"error": STOPPED}),
     ],
 )
 def test_span_ends(end: dict[str, Any], status: str, extra: dict[str, Any]) -> None:
