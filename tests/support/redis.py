@@ -13,10 +13,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 PATIENCE = 20.0
+KEEPING = ("--appendonly", "yes")
 
 
 class Redis:
-    """One redis-server on a free port. Commands go by `redis-cli`-like `do`, on a connection of their own."""
+    """One redis-server on a free port. Commands go by `redis-cli`-like `do`, on a connection of their own.
+
+    With `KEEPING` among the options it keeps its data when it is killed; else it comes back empty.
+    """
 
     def __init__(self, folder: Path, *options: str, port: int = 0) -> None:
         self.folder = folder
@@ -59,6 +63,10 @@ class Redis:
     def signal(self, number: int) -> None:
         assert self._process is not None
         os.kill(self._process.pid, number)
+
+    @property
+    def runs(self) -> bool:
+        return self._process is not None
 
     def empty(self) -> None:
         """Remove what a killed one left on disk."""

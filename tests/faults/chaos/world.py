@@ -1,0 +1,184 @@
+"""One Redis, with or without a replica, some hubs as processes, and what can be done to them."""
+
+import signal
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import anyio
+import httpx
+from anyio.abc import TaskGroup, TaskStatus
+
+from tests.faults.chaos.journal import Journal
+from tests.support.door import Door, open_door
+from tests.support.process import ServedHub, serve
+from tests.support.redis import KEEPING, Redis
+
+AGENTS = "tests.faults.chaos.agents:registry"
+PATIENCE = 30.0
+"""Seconds that anything may take that is not measured, on a loaded machine."""
+RUNNING = "queued,running,cancelling"
+
+
+@dataclass(eq=False)
+class World:
+    redis: Redis
+    hubs: list[ServedHub]
+    folder: Path
+    tasks: TaskGroup
+    http: httpx.AsyncClient
+    door: Door | None = None
+    replica: Redis | None = None
+    history: int = 0
+    """How often Redis has lost some of what it held."""
+    ended: list[ServedHub] = field(default_factory=list)
+
+    # -- Hubs --------------------------------------------------------------------------------------------------------
+
+    async def add_hub(self) -> ServedHub:
+        url = self.redis.url if self.door is None else f"redis://127.0.0.1:{self.door.port}/0"
+        hub: ServedHub = await self.tasks.start(_keep, url, str(self.folder / "journals"))
+        self.hubs.append(hub)
+        return hub
+
+    async def kill_hub(self, hub: ServedHub) -> None:
+        self.hubs.remove(hub)
+        self.ended.append(hub)
+        hub.process.kill()
+        await hub.process.wait()
+
+    def check_logs(self) -> None:
+        """No hub has met what it did not know."""
+        for hub in (*self.hubs, *self.ended):
+            log = "".join(hub.log)
+            for sign in ("Traceback", "ERROR", "CRITICAL"):
+                assert sign not in log, log
+
+    # -- Redis -------------------------------------------------------------------------------------------------------
+
+    def empty_redis(self) -> None:
+        """Bring Redis back as if it had never held anything."""
+        self.redis.kill()
+        self.redis.empty()
+        self.history += 1
+        self.redis.start()
+
+    async def add_replica(self) -> None:
+        folder = self.folder / f"redis-{self.history}"
+        folder.mkdir()
+        self.replica = Redis(folder, *KEEPING, "--replicaof", "127.0.0.1", str(self.redis.port))
+        self.replica.start()
+        await self.replicated()
+
+    async def replicated(self) -> None:
+        """Until the replica follows the primary."""
+        assert self.replica is not None
+        with anyio.fail_after(PATIENCE):
+            while self.replica.info("replication").get("master_link_status") != "up":
+                await anyio.sleep(0.05)
+
+    async def promote(self, missing: float = 1.0) -> None:
+        """Let the replica be the primary, without what the primary took in the last `missing` seconds of its life."""
+        assert self.replica is not None
+        assert self.door is not None
+        await self.replicated()
+        self.history += 1
+        self.replica.do("REPLICAOF", "NO", "ONE")
+        await anyio.sleep(missing)
+        self.redis.kill()
+        self.redis, self.replica = self.replica, None
+        self.door.lead_to(self.redis.port)
+
+    # -- Runs --------------------------------------------------------------------------------------------------------
+
+    async def start(self, agent: str, hub: ServedHub | None = None, **input: Any) -> str:
+        """Start a run, at once."""
+        reply = await self.http.post(f"{(hub or self.hubs[0]).url}/v1/runs", json={"agent": agent, "input": input})
+        assert reply.status_code == 200, reply.text
+        run: str = reply.json()["run"]
+        return run
+
+    async def get(self, hub: ServedHub, path: str) -> dict[str, Any] | None:
+        """What a hub says, as soon as it is available; None if it is not found."""
+        with anyio.fail_after(PATIENCE):
+            while (reply := await self.http.get(f"{hub.url}{path}")).status_code == 503:
+                await anyio.sleep(0.1)
+        assert reply.status_code in (200, 404), reply.text
+        document: dict[str, Any] = reply.json()
+        return document if reply.status_code == 200 else None
+
+    async def state(self, run: str) -> dict[str, Any] | None:
+        """The snapshot of a run, the same on every hub; None if it does not exist on any (G10)."""
+        shown = [await self.get(hub, f"/v1/runs/{run}") for hub in self.hubs]
+        assert all(item == shown[0] for item in shown), shown
+        return shown[0]
+
+    async def final(self, runs: Sequence[str]) -> dict[str, dict[str, Any] | None]:
+        """Each run's snapshot, once none is active any more."""
+        with anyio.fail_after(2 * PATIENCE):
+            while any([await self._active(hub) for hub in self.hubs]):
+                await anyio.sleep(0.2)
+        return {run: await self.state(run) for run in runs}
+
+    async def _active(self, hub: ServedHub) -> bool:
+        listed = await self.get(hub, f"/v1/runs?status={RUNNING}")
+        assert listed is not None
+        return bool(listed["runs"])
+
+    def journal(self, run: str) -> Journal:
+        return Journal.read(self.folder / "journals", run)
+
+    async def emitted(self, run: str, count: int) -> None:
+        """Until a run's agent has emitted so many events."""
+        with anyio.fail_after(PATIENCE):
+            while len(self.journal(run).events) < count:
+                await anyio.sleep(0.02)
+
+    async def ready(self) -> None:
+        """Until all hubs take runs and their bus works end to end."""
+        with anyio.fail_after(PATIENCE):
+            for hub in self.hubs:
+                while (await self.http.get(f"{hub.url}/readyz")).status_code != 200:
+                    await anyio.sleep(0.05)
+
+
+async def _keep(url: str, journals: str, *, task_status: TaskStatus[ServedHub]) -> None:
+    """Run a hub until it is killed."""
+    settings = {"redis": url, "journal": journals, "heartbeat": "2", "grace": "0", "cancel_grace": "0.5"}
+    async with serve(agents=AGENTS, **settings) as hub:
+        task_status.started(hub)
+        await hub.process.wait()
+
+
+def signal_hub(hub: ServedHub, number: signal.Signals) -> None:
+    hub.process.send_signal(number)
+
+
+@asynccontextmanager
+async def open_world(*options: str, hubs: int = 2, replica: bool = False) -> AsyncIterator[World]:
+    """A redis-server with `options` and so many hubs; with a replica, there is a door before the primary."""
+    with TemporaryDirectory(prefix="chaos-") as name:
+        folder = Path(name)
+        (folder / "journals").mkdir()
+        (folder / "redis").mkdir()
+        redis = Redis(folder / "redis", *(options or KEEPING))
+        async with open_door(redis.port) as door, httpx.AsyncClient(trust_env=False, timeout=PATIENCE) as http:
+            async with anyio.create_task_group() as tasks:
+                world = World(redis, [], folder, tasks, http, door if replica else None)
+                try:
+                    redis.start()
+                    if replica:
+                        await world.add_replica()
+                    async with anyio.create_task_group() as starting:
+                        for _ in range(hubs):
+                            starting.start_soon(world.add_hub)
+                    yield world
+                    world.check_logs()
+                finally:
+                    tasks.cancel_scope.cancel()
+                    for server in (world.redis, world.replica):
+                        if server is not None:
+                            server.stop()
