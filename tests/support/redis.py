@@ -16,6 +16,10 @@ PATIENCE = 20.0
 KEEPING = ("--appendonly", "yes")
 
 
+class Refused(Exception):
+    """The server's answer is an error."""
+
+
 class Redis:
     """One redis-server on a free port. Commands go by `redis-cli`-like `do`, on a connection of their own.
 
@@ -43,7 +47,7 @@ class Redis:
             try:
                 if self.do("PING") == b"+PONG":
                     return
-            except (OSError, AssertionError):  # not there yet, or loading its data
+            except (OSError, Refused):  # not there yet, or loading its data
                 assert self._process.poll() is None, "redis-server does not start"
             assert time.monotonic() < deadline, "redis-server does not answer"
 
@@ -90,7 +94,8 @@ class Redis:
                 line = reply.readline().rstrip()
                 if line.startswith(b"$") and line != b"$-1":
                     return reply.read(int(line[1:]))
-                assert not line.startswith(b"-"), line
+                if line.startswith(b"-"):
+                    raise Refused(line.decode())
                 return line
 
     def info(self, section: str = "") -> dict[str, str]:
