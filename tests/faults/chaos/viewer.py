@@ -12,8 +12,8 @@ from typing import Any
 import anyio
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
-from tests.faults.chaos.world import World
-from tests.support.client import Client, Memory
+from tests.faults.chaos.world import PATIENCE, World
+from tests.support.client import TERMINAL, Client, Memory
 from tests.support.process import ServedHub
 
 LOST = (ConnectionClosed, InvalidHandshake, OSError, TimeoutError)
@@ -34,10 +34,17 @@ class Viewer:
     gone: set[str] = field(default_factory=set)
     """Runs that a hub has said it does not know."""
     pings: list[dict[str, Any]] = field(default_factory=list)
+    ends: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    """Every terminal event that it was shown, with its run."""
+    feed_recovered: bool = True
+    """Whether the feed always reached back to where it had been."""
     connections: int = 0
     slowest_refusal: float = 0.0
     following: anyio.Event = field(default_factory=anyio.Event)
     """Set while all subscriptions stand."""
+    _left: anyio.Event = field(default_factory=anyio.Event)
+    """Set when the connection is lost."""
+    _connection: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     _changed: anyio.Event = field(default_factory=anyio.Event)
 
     async def run(self) -> None:
@@ -48,6 +55,7 @@ class Viewer:
             except* LOST:
                 await anyio.sleep(self.rng.uniform(0.05, 0.5))
             self.following = anyio.Event()
+            self._left.set()
 
     async def _connect(self) -> None:
         hub = self.hub or self.rng.choice(self.world.hubs)
@@ -56,16 +64,22 @@ class Viewer:
         async with hub.client(memory=self.memory, detail=self.detail) as client:
             self.connections += 1
             life = None if self.life is None else self.rng.uniform(0.1, self.life)
-            with anyio.move_on_after(life):
+            self._left = anyio.Event()
+            with anyio.move_on_after(life) as self._connection:
                 await self._subscribe(client)
                 self.following.set()
                 while True:
                     frame = await client.frame()
-                    if frame["type"] == "ping":
-                        self.pings.append(frame)
-                    self._changed.set()
-                    self._changed = anyio.Event()
+                    self._note(frame)
             client.cut()
+
+    def _note(self, frame: dict[str, Any]) -> None:
+        if frame["type"] == "ping":
+            self.pings.append(frame)
+        if frame.get("event") in TERMINAL:
+            self.ends.append((frame["run"], frame))
+        self._changed.set()
+        self._changed = anyio.Event()
 
     async def _subscribe(self, client: Client) -> None:
         if self.runs is None:
@@ -95,6 +109,7 @@ class Viewer:
 
     def _learn(self, result: dict[str, Any]) -> None:
         self.memory.learn(result)
+        self.feed_recovered = self.feed_recovered and result.get("feed_recovered", True)
         for run in result.get("missing", ()):
             self._miss(run)
 
@@ -116,10 +131,21 @@ class Viewer:
         missing = {run: self._position(run) for run in runs if not self.ended(run)}
         raise AssertionError(f"a viewer at detail {self.detail} has not seen the end of {missing}")
 
-    async def has_seen(self, run: str, seq: int) -> None:
-        with anyio.fail_after(30):
-            while run not in self.memory.views or self.memory.view(run).seq < seq:
+    async def come_back(self) -> None:
+        """Lose the connection, return for good, and be told of every run that it knows."""
+        self.life = None
+        self._connection.cancel()
+        with anyio.fail_after(PATIENCE):
+            await self._left.wait()
+            await self.following.wait()
+
+    async def has_seen(self, run: str, seq: int, epoch: str) -> None:
+        """Until it has come to that position."""
+        with anyio.move_on_after(PATIENCE):
+            while (view := self.memory.view(run)).epoch != epoch or view.seq < seq:
                 await self._changed.wait()
+            return
+        raise AssertionError(f"a viewer is at {self._position(run)} of run {run}, not at {seq} of epoch {epoch}")
 
     def _position(self, run: str) -> object:
         return self.memory.view(run).position if run in self.memory.views else None
