@@ -26,8 +26,9 @@ class Redis:
     With `KEEPING` among the options it keeps its data when it is killed; else it comes back empty.
     """
 
-    def __init__(self, folder: Path, *options: str, port: int = 0) -> None:
+    def __init__(self, folder: Path, *options: str, port: int = 0, password: str | None = None) -> None:
         self.folder = folder
+        self._password = password
         self.port = port or free_port()
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
@@ -87,10 +88,11 @@ class Redis:
     def do(self, *command: str | int) -> bytes:
         """Send one command; gives the first line of the reply, or the whole of a bulk reply."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=5.0) as connection:
-            parts = [str(part).encode() for part in command]
-            request = b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
-            connection.sendall(request)
             with connection.makefile("rb") as reply:
+                if self._password is not None:
+                    connection.sendall(_encoded("AUTH", self._password))
+                    reply.readline()
+                connection.sendall(_encoded(*command))
                 line = reply.readline().rstrip()
                 if line.startswith(b"$") and line != b"$-1":
                     return reply.read(int(line[1:]))
@@ -101,6 +103,11 @@ class Redis:
     def info(self, section: str = "") -> dict[str, str]:
         lines = self.do("INFO", *([section] if section else [])).decode().splitlines()
         return dict(line.split(":", 1) for line in lines if ":" in line)
+
+
+def _encoded(*command: str | int) -> bytes:
+    parts = [str(part).encode() for part in command]
+    return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
 
 
 def free_port() -> int:
