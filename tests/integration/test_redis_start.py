@@ -84,7 +84,7 @@ async def test_a_cluster_is_refused() -> None:
 
 
 async def test_a_replica_is_refused() -> None:
-    with running_redis() as primary, running_redis("--replicaof", "127.0.0.1", str(primary.port)) as replica:
+    with running_redis() as primary, running_redis(replica_of=primary.port) as replica:
         assert "is a replica" in await refusal(replica.url)
 
 

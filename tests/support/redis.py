@@ -26,8 +26,11 @@ class Redis:
     With `KEEPING` among the options it keeps its data when it is killed; else it comes back empty.
     """
 
-    def __init__(self, folder: Path, *options: str, port: int = 0, password: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, *options: str, port: int = 0, password: str | None = None, replica_of: int | None = None
+    ) -> None:
         self.folder = folder
+        self._replica_of = replica_of
         self._password = password
         self.port = port or free_port()
         self._options = options
@@ -42,6 +45,7 @@ class Redis:
         program = shutil.which("redis-server") or shutil.which("valkey-server")
         assert program is not None, "the tests need redis-server: make test installs it"
         command = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", ""]
+        command += [] if self._replica_of is None else ["--replicaof", "127.0.0.1", str(self._replica_of)]
         self._process = subprocess.Popen([*command, *self._options], stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -69,9 +73,10 @@ class Redis:
         assert self._process is not None
         os.kill(self._process.pid, number)
 
-    @property
-    def runs(self) -> bool:
-        return self._process is not None
+    def promote(self) -> None:
+        """Be a primary from now on, with what was received so far."""
+        self.do("REPLICAOF", "NO", "ONE")
+        self._replica_of = None
 
     def empty(self) -> None:
         """Remove what a killed one left on disk."""

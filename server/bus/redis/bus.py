@@ -410,6 +410,8 @@ class RedisBus:
 
     async def check(self) -> None:
         await self._listener.probe()
+        if self._workers.problem is not None:  # Redis may deliver, and yet take no writes
+            raise Unavailable(self._workers.problem)
 
     async def aclose(self) -> None:
         """Nothing is left: `run` has let go of the connections when it ends."""

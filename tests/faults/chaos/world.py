@@ -51,6 +51,10 @@ class World:
         hub.process.kill()
         await hub.process.wait()
 
+    def logs(self) -> str:
+        """The last of what each hub has said."""
+        return "\n\n".join("".join(hub.log)[-20_000:] for hub in (*self.ended, *self.hubs))
+
     def check_logs(self) -> None:
         """No hub has met what it did not know."""
         for hub in (*self.hubs, *self.ended):
@@ -70,7 +74,7 @@ class World:
     async def add_replica(self) -> None:
         folder = self.folder / f"redis-{self.history}"
         folder.mkdir()
-        self.replica = Redis(folder, *KEEPING, "--replicaof", "127.0.0.1", str(self.redis.port))
+        self.replica = Redis(folder, *KEEPING, replica_of=self.redis.port)
         self.replica.start()
         await self.replicated()
 
@@ -87,7 +91,7 @@ class World:
         assert self.door is not None
         await self.replicated()
         self.history += 1
-        self.replica.do("REPLICAOF", "NO", "ONE")
+        self.replica.promote()
         await anyio.sleep(missing)
         self.redis.kill()
         self.redis, self.replica = self.replica, None
@@ -119,15 +123,19 @@ class World:
 
     async def final(self, runs: Sequence[str]) -> dict[str, dict[str, Any] | None]:
         """Each run's snapshot, once none is active any more."""
-        with anyio.fail_after(2 * PATIENCE):
-            while any([await self._active(hub) for hub in self.hubs]):
+        active = ["?"]
+        with anyio.move_on_after(2 * PATIENCE):
+            while active:
+                active = [run for hub in self.hubs for run in await self._active(hub)]
                 await anyio.sleep(0.2)
-        return {run: await self.state(run) for run in runs}
+            return {run: await self.state(run) for run in runs}
+        raise AssertionError(f"these runs do not end: {active}")
 
-    async def _active(self, hub: ServedHub) -> bool:
+    async def _active(self, hub: ServedHub) -> list[dict[str, Any]]:
         listed = await self.get(hub, f"/v1/runs?status={RUNNING}")
         assert listed is not None
-        return bool(listed["runs"])
+        runs: list[dict[str, Any]] = listed["runs"]
+        return runs
 
     def journal(self, run: str) -> Journal:
         return Journal.read(self.folder / "journals", run)
@@ -167,8 +175,12 @@ def one_failure() -> Iterator[None]:
         yield
     except BaseExceptionGroup as group:
         failure: BaseException = group
+        notes: list[str] = []
         while isinstance(failure, BaseExceptionGroup):
+            notes += getattr(failure, "__notes__", ())
             failure = failure.exceptions[0]
+        for note in notes:
+            failure.add_note(note)
         raise failure from None
 
 
@@ -193,6 +205,9 @@ async def open_world(*options: str, hubs: int = 2, replica: bool = False) -> Asy
                             starting.start_soon(world.add_hub)
                     yield world
                     world.check_logs()
+                except BaseException as error:
+                    error.add_note(world.logs())
+                    raise
                 finally:
                     tasks.cancel_scope.cancel()
                     for server in (world.redis, world.replica):
