@@ -112,7 +112,9 @@ class Recorder:
         """
         fence = await bus.claim(run)
         snapshot = await load_state(bus, run)
-        info = (await bus.info([run]))[run]
+        info = (await bus.info([run])).get(run)
+        if info is None:
+            raise NotFound(f"there is no run {run[:64]!r}")
         origin = Origin(info.agent, info.principal, info.thread, info.created)
         recorder = cls(bus, run, origin, snapshot.epoch, fence)
         recorder.state = RunState.decode(snapshot.state)
