@@ -213,6 +213,12 @@ def reason(error: BaseException) -> str:
     cause = error.__cause__ or error.__context__ or error
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror
-    return {"TimeoutError": "no answer", "ConnectionError": "the connection was lost"}.get(
-        type(error).__name__, type(error).__name__
-    )
+    return _REASONS.get(type(error).__name__, type(error).__name__)
+
+
+_REASONS = {
+    "TimeoutError": "no answer",
+    "Unavailable": "no answer",
+    "ConnectionError": "the connection was lost",
+    "Deaf": "what is published does not arrive",
+}
