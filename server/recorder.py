@@ -142,7 +142,8 @@ class Recorder:
             await self._append()
 
     async def verify(self) -> None:
-        """If the bus does not hold all that was appended, begin a new epoch at this state. Waits for a bus that is away.
+        """If the bus does not hold all that was appended, begin a new epoch at this state. Waits for a bus that is
+        away.
 
         The newest frame is appended once more: to a log that has it, that changes nothing.
         """

@@ -14,13 +14,12 @@ from typing import Any
 import anyio
 
 from tests.faults.chaos.viewer import Viewer
-from tests.faults.chaos.world import PATIENCE, World, open_world
+from tests.faults.chaos.world import World, open_world
 from tests.support.process import ServedHub
+from tests.support.waiting import PATIENCE, eventually, until
 
 RUNS = 10
-CHANNEL = 64
-"""Events that a run's channel holds before its agent is held back."""
-UNPAUSED = {"steps": 2_000, "tokens": 200, "pause": 0}
+UNPAUSED: dict[str, Any] = {"steps": 2_000, "tokens": 200, "pause": 0}
 """An agent that is slowed down by nothing but the hub."""
 
 
@@ -104,10 +103,7 @@ async def test_redis_killed_and_restarted_with_its_data_loses_nothing() -> None:
         connections = [viewer.connections for viewer in scene.viewers[:3]]
         scene.world.redis.kill()
         await refused_within(scene, 5)
-        for viewer in scene.viewers[:3]:
-            with anyio.fail_after(PATIENCE):
-                while not any("degraded" in ping for ping in viewer.pings):
-                    await anyio.sleep(0.05)
+        await until(lambda: all(degraded(scene.viewers[:3])))
         scene.world.redis.start()
         await scene.world.ready()
         await scene.check_done()
@@ -129,16 +125,9 @@ async def test_runs_that_say_nothing_are_restored_in_an_empty_redis_too() -> Non
         scene.world.empty_redis()
         await scene.world.ready()
         for run in scene.runs:
-            with anyio.fail_after(PATIENCE):
-                while await scene.world.state(run) is None:
-                    await anyio.sleep(0.1)
-        await anyio.sleep(0.1)
+            assert await scene.world.state(run) is not None
         for number, run in enumerate(scene.runs):
-            hub = scene.world.hubs[number % 2]
-            with anyio.fail_after(PATIENCE):
-                while (reply := await scene.world.http.post(f"{hub.url}/v1/runs/{run}/cancel")).status_code == 503:
-                    await anyio.sleep(0.1)
-            assert reply.status_code == 200, reply.text
+            await scene.world.cancel(scene.world.hubs[number % 2], run)
         for snapshot in (await scene.check()).values():
             assert snapshot["state"]["status"] == "cancelled"
 
@@ -179,9 +168,7 @@ async def test_a_full_redis_holds_the_agents_and_takes_no_commands_until_there_i
             reply = await scene.world.http.post(f"{hub.url}/v1/runs/{scene.runs[0]}/cancel")
             assert reply.status_code == 503, reply.text
             assert time.monotonic() - asked_at < 5
-        with anyio.fail_after(PATIENCE):
-            while not all(degraded(scene.viewers[:3])):
-                await anyio.sleep(0.1)
+        await until(lambda: all(degraded(scene.viewers[:3])))
         assert any("maxmemory" in ping.get("degraded", "") for ping in scene.viewers[0].pings)
         scene.world.redis.do("CONFIG", "SET", "maxmemory", 0)
         for run, snapshot in (await scene.check()).items():
@@ -217,19 +204,22 @@ async def test_what_a_hub_does_after_it_was_taken_for_dead_is_refused() -> None:
         here, there = scene.world.hubs
         here.signal(signal.SIGSTOP)
         try:
-            with anyio.fail_after(PATIENCE):
-                listed: dict[str, Any] | None = {"runs": [None]}
-                while listed is None or listed["runs"]:
-                    listed = await scene.world.get(there, "/v1/runs?status=queued,running,cancelling")
-                    await anyio.sleep(0.2)
+
+            async def all_ended() -> bool:
+                return not await scene.world.active(there)
+
+            await eventually(all_ended)
         finally:
             here.signal(signal.SIGCONT)
         for run, snapshot in (await scene.check()).items():
             assert snapshot["state"]["error"]["code"] == "worker_lost"
             scene.world.journal(run).check(snapshot["state"], whole=False)
-        with anyio.fail_after(PATIENCE):
-            while (await scene.world.http.get(f"{here.url}/readyz")).json()["runs"]:
-                await anyio.sleep(0.1)
+
+        async def all_dropped() -> bool:
+            ready = await scene.world.get(here, "/readyz")
+            return ready is not None and ready["runs"] == 0
+
+        await eventually(all_dropped)
 
 
 async def test_an_agent_is_held_while_redis_is_away() -> None:
@@ -246,8 +236,7 @@ async def test_an_agent_is_held_while_redis_is_away() -> None:
         world.redis.start()
         for run, journal in zip(scene.runs, held, strict=True):
             await world.emitted(run, len(journal.events) + 1)
-            reply = await world.http.post(f"{scene.here.url}/v1/runs/{run}/cancel")
-            assert reply.status_code == 200, reply.text
+            await world.cancel(scene.here, run)
         for run, snapshot in (await scene.check()).items():
             assert snapshot["state"]["status"] == "cancelled"
             world.journal(run).check(snapshot["state"], whole=False)

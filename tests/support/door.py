@@ -38,7 +38,7 @@ class Door:
     async def serve(self, *, task_status: TaskStatus[None]) -> None:
         """Forward until cancelled."""
         async with await anyio.create_tcp_listener(local_host="127.0.0.1", family=socket.AF_INET) as listener:
-            self.port = listener.extra(SocketAttribute.local_port)
+            self.port = listener.extra(SocketAttribute.local_port)  # noqa: S610 -- not of Django
             task_status.started()
             await listener.serve(self._forward)
 

@@ -1,7 +1,7 @@
 """The registry of the hubs under test: agents that keep a journal of what they emitted, outside of the hub.
 
 A journal is a file per run, named by the run: a JSON line for each event that was emitted, written before `send` is
-called, and one of `{"sent": n}` after it returned. Lines go to the file at once, so that a hub that is killed loses none.
+called, and one of `{"sent": n}` after it returned. Lines go to the file at once, so a hub that is killed loses none.
 """
 
 import os

@@ -11,10 +11,8 @@ import httpx
 
 from tests.faults.chaos.faults import ALL, OF_HUBS
 from tests.faults.chaos.viewer import Viewer
-from tests.faults.chaos.world import PATIENCE, World, open_world
-
-HELD = 2 * 64 + 8
-"""Events that an agent can emit while nothing is taken: what its recorder has just taken, and what its channel holds."""
+from tests.faults.chaos.world import open_world
+from tests.support.waiting import PATIENCE
 
 
 @dataclass

@@ -12,9 +12,10 @@ from typing import Any
 import anyio
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
-from tests.faults.chaos.world import PATIENCE, World
+from tests.faults.chaos.world import World
 from tests.support.client import TERMINAL, Client, Memory
 from tests.support.process import ServedHub
+from tests.support.waiting import PATIENCE
 
 LOST = (ConnectionClosed, InvalidHandshake, OSError, TimeoutError)
 """What a lost connection looks like. A timeout is silence, in which no ping came either."""

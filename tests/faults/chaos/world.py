@@ -17,10 +17,9 @@ from tests.faults.chaos.journal import Journal
 from tests.support.door import Door, open_door
 from tests.support.process import ServedHub, serve
 from tests.support.redis import KEEPING, Redis
+from tests.support.waiting import PATIENCE, eventually, until
 
 AGENTS = "tests.faults.chaos.agents:registry"
-PATIENCE = 30.0
-"""Seconds that anything may take that is not measured, on a loaded machine."""
 RUNNING = "queued,running,cancelling"
 
 
@@ -80,10 +79,9 @@ class World:
 
     async def replicated(self) -> None:
         """Until the replica follows the primary."""
-        assert self.replica is not None
-        with anyio.fail_after(PATIENCE):
-            while self.replica.info("replication").get("master_link_status") != "up":
-                await anyio.sleep(0.05)
+        replica = self.replica
+        assert replica is not None
+        await until(lambda: replica.info("replication").get("master_link_status") == "up")
 
     async def promote(self, missing: float = 1.0) -> None:
         """Let the replica be the primary, without what the primary took in the last `missing` seconds of its life."""
@@ -108,12 +106,24 @@ class World:
 
     async def get(self, hub: ServedHub, path: str) -> dict[str, Any] | None:
         """What a hub says, as soon as it is available; None if it is not found."""
-        with anyio.fail_after(PATIENCE):
-            while (reply := await self.http.get(f"{hub.url}{path}")).status_code == 503:
-                await anyio.sleep(0.1)
+        reply = await self._available("GET", f"{hub.url}{path}")
         assert reply.status_code in (200, 404), reply.text
         document: dict[str, Any] = reply.json()
         return document if reply.status_code == 200 else None
+
+    async def cancel(self, hub: ServedHub, run: str) -> None:
+        """Cancel a run, as soon as a hub is available."""
+        reply = await self._available("POST", f"{hub.url}/v1/runs/{run}/cancel")
+        assert reply.status_code == 200, reply.text
+
+    async def _available(self, method: str, url: str) -> httpx.Response:
+        async def ask() -> httpx.Response | None:
+            reply = await self.http.request(method, url)
+            return None if reply.status_code == 503 else reply
+
+        reply = await eventually(ask)
+        assert reply is not None
+        return reply
 
     async def state(self, run: str) -> dict[str, Any] | None:
         """The snapshot of a run, the same on every hub; None if it does not exist on any (G10)."""
@@ -123,15 +133,19 @@ class World:
 
     async def final(self, runs: Sequence[str]) -> dict[str, dict[str, Any] | None]:
         """Each run's snapshot, once none is active any more."""
-        active = ["?"]
-        with anyio.move_on_after(2 * PATIENCE):
-            while active:
-                active = [run for hub in self.hubs for run in await self._active(hub)]
-                await anyio.sleep(0.2)
-            return {run: await self.state(run) for run in runs}
-        raise AssertionError(f"these runs do not end: {active}")
+        active: list[Any] = []
 
-    async def _active(self, hub: ServedHub) -> list[dict[str, Any]]:
+        async def all_ended() -> bool:
+            active[:] = [run for hub in self.hubs for run in await self.active(hub)]
+            return not active
+
+        try:
+            await eventually(all_ended, 2 * PATIENCE)
+        except TimeoutError:
+            raise AssertionError(f"these runs do not end: {active}") from None
+        return {run: await self.state(run) for run in runs}
+
+    async def active(self, hub: ServedHub) -> list[dict[str, Any]]:
         listed = await self.get(hub, f"/v1/runs?status={RUNNING}")
         assert listed is not None
         runs: list[dict[str, Any]] = listed["runs"]
@@ -140,23 +154,22 @@ class World:
     def journal(self, run: str) -> Journal:
         return Journal.read(self.folder / "journals", run)
 
-    def journal_size(self, run: str) -> int:
-        """Bytes of the journal so far."""
+    def emissions(self, run: str) -> int:
+        """Events that the agent of a run has emitted so far."""
         path = self.folder / "journals" / run
-        return path.stat().st_size if path.exists() else 0
+        return path.read_bytes().count(b'"event":') if path.exists() else 0
+
+    def all_emissions(self) -> dict[str, int]:
+        return {path.name: self.emissions(path.name) for path in (self.folder / "journals").iterdir()}
 
     async def emitted(self, run: str, count: int) -> None:
         """Until a run's agent has emitted so many events."""
-        with anyio.fail_after(PATIENCE):
-            while len(self.journal(run).events) < count:
-                await anyio.sleep(0.02)
+        await until(lambda: self.emissions(run) >= count)
 
     async def ready(self) -> None:
         """Until all hubs take runs and their bus works end to end."""
-        with anyio.fail_after(PATIENCE):
-            for hub in self.hubs:
-                while (await self.http.get(f"{hub.url}/readyz")).status_code != 200:
-                    await anyio.sleep(0.05)
+        for hub in self.hubs:
+            await self.get(hub, "/readyz")
 
 
 async def _keep(url: str, journals: str, *, task_status: TaskStatus[ServedHub]) -> None:
@@ -165,7 +178,6 @@ async def _keep(url: str, journals: str, *, task_status: TaskStatus[ServedHub]) 
     async with serve(agents=AGENTS, **settings) as hub:
         task_status.started(hub)
         await hub.process.wait()
-
 
 
 @contextmanager
