@@ -99,7 +99,7 @@ async def refused_within(scene: Scene, seconds: float) -> float:
 
 
 async def test_redis_killed_and_restarted_with_its_data_loses_nothing() -> None:
-    async with open_scene(steps=60) as scene:
+    async with open_scene(steps=30) as scene:
         connections = [viewer.connections for viewer in scene.viewers[:3]]
         scene.world.redis.kill()
         await refused_within(scene, 5)
@@ -112,7 +112,7 @@ async def test_redis_killed_and_restarted_with_its_data_loses_nothing() -> None:
 
 
 async def test_redis_back_but_empty_is_given_the_runs_by_their_owners() -> None:
-    async with open_scene(steps=60) as scene:
+    async with open_scene(steps=30) as scene:
         scene.world.empty_redis()
         await scene.world.ready()
         await scene.check_done()
@@ -133,7 +133,7 @@ async def test_runs_that_say_nothing_are_restored_in_an_empty_redis_too() -> Non
 
 
 async def test_redis_stopped_for_ten_seconds_loses_nothing_and_no_live_run_is_taken_for_dead() -> None:
-    async with open_scene(steps=60) as scene:
+    async with open_scene(steps=30) as scene:
         scene.world.redis.pause()
         await anyio.sleep(3)
         await refused_within(scene, 5)
@@ -144,7 +144,7 @@ async def test_redis_stopped_for_ten_seconds_loses_nothing_and_no_live_run_is_ta
 
 
 async def test_killed_subscriptions_lose_nothing() -> None:
-    async with open_scene(steps=60) as scene:
+    async with open_scene(steps=30) as scene:
         for _ in range(3):
             scene.world.redis.do("CLIENT", "KILL", "TYPE", "pubsub")
             await anyio.sleep(0.3)
@@ -152,7 +152,7 @@ async def test_killed_subscriptions_lose_nothing() -> None:
 
 
 async def test_paused_clients_of_redis_lose_nothing() -> None:
-    async with open_scene(steps=60) as scene:
+    async with open_scene(steps=30) as scene:
         scene.world.redis.do("CLIENT", "PAUSE", 6_000)
         await anyio.sleep(1)
         await refused_within(scene, 5)
@@ -160,7 +160,7 @@ async def test_paused_clients_of_redis_lose_nothing() -> None:
 
 
 async def test_a_full_redis_holds_the_agents_and_takes_no_commands_until_there_is_room() -> None:
-    async with open_scene(steps=60) as scene:
+    async with open_scene(steps=30) as scene:
         scene.world.redis.do("CONFIG", "SET", "maxmemory", 1)
         await refused_within(scene, 5)
         for hub in scene.world.hubs:
@@ -178,7 +178,7 @@ async def test_a_full_redis_holds_the_agents_and_takes_no_commands_until_there_i
 
 
 async def test_a_promoted_replica_that_misses_the_last_second_is_brought_up_to_date() -> None:
-    async with open_scene(steps=60, replica=True) as scene:
+    async with open_scene(steps=40, replica=True) as scene:
         await scene.world.promote(missing=1.0)
         await scene.check_done()
         lost = {gap["reason"] for view in scene.viewers[1].memory.views.values() for gap in view.gaps}
