@@ -7,7 +7,7 @@ BIN := .venv/bin
 export PYTHON
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test check lint format types imports bench lock clean
+.PHONY: help run test check lint format types imports bench chaos lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ imports: .venv/ready ## Check that imports point down only
 
 bench: .venv/ready ## Measure, and print the numbers
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+chaos: .venv/ready ## Kill, stop, empty and fill Redis and hubs at random, ten seeds (one: make chaos ARGS="--first 7 --seeds 1")
+	@$(BIN)/python -m tests.faults.chaos $(ARGS)
 
 lock: ## Renew requirements.lock with the newest versions that fit
 	@scripts/setup.sh lock

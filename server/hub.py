@@ -58,7 +58,7 @@ class Topic:
             return False
         if epoch != self.epoch:
             self.former.add(self.epoch)
-            self.epoch, self.head = epoch, head
+            self.epoch, self.head, self.ended = epoch, head, False
             for follower, outbox in self.followers.items():
                 outbox.lose(follower, "log_lost")
         self.head = max(self.head, head)
@@ -389,7 +389,8 @@ class Hub:
             snapshot = await self.snapshot(topic.run, epoch)
             if follower.done or topic.epoch not in (epoch, snapshot.epoch):
                 return  # dropped, or the log was replaced and the answer is of before
-            topic.advance(snapshot.epoch, snapshot.seq, ended=snapshot.ended)
+            if not topic.advance(snapshot.epoch, snapshot.seq, ended=snapshot.ended):
+                raise Unavailable("the bus is back at an epoch that was over; who looks after the run begins a new one")
             if snapshot.epoch == follower.epoch and snapshot.seq < follower.cursor <= topic.head:
                 return  # somebody else had asked for it before the follower got so far
             outbox.add_snapshot(follower, snapshot, topic.head, ended=topic.ended)

@@ -94,6 +94,8 @@ class Recorder:
         self._prev = 0
         self._ts = 0.0
         self._batch: list[Frame] = []
+        self._last: Frame | None = None
+        """The newest frame that the bus has taken."""
         self._messages: dict[str, _Message] = {}
         self._buffered: dict[str, _Message] = {}
         self._grown = 0
@@ -110,7 +112,9 @@ class Recorder:
         """
         fence = await bus.claim(run)
         snapshot = await load_state(bus, run)
-        info = (await bus.info([run]))[run]
+        info = (await bus.info([run])).get(run)
+        if info is None:
+            raise NotFound(f"there is no run {run[:64]!r}")
         origin = Origin(info.agent, info.principal, info.thread, info.created)
         recorder = cls(bus, run, origin, snapshot.epoch, fence)
         recorder.state = RunState.decode(snapshot.state)
@@ -126,7 +130,8 @@ class Recorder:
     def first_frame(self, ts: float, event: Event) -> Frame:
         """The frame of seq 1, which is not appended: `Bus.create` writes it."""
         self._stamp(ts, event)
-        return self._batch.pop()
+        self._last = self._batch.pop()
+        return self._last
 
     async def record(self, ts: float, *events: Event) -> None:
         """Append what the hub itself has to say, after everything that was recorded before."""
@@ -137,12 +142,14 @@ class Recorder:
             await self._append()
 
     async def verify(self) -> None:
-        """If the bus does not hold all that was appended, begin a new epoch at this state."""
+        """If the bus does not hold all that was appended, begin a new epoch at this state. Waits for a bus that is
+        away.
+
+        The newest frame is appended once more: to a log that has it, that changes nothing.
+        """
         async with self._lock:
-            info = (await self._bus.info([self.run])).get(self.run)
-            if self._seq and (info is None or (info.epoch, info.head) != (self.epoch, self._seq)):
-                logger.warning("the bus has lost some of run %s; starting a new epoch at %d", self.run, self._seq)
-                await self._retry(self._rebase)
+            if self._last is not None:
+                await self._retry(self._append_frames, [self._last])
 
     async def record_from(self, channel: Channel) -> None:
         """Record all that comes out of `channel`, until it is closed and drained."""
@@ -245,16 +252,17 @@ class Recorder:
         """Append the sealed batch, however long the bus takes; then save a snapshot if it is time for one."""
         if not self._batch:
             return
-        await self._retry(self._append_batch)
+        await self._retry(self._append_frames, self._batch)
         self._grown += sum(len(frame.data) for frame in self._batch)
         ended = self._batch[-1].terminal
         self._batch = []
         if ended or self._grown >= max(SNAPSHOT_GROWTH, self._snapshot_size):
             await self._retry(self._save_snapshot)
 
-    async def _append_batch(self) -> None:
+    async def _append_frames(self, frames: Sequence[Frame]) -> None:
         try:
-            await self._bus.append(self.run, self.fence, self._batch, self.status)
+            await self._bus.append(self.run, self.fence, frames, self.status)
+            self._last = frames[-1]
         except (HeadMismatch, NotFound) as error:
             logger.warning("%s; starting a new epoch at %d", error, self._seq)
             await self._rebase()
@@ -263,6 +271,7 @@ class Recorder:
         """The bus lost some of the log, or all. Our state says what it held: it becomes the base of a new epoch."""
         state = self.state.encode()
         self.epoch = await self._bus.rebase(self.run, self.fence, self._seq, state, self.status, self._origin)
+        self._last = Frame(self.run, self.epoch, self._seq, b"")  # only to ask by: this log begins after it
         self._snapshot_size, self._grown = len(state), 0
 
     async def _save_snapshot(self) -> None:
@@ -271,11 +280,11 @@ class Recorder:
         self._snapshot_size = len(state)
         self._grown = 0
 
-    async def _retry(self, write: Callable[[], Awaitable[None]]) -> None:
+    async def _retry(self, write: Callable[..., Awaitable[None]], *args: object) -> None:
         delay = _RETRY_FIRST
         while True:
             try:
-                await write()
+                await write(*args)
                 return
             except Unavailable as error:
                 logger.warning("run %s waits for the bus: %s", self.run, error)

@@ -208,6 +208,9 @@ class Bus(Protocol):
     async def create(self, new: NewRun) -> Created:
         """Create the log with its first frame and announce it in the feed; one wins if several try with one key.
 
+        A run that failed with its second event, and so never began, gives its key back: its `create` may have been
+        carried out after its caller had given up, and a repeated start must not find nothing but that.
+
         :raises Conflict: the key was used with another fingerprint.
         """
 

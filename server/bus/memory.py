@@ -299,7 +299,10 @@ class MemoryBus:
         while self._keys and next(iter(self._keys.values())).expires <= now:
             self._keys.popitem(last=False)
         known = self._keys.get((principal, key))
-        return known if known is not None and known.run in self._logs else None
+        if known is None or known.run not in self._logs:
+            return None
+        info = self._logs[known.run].info
+        return None if info.status == "failed" and info.head == 2 else known
 
     def _trim(self, log: _Log, covered: int) -> None:
         """Drop the oldest frames that a snapshot covers, down to what a log keeps."""

@@ -81,6 +81,18 @@ async def test_ended_run_is_still_found_by_its_key(bus: Bus) -> None:
     assert (await bus.create(new_run(key="k"))).run == log.run
 
 
+async def test_a_run_that_failed_before_it_began_gives_its_key_back(bus: Bus) -> None:
+    log = await Log.create(bus, new_run(key="k"))
+    await bus.append(log.run, log.fence, log.next(end=True), "failed")
+    second = await bus.create(new_run(key="k"))
+    assert second.run != log.run
+    assert second.fence is not None
+    began = Log(bus, second)
+    await began.append()
+    await bus.append(began.run, began.fence, began.next(end=True), "failed")
+    assert (await bus.create(new_run(key="k"))).run == began.run
+
+
 async def test_same_key_with_another_fingerprint_conflicts_and_creates_nothing(bus: Bus) -> None:
     await bus.create(new_run(key="k", fingerprint="f"))
     other = new_run(key="k", fingerprint="g")

@@ -77,6 +77,10 @@ class Memory:
     views: dict[str, View] = field(default_factory=dict)
     feed: str | None = None
 
+    def forget(self, run: str) -> None:
+        """The hub says that it does not know the run any more."""
+        self.views.pop(run, None)
+
     def view(self, run: str) -> View:
         return self.views.setdefault(run, View(run))
 
@@ -236,7 +240,8 @@ class Client:
             case other:
                 raise AssertionError(f"a frame of unknown type {other!r}")
         if keys := _OF_FRAMES.get(frame["type"]):
-            assert frame.keys() == keys, frame
+            assert frame.keys() - {"degraded"} == keys, frame
+            assert "degraded" not in frame or frame["type"] == "ping", frame
 
     def _check_event(self, event: Frame) -> None:
         view = self.memory.view(event["run"])

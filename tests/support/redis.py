@@ -13,13 +13,25 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 PATIENCE = 20.0
+KEEPING = ("--appendonly", "yes")
+
+
+class Refused(Exception):
+    """The server's answer is an error."""
 
 
 class Redis:
-    """One redis-server on a free port. Commands go by `redis-cli`-like `do`, on a connection of their own."""
+    """One redis-server on a free port. Commands go by `redis-cli`-like `do`, on a connection of their own.
 
-    def __init__(self, folder: Path, *options: str, port: int = 0) -> None:
+    With `KEEPING` among the options it keeps its data when it is killed; else it comes back empty.
+    """
+
+    def __init__(
+        self, folder: Path, *options: str, port: int = 0, password: str | None = None, replica_of: int | None = None
+    ) -> None:
         self.folder = folder
+        self._replica_of = replica_of
+        self._password = password
         self.port = port or free_port()
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
@@ -33,13 +45,14 @@ class Redis:
         program = shutil.which("redis-server") or shutil.which("valkey-server")
         assert program is not None, "the tests need redis-server: make test installs it"
         command = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", ""]
+        command += [] if self._replica_of is None else ["--replicaof", "127.0.0.1", str(self._replica_of)]
         self._process = subprocess.Popen([*command, *self._options], stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
                 if self.do("PING") == b"+PONG":
                     return
-            except (OSError, AssertionError):  # not there yet, or loading its data
+            except (OSError, Refused):  # not there yet, or loading its data
                 assert self._process.poll() is None, "redis-server does not start"
             assert time.monotonic() < deadline, "redis-server does not answer"
 
@@ -60,6 +73,11 @@ class Redis:
         assert self._process is not None
         os.kill(self._process.pid, number)
 
+    def promote(self) -> None:
+        """Be a primary from now on, with what was received so far."""
+        self.do("REPLICAOF", "NO", "ONE")
+        self._replica_of = None
+
     def empty(self) -> None:
         """Remove what a killed one left on disk."""
         assert self._process is None
@@ -75,19 +93,26 @@ class Redis:
     def do(self, *command: str | int) -> bytes:
         """Send one command; gives the first line of the reply, or the whole of a bulk reply."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=5.0) as connection:
-            parts = [str(part).encode() for part in command]
-            request = b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
-            connection.sendall(request)
             with connection.makefile("rb") as reply:
+                if self._password is not None:
+                    connection.sendall(_encoded("AUTH", self._password))
+                    reply.readline()
+                connection.sendall(_encoded(*command))
                 line = reply.readline().rstrip()
                 if line.startswith(b"$") and line != b"$-1":
                     return reply.read(int(line[1:]))
-                assert not line.startswith(b"-"), line
+                if line.startswith(b"-"):
+                    raise Refused(line.decode())
                 return line
 
     def info(self, section: str = "") -> dict[str, str]:
         lines = self.do("INFO", *([section] if section else [])).decode().splitlines()
         return dict(line.split(":", 1) for line in lines if ":" in line)
+
+
+def _encoded(*command: str | int) -> bytes:
+    parts = [str(part).encode() for part in command]
+    return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
 
 
 def free_port() -> int:

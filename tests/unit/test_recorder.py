@@ -505,6 +505,32 @@ async def test_log_that_is_not_what_the_owner_thinks_is_rebased(case: Case) -> N
     assert [(frame.seq, frame.epoch) for frame in page.frames] == [(5, case.recorder.epoch)]
 
 
+@pytest.mark.parametrize("rebased", [False, True])
+async def test_verifying_a_log_that_is_whole_changes_nothing(case: Case, rebased: bool) -> None:
+    await case.recorder.record(2.0, RunStart(worker="w"))
+    if rebased:
+        del case.bus._logs["r"]
+        await case.recorder.verify()
+    before = (await case.bus.info(["r"]))["r"]
+    case.bus.away = 1
+    await case.recorder.verify()
+    assert (await case.bus.info(["r"]))["r"] == before
+    assert case.recorder.epoch == before.epoch
+
+
+async def test_verifying_a_log_that_is_lost_begins_it_anew_where_it_was(case: Case) -> None:
+    await case.recorder.record(2.0, RunStart(worker="w"))
+    del case.bus._logs["r"]
+    await case.recorder.verify()
+    info = (await case.bus.info(["r"]))["r"]
+    assert (info.epoch, info.head, info.agent, info.status) == (case.recorder.epoch, 2, "echo", "running")
+    saved = await case.bus.load_snapshot("r")
+    assert saved is not None
+    assert (saved.seq, RunState.decode(saved.state).document) == (2, case.recorder.state.document)
+    await case.recorder.record(3.0, RunEnd(result=1, duration=1.0))
+    assert (await case.bus.info(["r"]))["r"].head == 3
+
+
 @pytest.mark.usefixtures("retry_at_once")
 async def test_rebase_is_retried_while_the_bus_is_away(case: Case) -> None:
     await case.bus.rebase("r", 1, 1, b"{}", "running")

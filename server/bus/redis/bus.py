@@ -225,7 +225,7 @@ class RedisBus:
         wanted = list(runs)
         answers = await self._reads.calls([("HMGET", self._keys.run(run), *_INFO) for run in wanted])
         found = _infos(wanted, answers)
-        if len(found) < len(wanted) and anyio.current_time() < self._restoring_until:
+        if len(found) < len(wanted) and self._restoring:
             raise Unavailable("Redis has lost runs, which are being restored; try again in a moment")
         return found
 
@@ -351,7 +351,7 @@ class RedisBus:
 
     async def _forget(self, index: str, runs: Sequence[str]) -> None:
         """Take runs out of an index that Redis has let go of, unless they may be restored."""
-        if runs and anyio.current_time() >= self._restoring_until:
+        if runs and not self._restoring:
             await self._writes.call("ZREM", index, *runs)
 
     async def watch_feed(self, announce: Announce) -> tuple[Subscription, str]:
@@ -410,11 +410,18 @@ class RedisBus:
 
     async def check(self) -> None:
         await self._listener.probe()
+        if self._workers.problem is not None:  # Redis may deliver, and yet take no writes
+            raise Unavailable(self._workers.problem)
 
     async def aclose(self) -> None:
         """Nothing is left: `run` has let go of the connections when it ends."""
 
     # -- Inside ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _restoring(self) -> bool:
+        """Whether what Redis does not have may be restored: it has lost some, or has not yet been asked whether."""
+        return self._listener.problem is not None or anyio.current_time() < self._restoring_until
 
     async def _publish(self, channel: str, message: bytes) -> int:
         receivers: int = await self._writes.call("PUBLISH", channel, message)
@@ -435,7 +442,7 @@ class RedisBus:
         """Raise what a script's answer means."""
         match answer[0]:
             case b"lost":
-                if anyio.current_time() < self._restoring_until:
+                if self._restoring:
                     raise Unavailable("Redis has lost runs, which are being restored; try again in a moment")
                 raise NotFound(f"there is no run {run[:64]!r}")
             case b"fenced":

@@ -58,8 +58,10 @@ class Commands:
         :raises CommandError: it refuses.
         """
         if owner == self._worker:
-            await self._handle_here(run, command)
-            return
+            with anyio.move_on_after(PATIENCE):
+                await self._handle_here(run, command)
+                return
+            raise Unavailable("the run does not get to it, as when Redis takes nothing at the moment; try again")
         self._sent += 1
         number = self._sent
         answer: list[Any] = []

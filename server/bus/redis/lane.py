@@ -33,6 +33,8 @@ sent, at `SLOWEST` bytes per second."""
 SLOWEST = 1024 * 1024
 BATCH_CALLS = 64
 BATCH_BYTES = 4 * 1024 * 1024
+CHUNK_CALLS = 512
+"""Commands that share one patience: a hub may ask for thousands of runs at once, which takes its time."""
 
 Argument = str | bytes | int | float
 
@@ -105,8 +107,11 @@ class Lane:
         return answer
 
     async def calls(self, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
-        """The answers to several commands. Raises as `call`."""
-        return await self._answers([_Call(command) for command in commands])
+        """The answers to any number of commands. Raises as `call`."""
+        answers: list[Any] = []
+        for start in range(0, len(commands), CHUNK_CALLS):
+            answers += await self._answers([_Call(command) for command in commands[start : start + CHUNK_CALLS]])
+        return answers
 
     async def script(self, script: Script, keys: Sequence[str], *args: Argument, patience: float = PATIENCE) -> Any:
         """The answer of a script. Raises as `call`."""
@@ -208,6 +213,12 @@ def reason(error: BaseException) -> str:
     cause = error.__cause__ or error.__context__ or error
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror
-    return {"TimeoutError": "no answer", "ConnectionError": "the connection was lost"}.get(
-        type(error).__name__, type(error).__name__
-    )
+    return _REASONS.get(type(error).__name__, type(error).__name__)
+
+
+_REASONS = {
+    "TimeoutError": "no answer",
+    "Unavailable": "no answer",
+    "ConnectionError": "the connection was lost",
+    "Deaf": "what is published does not arrive",
+}

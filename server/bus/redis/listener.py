@@ -91,7 +91,7 @@ class Listener:
         """Deliver what is published to `channel` from now on; Redis has confirmed it when this returns. A channel has
         one receiver.
 
-        :raises Unavailable: Redis does not confirm in time.
+        :raises Unavailable: Redis does not confirm in time. The channel is wanted all the same, until `unsubscribe`.
         """
         self._receivers[channel] = receive
         self._stale.discard(channel)
@@ -103,12 +103,8 @@ class Listener:
                 if not confirmed.is_set():
                     await self._connection.send_command("SUBSCRIBE", channel, check_health=False)
                     await confirmed.wait()
-        except BaseException as error:
-            if not confirmed.is_set():
-                self.unsubscribe(channel)
-            if isinstance(error, RedisError | OSError | TimeoutError):
-                raise Unavailable("Redis did not confirm a subscription in time; try again") from None
-            raise
+        except (RedisError, OSError, TimeoutError):
+            raise Unavailable("Redis did not confirm a subscription in time; try again") from None
 
     def unsubscribe(self, channel: str) -> None:
         """Nothing of `channel` is delivered any more. Redis is told with the next probe."""

@@ -23,10 +23,11 @@ if ARGV[11] == '1' then
   local known = redis.call('GET', KEYS[11])
   if known then
     local run, fingerprint = string.match(known, '^(%S+) (%S*)$')
-    local epoch = redis.call('HGET', ARGV[17] .. run, 'epoch')
-    if epoch then
+    local meta = redis.call('HMGET', ARGV[17] .. run, 'epoch', 'status', 'head')
+    local never_began = meta[2] == 'failed' and meta[3] == '2'
+    if meta[1] and not never_began then
       if fingerprint ~= ARGV[12] then return {'conflict'} end
-      return {'known', run, epoch}
+      return {'known', run, meta[1]}
     end
   end
 end

@@ -42,6 +42,7 @@ class Workers:
 
     async def run(self) -> None:
         """Keep the heartbeat until cancelled."""
+        self._unsettle()  # Redis may have been away until a moment ago
         key = self._keys.heartbeat(self._worker)
         while True:
             try:

@@ -1,0 +1,335 @@
+"""The Redis bus where it meets trouble, closer than a hub can show it; with a real redis-server (G1, G2, G7)."""
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import pytest
+
+from server.bus.base import Frame, Gone, Head, Origin, Snapshot
+from server.bus.redis import RedisBus
+from server.bus.redis.keys import Keys
+from server.bus.redis.lane import Lane, Script, connections
+from server.bus.redis.workers import Workers
+from server.errors import Ended, Fenced, HeadMismatch, NotFound, Unavailable
+from tests.contract.support import Log, Mail, new_run
+from tests.support.redis import Redis, running_redis
+from tests.support.waiting import PATIENCE, until
+
+
+@pytest.fixture
+def redis() -> Iterator[Redis]:
+    with running_redis() as redis:
+        yield redis
+
+
+@asynccontextmanager
+async def running(*buses: RedisBus) -> AsyncIterator[None]:
+    async with anyio.create_task_group() as tasks:
+        with anyio.fail_after(PATIENCE):
+            for bus in buses:
+                await tasks.start(bus.run)
+        yield
+        tasks.cancel_scope.cancel()
+
+
+async def back(bus: RedisBus) -> None:
+    with anyio.fail_after(PATIENCE):
+        while True:
+            try:
+                await bus.check()
+                return
+            except Unavailable:
+                await anyio.sleep(0.05)
+
+
+# -- Subscriptions -------------------------------------------------------------------------------------------------
+
+
+async def test_a_subscription_that_fails_leaves_the_others_to_the_same_run_alone(redis: Redis) -> None:
+    bus = RedisBus(redis.url, "one")
+    async with running(bus):
+        log = await Log.create(bus)
+        mail = Mail()
+        await bus.subscribe(log.run, mail.deliver)
+        redis.pause()
+        bus._listener._confirmed[bus._keys.news(log.run)] = anyio.Event()  # as on a new connection
+        with pytest.raises(Unavailable):
+            await bus.subscribe(log.run, Mail().deliver)
+        redis.resume()
+        await back(bus)
+        sent = await log.append(3)
+        await mail.until(lambda items: [item for item in items if isinstance(item, Frame)] == sent)
+
+
+async def _make_deaf(bus: RedisBus) -> None:
+    """Have Redis forget what the bus has subscribed to, while its connection looks well."""
+    connection = bus._listener._connection
+    assert connection is not None
+    await connection.send_command("UNSUBSCRIBE", check_health=False)
+
+
+async def test_a_subscription_that_has_gone_deaf_is_found_out_and_what_it_missed_is_made_up_for_by_the_head(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.bus.redis.bus.RECHECK", 1_000.0)
+    here, there = RedisBus(redis.url, "one"), RedisBus(redis.url, "two")
+    async with running(here, there):
+        log = await Log.create(here)
+        mail = Mail()
+        await there.subscribe(log.run, mail.deliver)
+        await log.append()
+        await mail.take(1)
+        await _make_deaf(there)
+        redis.do("PING")
+        await log.append(5)
+        await until(lambda: there._listener.probes_lost == 1)
+        await mail.until(lambda items: Head(log.run, log.epoch, log.head) in items)
+        sent = await log.append()
+        await mail.until(lambda items: items[-1] == sent[0])
+
+
+async def test_the_head_of_a_quiet_run_is_asked_for_now_and_then(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.bus.redis.bus.RECHECK", 0.2)
+    monkeypatch.setattr("server.bus.redis.bus.RECHECK_TICK", 0.1)
+    bus = RedisBus(redis.url, "one")
+    async with running(bus):
+        log = await Log.create(bus)
+        mail = Mail()
+        await bus.subscribe(log.run, mail.deliver)
+        redis.do("HSET", f"agentcast:run:{log.run}", "head", 7)  # as by an append of which no news came
+        await mail.until(lambda items: Head(log.run, log.epoch, 7) in items)
+
+
+# -- A Redis that has lost some ------------------------------------------------------------------------------------
+
+
+async def test_until_it_is_known_whether_redis_has_lost_anything_no_run_is_called_unknown(redis: Redis) -> None:
+    bus = RedisBus(redis.url, "one")
+    async with running(bus):
+        await bus.watch_feed(lambda _: None)
+        log = await Log.create(bus)
+        redis.kill()
+        await until(lambda: bus._listener.reconnects > 4)  # it takes its time by now
+        redis.start()
+        while bus.degraded is not None:
+            with pytest.raises(Unavailable):
+                await bus.info([log.run])
+            with pytest.raises(Unavailable):
+                await bus.read(log.run, log.epoch, 0)
+        with pytest.raises(Unavailable, match="being restored"):
+            await bus.info([log.run])
+
+
+async def test_the_owner_is_asked_to_verify_a_run_of_which_redis_has_less(redis: Redis) -> None:
+    bus = RedisBus(redis.url, "one")
+    asked: list[tuple[str, str]] = []
+
+    async def handler(run: str, command: Mapping[str, Any]) -> None:
+        asked.append((run, command["op"]))
+
+    async with running(bus):
+        await bus.handle_commands(handler)
+        await bus.watch_feed(lambda _: None)
+        kept, lost = await Log.create(bus), await Log.create(bus)
+        await lost.append()
+        redis.do("HSET", f"agentcast:run:{lost.run}", "head", 1)
+        redis.do("CLIENT", "KILL", "TYPE", "pubsub")
+        await until(lambda: bool(asked))
+        await back(bus)
+        assert asked == [(lost.run, "verify")]
+        assert kept.run in await bus.info([kept.run])
+
+
+async def test_a_run_that_nobody_restores_is_told_to_be_gone(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.bus.redis.bus.RECHECK_TICK", 0.1)
+    monkeypatch.setattr("server.bus.redis.bus.GONE_AFTER", 0.3)
+    bus = RedisBus(redis.url, "one")
+    async with running(bus):
+        log = await Log.create(bus)
+        news: list[Any] = []
+        await bus.subscribe(log.run, news.append)
+        redis.kill()
+        redis.start()
+        await until(lambda: Gone(log.run) in news)
+
+
+async def test_a_run_that_redis_has_lost_is_begun_anew_where_it_was_and_announced(redis: Redis) -> None:
+    bus = RedisBus(redis.url, "one")
+    async with running(bus):
+        log = await Log.create(bus)
+        redis.do("FLUSHALL")
+        with pytest.raises(NotFound):
+            await log.append()
+        info = new_run(log.run)
+        origin = Origin("echo", "ann", None, info.created)
+        epoch = await bus.rebase(log.run, log.fence, 9, b"{}", "running", origin)
+        found = (await bus.info([log.run]))[log.run]
+        assert (found.epoch, found.head, found.agent) == (epoch, 9, "echo")
+        announced = await bus.read_feed("0:")
+        assert announced is not None
+        assert [entry.run for entry in announced] == [log.run]
+
+
+# -- Writes that are carried out late, or twice --------------------------------------------------------------------
+
+
+async def test_a_write_that_was_given_up_and_is_carried_out_later_does_no_harm(redis: Redis) -> None:
+    bus = RedisBus(redis.url, "one")
+    async with running(bus):
+        log = await Log.create(bus)
+        batch = log.next(3)
+        redis.pause()
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                await bus.append(log.run, log.fence, batch, "running")
+        with pytest.raises(Unavailable):
+            await bus.rebase(log.run, log.fence, 4, b"late", "running")
+        redis.resume()
+        await back(bus)
+        try:
+            await bus.append(log.run, log.fence, batch, "running")
+        except HeadMismatch:  # the rebase was carried out, too: the owner begins another epoch
+            await bus.rebase(log.run, log.fence, 4, b"{}", "running")
+        info = (await bus.info([log.run]))[log.run]
+        assert info.head == 4
+
+
+async def test_an_owner_whose_run_was_claimed_can_write_nothing_more(redis: Redis) -> None:
+    here, there = RedisBus(redis.url, "one"), RedisBus(redis.url, "two")
+    async with running(here, there):
+        log = await Log.create(here)
+        fence = await there.claim(log.run)
+        for write in (
+            log.append(),
+            here.rebase(log.run, log.fence, 5, b"{}", "running"),
+            here.save_snapshot(log.fence, _snapshot(log)),
+        ):
+            with pytest.raises(Fenced):
+                await write
+        await there.append(log.run, fence, log.next(end=True), "failed")
+        with pytest.raises(Fenced):
+            await log.append(2, end=True)
+        with pytest.raises(Ended):
+            await there.claim(log.run)
+
+
+def _snapshot(log: Log) -> Snapshot:
+    return Snapshot(log.run, log.epoch, log.head, b"{}")
+
+
+# -- Workers -------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def watching(redis: Redis) -> AsyncIterator[Workers]:
+    """How worker `two` sees the others, without a heartbeat of its own."""
+    lane = Lane(connections(redis.url)())
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lane.run)
+        yield Workers(lane, Keys("agentcast", 0), "two")
+        tasks.cancel_scope.cancel()
+
+
+async def test_runs_of_a_process_without_heartbeat_are_orphans_after_three_checks(redis: Redis) -> None:
+    bus = RedisBus(redis.url, "one")
+    async with running(bus):
+        log = await Log.create(bus)
+    redis.do("DEL", "agentcast:worker:one")
+    async with watching(redis) as workers:
+        assert [list(await workers.orphans([], None)) for _ in range(3)] == [[], [], [log.run]]
+
+
+async def test_after_trouble_with_redis_nobody_is_taken_for_gone_for_a_while(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = RedisBus(redis.url, "one")
+    async with running(bus):
+        log = await Log.create(bus)
+    redis.do("DEL", "agentcast:worker:one")
+    async with watching(redis) as workers:
+        for _ in range(2):
+            assert await workers.orphans([], None) == []
+        assert await workers.orphans([], "Redis is away") == ()
+        for _ in range(10):
+            assert await workers.orphans([], None) == ()
+        monkeypatch.setattr(workers, "_settled_at", 0.0)
+        assert [list(await workers.orphans([], None)) for _ in range(3)] == [[], [], [log.run]]
+
+
+async def test_a_heartbeat_that_comes_back_in_time_saves_the_runs(redis: Redis) -> None:
+    bus = RedisBus(redis.url, "one")
+    async with running(bus):
+        await Log.create(bus)
+    async with watching(redis) as workers:
+        for present in (False, False, True, False, False):
+            redis.do(*(("SET", "agentcast:worker:one", 1) if present else ("DEL", "agentcast:worker:one")))
+            assert list(await workers.orphans([], None)) == []
+
+
+async def test_own_runs_that_nobody_here_executes_are_orphans_too(redis: Redis) -> None:
+    bus = RedisBus(redis.url, "one")
+    async with running(bus):
+        mine, forgotten = await Log.create(bus), await Log.create(bus)
+        assert [list(await bus.orphans([])) for _ in range(10)] == [[]] * 10, "it has only just started"
+        bus._workers._settled_at = 0.0
+        seen = [list(await bus.orphans([mine.run])) for _ in range(3)]
+        assert seen[-1] == [forgotten.run]
+
+
+# -- The lane ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_lane_answers_thousands_of_questions_and_goes_on_after_scripts_were_forgotten(redis: Redis) -> None:
+    lane, script = Lane(connections(redis.url)()), Script("return ARGV[1]")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lane.run)
+        answers = await lane.calls([("ECHO", str(number)) for number in range(3_000)])
+        assert answers == [b"%d" % number for number in range(3_000)]
+        for _ in range(2):
+            assert await lane.script(script, [], "hello") == b"hello"
+            redis.do("SCRIPT", "FLUSH")
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_lane_says_within_its_patience_that_redis_is_away_and_works_when_it_is_back(redis: Redis) -> None:
+    lane = Lane(connections(redis.url)())
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lane.run)
+        redis.pause()
+        with anyio.fail_after(5), pytest.raises(Unavailable):
+            await lane.call("PING")
+        redis.resume()
+        with anyio.fail_after(PATIENCE):
+            while True:
+                try:
+                    assert await lane.call("PING") == b"PONG"
+                    break
+                except Unavailable:
+                    await anyio.sleep(0.05)
+        redis.kill()
+        with anyio.fail_after(5), pytest.raises(Unavailable, match="Redis is away"):
+            await lane.call("PING")
+        tasks.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("name", ["CREATE", "CLAIM", "APPEND", "SAVE_SNAPSHOT"])
+async def test_a_script_that_a_full_redis_refuses_has_written_nothing(redis: Redis, name: str) -> None:
+    bus = RedisBus(redis.url, "one")
+    async with running(bus):
+        log = await Log.create(bus)
+        await log.append()
+        dump = redis.do("DUMP", f"agentcast:run:{log.run}")
+        redis.do("CONFIG", "SET", "maxmemory", 1)
+        write = {
+            "CREATE": lambda: bus.create(new_run()),
+            "CLAIM": lambda: bus.claim(log.run),
+            "APPEND": lambda: bus.append(log.run, log.fence, log.next(2), "running"),
+            "SAVE_SNAPSHOT": lambda: bus.save_snapshot(log.fence, _snapshot(log)),
+        }[name]
+        with pytest.raises(Unavailable, match="maxmemory"):
+            await write()
+        redis.do("CONFIG", "SET", "maxmemory", 0)
+        assert redis.do("DUMP", f"agentcast:run:{log.run}") == dump
+        assert (await bus.read(log.run, log.epoch, 0)) is not None
