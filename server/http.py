@@ -123,7 +123,7 @@ class Api:
         if not self._ready():
             raise Unavailable("not ready: starting, shutting down, or broken")
         await self._bus.check()
-        return {"status": "ok", "runs": self._runs.active}
+        return {"status": "ok", "runs": self._runs.active, "bus": self._bus.counters}
 
 
 Handler = Callable[[Request], Awaitable[Any]]

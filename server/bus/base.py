@@ -205,6 +205,10 @@ class Bus(Protocol):
     def degraded(self) -> str | None:
         """Why the bus does not work at the moment, for people; None if it does."""
 
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """What the bus counts of its own work, for operators."""
+
     async def create(self, new: NewRun) -> Created:
         """Create the log with its first frame and announce it in the feed; one wins if several try with one key.
 

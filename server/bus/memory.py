@@ -112,6 +112,10 @@ class MemoryBus:
     def degraded(self) -> None:
         """It always works."""
 
+    @property
+    def counters(self) -> Mapping[str, int]:
+        return {}
+
     # -- Logs ------------------------------------------------------------------------------------------------------
 
     async def create(self, new: NewRun) -> Created:

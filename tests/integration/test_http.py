@@ -64,9 +64,9 @@ async def hub() -> AsyncIterator[RunningHub]:
 async def test_health_and_readiness_are_told() -> None:
     async with open_hub(sleeper) as hub, hub.http() as http:
         assert (await http.get("/healthz")).json() == {"status": "ok"}
-        assert (await http.get("/readyz")).json() == {"status": "ok", "runs": 0}
+        assert (await http.get("/readyz")).json() == {"status": "ok", "runs": 0, "bus": {}}
         await http.post("/v1/runs", json={"agent": "sleeper", "input": {}})
-        assert (await http.get("/readyz")).json() == {"status": "ok", "runs": 1}
+        assert (await http.get("/readyz")).json() == {"status": "ok", "runs": 1, "bus": {}}
 
 
 async def test_a_hub_that_is_stopping_is_alive_but_not_ready_and_takes_no_runs() -> None:

@@ -73,7 +73,7 @@ async def _make_deaf(bus: RedisBus) -> None:
 async def test_a_subscription_that_has_gone_deaf_is_found_out_and_what_it_missed_is_made_up_for_by_the_head(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.bus.redis.bus.RECHECK", 1_000.0)
+    monkeypatch.setattr("server.bus.redis.news.RECHECK", 1_000.0)
     here, there = RedisBus(redis.url, "one"), RedisBus(redis.url, "two")
     async with running(here, there):
         log = await Log.create(here)
@@ -91,7 +91,7 @@ async def test_a_subscription_that_has_gone_deaf_is_found_out_and_what_it_missed
 
 
 async def test_the_head_of_a_quiet_run_is_asked_for_now_and_then(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.bus.redis.bus.RECHECK", 0.2)
+    monkeypatch.setattr("server.bus.redis.news.RECHECK", 0.2)
     monkeypatch.setattr("server.bus.redis.bus.RECHECK_TICK", 0.1)
     bus = RedisBus(redis.url, "one")
     async with running(bus):
@@ -144,7 +144,7 @@ async def test_the_owner_is_asked_to_verify_a_run_of_which_redis_has_less(redis:
 
 async def test_a_run_that_nobody_restores_is_told_to_be_gone(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.bus.redis.bus.RECHECK_TICK", 0.1)
-    monkeypatch.setattr("server.bus.redis.bus.GONE_AFTER", 0.3)
+    monkeypatch.setattr("server.bus.redis.news.GONE_AFTER", 0.3)
     bus = RedisBus(redis.url, "one")
     async with running(bus):
         log = await Log.create(bus)

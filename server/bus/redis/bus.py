@@ -1,19 +1,17 @@
 """The bus of several hub processes over one Redis primary (6.2 or newer, or Valkey; no cluster).
 
-Every write is one script, so it happens wholly or not at all, and may be repeated. News travel by pub/sub, which may
-lose some: after each reconnect the heads of all followed runs are compared with what was delivered, and those of quiet
-runs every `RECHECK` seconds (G2). A Redis that came back empty, or older than it was, is told what it lost by the
+Every write is one script, so it happens wholly or not at all, and may be repeated. After each reconnect `news` and
+`feed` find out what was missed (G2). A Redis that came back empty, or older than it was, is told what it lost by the
 owners of the runs: they are asked to verify after each reconnect, too.
 """
 
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
 from typing import Any
 
 import anyio
-import orjson
 from anyio.abc import TaskStatus
 
 from server.bus.base import (
@@ -32,12 +30,9 @@ from server.bus.base import (
     Deliver,
     Filter,
     Frame,
-    Gone,
-    Head,
     NewRun,
     Origin,
     Page,
-    Registration,
     RunInfo,
     Snapshot,
     Status,
@@ -46,21 +41,19 @@ from server.bus.base import (
     stamp,
 )
 from server.bus.redis import scripts
+from server.bus.redis.codec import INFO, announcement, flags, infos, unpack
 from server.bus.redis.commands import Commands
-from server.bus.redis.frames import flags, news, unpack
+from server.bus.redis.feed import Feed
 from server.bus.redis.keys import Keys
 from server.bus.redis.lane import Lane, Script, connections
 from server.bus.redis.listener import Listener
+from server.bus.redis.news import News, Position
 from server.bus.redis.workers import Workers
 from server.errors import Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
 
-RECHECK = 15.0
-"""Seconds without news after which the head of a followed run is compared."""
 RECHECK_TICK = 5.0
 RESTORING = 5.0
 """Seconds that owners get to restore their runs in a Redis that has lost some; until then none is called unknown."""
-GONE_AFTER = 10.0
-"""Seconds after which a followed run that Redis has lost, and nobody restored, is gone."""
 INDEXED = 3 * 24 * 3600.0
 """Seconds that a run's id stays in the indices; none lives that much longer than its creation."""
 READ_PATIENCE = 5.0
@@ -71,28 +64,7 @@ CREATE, CLAIM, APPEND, REBASE, READ, SAVE_SNAPSHOT = map(
     Script,
     (scripts.CREATE, scripts.CLAIM, scripts.APPEND, scripts.REBASE, scripts.READ, scripts.SAVE_SNAPSHOT),
 )
-_INFO = ("agent", "principal", "thread", "epoch", "head", "status", "created", "ended")
-
 logger = logging.getLogger(__name__)
-
-Position = tuple[str, int]
-"""Epoch and seq."""
-
-
-@dataclass(slots=True, eq=False)
-class _Followed:
-    """A run whose news this process gets."""
-
-    run: str
-    delivers: dict[object, Deliver] = field(default_factory=dict)
-    known: Position | None = None
-    heard_at: float = 0.0
-    missing_since: float | None = None
-
-    def deliver(self, item: Sequence[Frame] | Head | Gone) -> None:
-        for token, deliver in list(self.delivers.items()):
-            if token in self.delivers:  # one delivery may close another's subscription
-                deliver(item)
 
 
 class RedisBus:
@@ -113,19 +85,19 @@ class RedisBus:
         self._worker = worker
         self._log_events = log_events
         self._log_bytes = log_bytes
-        self._feed_length = feed_length + 1  # the entry at a position proves that the position is of this feed
         self._writes = Lane(connect())
         self._reads = Lane(reads)
         self._keys = keys = Keys(prefix, reads.db)
+        self._feed = Feed(self._reads, keys, feed_length)
         self._commands = Commands(self._publish, keys, worker)
-        receivers = {keys.commands(worker): self._commands.take, keys.feed_channel: self._take_announcement}
+        receivers = {keys.commands(worker): self._commands.take, keys.feed_channel: self._feed.take}
         self._listener = Listener(connect, self._publish, keys.probe(worker), receivers, self._catch_up)
+        self._news = News(self._listener, self._reads, keys)
         self._workers = Workers(self._writes, keys, worker)
-        self._followed: dict[str, _Followed] = {}
         self._owned: dict[str, Position] = {}
-        self._watchers: dict[object, Announce] = {}
-        self._feed_position: str | None = None
         self._restoring_until = 0.0
+        self._losses = 0
+        self._verified = 0
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         async with anyio.create_task_group() as tasks:
@@ -135,11 +107,26 @@ class RedisBus:
             task_status.started()
             while True:
                 await anyio.sleep(RECHECK_TICK)
-                await self._recheck()
+                with suppress(Unavailable):  # the listener says so
+                    await self._news.compare_quiet()
+                    self._feed.hint()
 
     @property
     def degraded(self) -> str | None:
         return self._listener.problem or self._workers.problem
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        return {
+            "reconnects": self._listener.reconnects,
+            "probes": self._listener.probes,
+            "probes_lost": self._listener.probes_lost,
+            "resubscribed": self._listener.resubscribed,
+            "heads_compared": self._news.compared,
+            "heads_missed": self._news.missed,
+            "losses": self._losses,
+            "verified": self._verified,
+        }
 
     # -- Logs ------------------------------------------------------------------------------------------------------
 
@@ -157,7 +144,7 @@ class RedisBus:
             ],
             *(new.run, new.epoch, new.agent, new.principal, new.thread or "", new.created, self._worker),
             *(flags(new.first), new.first.data, int(TTL), int(new.key is not None), new.fingerprint, int(KEY_TTL)),
-            *(_announcement(new), self._feed_length, keys.feed_channel, keys.run("")),
+            *(announcement(new), self._feed.entries, keys.feed_channel, keys.run("")),
             stamp(max(0, int((new.created - INDEXED) * 1e6))),
         )
         match [_text(part) for part in answer]:
@@ -215,7 +202,7 @@ class RedisBus:
             *(run, fence, epoch, seq, state, status, "" if status in ACTIVE else time.time(), int(TTL)),
             *(keys.news(run), self._worker, int(origin is not None)),
             *(who.agent, who.principal, who.thread or "", who.created),
-            *(_announcement(announced), self._feed_length, keys.feed_channel),
+            *(announcement(announced), self._feed.entries, keys.feed_channel),
         )
         self._check(run, answer)
         self._own(run, (epoch, seq), status)
@@ -223,8 +210,7 @@ class RedisBus:
 
     async def info(self, runs: Collection[str]) -> dict[str, RunInfo]:
         wanted = list(runs)
-        answers = await self._reads.calls([("HMGET", self._keys.run(run), *_INFO) for run in wanted])
-        found = _infos(wanted, answers)
+        found = await self._infos(wanted)
         if len(found) < len(wanted) and self._restoring:
             raise Unavailable("Redis has lost runs, which are being restored; try again in a moment")
         return found
@@ -257,72 +243,22 @@ class RedisBus:
     # -- News ------------------------------------------------------------------------------------------------------
 
     async def subscribe(self, run: str, deliver: Deliver) -> Subscription:
-        followed = self._followed.get(run)
-        if followed is None:
-            followed = self._followed[run] = _Followed(run, heard_at=anyio.current_time())
-        token = object()
-        followed.delivers[token] = deliver
+        return await self._news.subscribe(run, deliver, self._known)
 
-        def close() -> None:
-            followed.delivers.pop(token, None)
-            if not followed.delivers and self._followed.get(run) is followed:
-                del self._followed[run]
-                self._listener.unsubscribe(self._keys.news(run))
+    async def watch_feed(self, announce: Announce) -> tuple[Subscription, str]:
+        return await self._feed.watch(announce)
 
-        try:
-            await self._listener.subscribe(self._keys.news(run), lambda message: self._take_news(run, message))
-            await self._known(run)
-        except BaseException:
-            close()
-            raise
-        return Registration(close)
-
-    def _take_news(self, run: str, message: bytes) -> None:
-        followed = self._followed.get(run)
-        if followed is not None:
-            item = news(run, message)
-            last = item if isinstance(item, Head) else item[-1]
-            followed.known, followed.heard_at, followed.missing_since = (
-                (last.epoch, last.seq),
-                anyio.current_time(),
-                None,
-            )
-            followed.deliver(item)
+    async def read_feed(self, after: str) -> Sequence[Announcement] | None:
+        return await self._feed.read(after)
 
     async def _catch_up(self) -> None:
         """After a (re)connection: news may have been missed, and Redis may be another than it was."""
-        await self._check_feed()
-        await self._check_heads(list(self._followed.values()))
+        if not await self._feed.catch_up():
+            logger.warning("Redis has lost what it held, or the newest of it; runs are restored by their owners")
+            self._losses += 1
+            self._restoring_until = anyio.current_time() + RESTORING
+        await self._news.compare_all()
         await self._check_owned()
-
-    async def _recheck(self) -> None:
-        now = anyio.current_time()
-        quiet = [
-            followed
-            for followed in self._followed.values()
-            if followed.missing_since is not None or now - followed.heard_at >= RECHECK
-        ]
-        try:
-            await self._check_heads(quiet)
-        except Unavailable:
-            return  # the listener says so
-        for announce in list(self._watchers.values()):
-            announce(None)
-
-    async def _check_heads(self, followed: Sequence[_Followed]) -> None:
-        answers = await self._reads.calls([("HMGET", self._keys.run(item.run), *_INFO) for item in followed])
-        now = anyio.current_time()
-        for item, answer in zip(followed, answers, strict=True):
-            if answer[3] is None:
-                item.missing_since = item.missing_since or now
-                if now - item.missing_since >= GONE_AFTER:
-                    item.deliver(Gone(item.run))
-                continue
-            info = _info(item.run, answer)
-            item.heard_at, item.missing_since = now, None
-            if item.known != (info.epoch, info.head):
-                item.known = (info.epoch, info.head)
-                item.deliver(Head(item.run, info.epoch, info.head, ended=info.ended is not None))
 
     async def _check_owned(self) -> None:
         """Have the owner, in this process, verify each run of which Redis knows something else."""
@@ -330,9 +266,10 @@ class RedisBus:
         answers = await self._reads.calls([("HMGET", self._keys.run(run), "epoch", "head") for run in owned])
         for (run, (epoch, seq)), (now_epoch, head) in zip(owned.items(), answers, strict=True):
             if (now_epoch, head) != (epoch.encode(), b"%d" % seq):
+                self._verified += 1
                 self._commands.verify(run)
 
-    # -- Listing, and the feed -------------------------------------------------------------------------------------
+    # -- Listing ----------------------------------------------------------------------------------------------------
 
     async def list(self, filter: Filter) -> Sequence[RunInfo]:
         index, end = self._keys.index(filter), "+" if filter.before is None else f"({filter.before}"
@@ -342,8 +279,7 @@ class RedisBus:
             if not ids:
                 break
             runs = [id.decode() for id in ids]
-            answers = await self._reads.calls([("HMGET", self._keys.run(run), *_INFO) for run in runs])
-            known = _infos(runs, answers)
+            known = await self._infos(runs)
             found += [info for info in known.values() if filter.fits(info)]
             await self._forget(index, [run for run in runs if run not in known])
             end = f"({runs[-1]}"
@@ -353,46 +289,6 @@ class RedisBus:
         """Take runs out of an index that Redis has let go of, unless they may be restored."""
         if runs and not self._restoring:
             await self._writes.call("ZREM", index, *runs)
-
-    async def watch_feed(self, announce: Announce) -> tuple[Subscription, str]:
-        token = object()
-        self._watchers[token] = announce
-        position = await self._feed_end()
-        self._feed_position = self._feed_position or position
-        return Registration(lambda: self._watchers.pop(token, None)), position
-
-    async def _feed_end(self) -> str:
-        entries = await self._reads.call("XREVRANGE", self._keys.feed, "+", "-", "COUNT", 1)
-        return _entry_position(entries[0]) if entries else "0:"
-
-    async def read_feed(self, after: str) -> Sequence[Announcement] | None:
-        number, _, run = after.partition(":")
-        if not (number.isascii() and number.isdecimal()) or len(number) > 15 or number != str(int(number)):
-            return None
-        entries = await self._reads.call("XRANGE", self._keys.feed, f"{number}-0", "+", "COUNT", self._feed_length)
-        if number == "0":
-            return _announcements(entries) if run == "" and (not entries or entries[0][0] == b"1-0") else None
-        if not entries or _entry_position(entries[0]) != after:
-            return None
-        return _announcements(entries[1:])
-
-    def _take_announcement(self, message: bytes) -> None:
-        number, _, document = message.partition(b" ")
-        announcement = _announced(number.decode(), document)
-        self._feed_position = announcement.position
-        for token, announce in list(self._watchers.items()):
-            if token in self._watchers:
-                announce(announcement)
-
-    async def _check_feed(self) -> None:
-        if self._feed_position is None:
-            return
-        if await self.read_feed(self._feed_position) is None:
-            logger.warning("Redis has lost what it held, or the newest of it; runs are restored by their owners")
-            self._restoring_until = anyio.current_time() + RESTORING
-        self._feed_position = await self._feed_end()
-        for announce in list(self._watchers.values()):
-            announce(None)
 
     # -- Commands, workers, health ---------------------------------------------------------------------------------
 
@@ -433,6 +329,10 @@ class RedisBus:
         else:
             self._owned.pop(run, None)
 
+    async def _infos(self, runs: Sequence[str]) -> dict[str, RunInfo]:
+        answers = await self._reads.calls([("HMGET", self._keys.run(run), *INFO) for run in runs])
+        return infos(runs, answers)
+
     async def _known(self, run: str) -> None:
         """:raises NotFound: Redis does not have the run."""
         if run not in await self.info([run]):
@@ -459,41 +359,3 @@ class RedisBus:
 
 def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _infos(runs: Sequence[str], answers: Sequence[Any]) -> dict[str, RunInfo]:
-    """What is known of each run, unknown ones left out."""
-    return {run: _info(run, answer) for run, answer in zip(runs, answers, strict=True) if answer[3] is not None}
-
-
-def _info(run: str, answer: Sequence[bytes | None]) -> RunInfo:
-    agent, principal, thread, epoch, head, status, created, ended = (value and value.decode() for value in answer)
-    return RunInfo(
-        run=run,
-        agent=agent or "",
-        principal=principal or "",
-        thread=thread or None,
-        epoch=epoch or "",
-        head=int(head or 0),
-        status=status,  # type: ignore[arg-type]  # only `append` and `rebase` write it
-        created=float(created or 0.0),
-        ended=None if ended is None else float(ended),
-    )
-
-
-def _announcement(new: NewRun) -> bytes:
-    return orjson.dumps([new.run, new.epoch, new.agent, new.thread, new.principal])
-
-
-def _announced(number: str, document: bytes) -> Announcement:
-    run, epoch, agent, thread, principal = orjson.loads(document)
-    return Announcement(f"{number}:{run}", run, epoch, agent, thread, principal)
-
-
-def _announcements(entries: Sequence[Any]) -> list[Announcement]:
-    return [_announced(id.decode().partition("-")[0], fields[3]) for id, fields in entries]
-
-
-def _entry_position(entry: Any) -> str:
-    id, fields = entry
-    return f"{id.decode().partition('-')[0]}:{fields[1].decode()}"

@@ -54,6 +54,9 @@ class Listener:
         self.connected = anyio.Event()
         """Set when the first connection stands."""
         self.reconnects = 0
+        self.resubscribed = 0
+        """Channels that were subscribed to anew."""
+        self.probes = 0
         self.probes_lost = 0
         self._connect = connect
         self._publish = publish
@@ -63,7 +66,6 @@ class Listener:
         self._confirmed: dict[str, anyio.Event] = {}
         self._connection: AbstractConnection | None = None
         self._stale: set[str] = set()
-        self._probed = 0
         self._heard = 0
         self._patience: anyio.CancelScope | None = None
         self._echo = anyio.Event()
@@ -119,8 +121,8 @@ class Listener:
         """
         if self.problem is not None:
             raise Unavailable(f"{self.problem}; try again")
-        self._probed += 1
-        number = self._probed
+        self.probes += 1
+        number = self.probes
         with anyio.move_on_after(EXCHANGE_TIMEOUT):
             await self._publish(self._probe_channel, b"%d" % number)
             while self._heard < number:
@@ -149,6 +151,7 @@ class Listener:
     async def _resubscribe(self, connection: AbstractConnection) -> None:
         waiting = dict(self._confirmed)
         channels = list(waiting)
+        self.resubscribed += len(channels)
         with anyio.fail_after(DEAF_AFTER):
             for start in range(0, len(channels), SUBSCRIBE_BATCH):
                 batch = channels[start : start + SUBSCRIBE_BATCH]
@@ -170,8 +173,8 @@ class Listener:
 
     async def _keep_probing(self, connection: AbstractConnection) -> None:
         while True:
-            self._probed += 1
-            await self._publish(self._probe_channel, b"%d" % self._probed)
+            self.probes += 1
+            await self._publish(self._probe_channel, b"%d" % self.probes)
             if self._stale:
                 stale, self._stale = self._stale, set()
                 await connection.send_command("UNSUBSCRIBE", *stale, check_health=False)

@@ -1,0 +1,82 @@
+"""What Redis holds and delivers, as the bus speaks of it.
+
+A frame is its seq, flags and length (12 bytes, big endian), then its bytes; the scripts write the same form. News are
+`F<epoch> <frames>`, or `H<epoch> <seq>[ ended]` after a rebase.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from server.bus.base import Announcement, Frame, Head, NewRun, RunInfo
+
+INFO = ("agent", "principal", "thread", "epoch", "head", "status", "created", "ended")
+"""The fields of a run's hash that `info` takes."""
+_HEADER = struct.Struct(">III")
+_PROGRESS, _TERMINAL = 1, 2
+
+
+def flags(frame: Frame) -> int:
+    return (_PROGRESS if frame.progress else 0) | (_TERMINAL if frame.terminal else 0)
+
+
+def unpack(run: str, epoch: str, packed: bytes) -> list[Frame]:
+    frames = []
+    start = 0
+    while start < len(packed):
+        seq, marks, size = _HEADER.unpack_from(packed, start)
+        start += _HEADER.size
+        data = packed[start : start + size]
+        frames.append(Frame(run, epoch, seq, data, bool(marks & _PROGRESS), bool(marks & _TERMINAL)))
+        start += size
+    return frames
+
+
+def news(run: str, message: bytes) -> Sequence[Frame] | Head:
+    """What a message on the channel of `run` says."""
+    head, _, rest = message.partition(b" ")
+    epoch = head[1:].decode()
+    if head[:1] == b"F":
+        return unpack(run, epoch, rest)
+    seq, _, ended = rest.partition(b" ")
+    return Head(run, epoch, int(seq), ended=bool(ended))
+
+
+def infos(runs: Sequence[str], answers: Sequence[Any]) -> dict[str, RunInfo]:
+    """What is known of each run by the answer to `HMGET … INFO`, unknown ones left out."""
+    return {run: info(run, answer) for run, answer in zip(runs, answers, strict=True) if answer[3] is not None}
+
+
+def info(run: str, answer: Sequence[bytes | None]) -> RunInfo:
+    agent, principal, thread, epoch, head, status, created, ended = (value and value.decode() for value in answer)
+    return RunInfo(
+        run=run,
+        agent=agent or "",
+        principal=principal or "",
+        thread=thread or None,
+        epoch=epoch or "",
+        head=int(head or 0),
+        status=status,  # type: ignore[arg-type]  # only `append` and `rebase` write it
+        created=float(created or 0.0),
+        ended=None if ended is None else float(ended),
+    )
+
+
+def announcement(new: NewRun) -> bytes:
+    return orjson.dumps([new.run, new.epoch, new.agent, new.thread, new.principal])
+
+
+def announced(number: str, document: bytes) -> Announcement:
+    run, epoch, agent, thread, principal = orjson.loads(document)
+    return Announcement(f"{number}:{run}", run, epoch, agent, thread, principal)
+
+
+def announcements(entries: Sequence[Any]) -> list[Announcement]:
+    return [announced(id.decode().partition("-")[0], fields[3]) for id, fields in entries]
+
+
+def entry_position(entry: Any) -> str:
+    id, fields = entry
+    return f"{id.decode().partition('-')[0]}:{fields[1].decode()}"
