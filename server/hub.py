@@ -1,19 +1,16 @@
 """Who follows what: runs on one side, the outboxes of this process's clients on the other (G1, G2, G4).
 
-A `Topic` is one run that somebody here follows: it holds the one bus subscription, the known head and the followers.
-A `Rule` is an open-ended subscription (everything, an agent, a thread): the feed announces new runs and the rules turn
-them into followers. Joining has one order everywhere: confirmed subscribe → heads → reply → pull; whatever happens in
-between is in the log.
+Joining has one order everywhere: confirmed subscribe → heads → reply → pull; whatever happens in between is in the log.
+The feed announces new runs, and the rules turn them into followers. What is kept of runs and rules is in `topics`.
 
 Nothing here knows sockets, commands or how a run is executed.
 """
 
 import logging
 import random
-from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -26,65 +23,13 @@ from server.errors import NotFound, Unavailable
 from server.flight import SingleFlight
 from server.outbox import Follower, GapReason, Outbox
 from server.protocol import Detail, Position, To
+from server.topics import Rule, Topic
 
 MAX_DISTANCE = 1_000
 """Events behind the head from which on a snapshot is sent instead of the log."""
 MAX_LISTED = 5_000
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class Topic:
-    """A run that this process follows. Closed when the last follower and the last pin are gone."""
-
-    run: str
-    epoch: str = ""
-    head: int = 0
-    ended: bool = False
-    pins: int = 0
-    followers: dict[Follower, Outbox] = field(default_factory=dict)
-    subscription: Subscription | None = None
-    opened: anyio.Event = field(default_factory=anyio.Event)
-    former: set[str] = field(default_factory=set)
-    """Epochs that are over, of which late news may still come."""
-
-    def advance(self, epoch: str, head: int, *, ended: bool) -> bool:
-        """The log is known to reach `head` of `epoch`. Another epoch than before: what it held is lost.
-
-        False, and nothing changes, if that epoch is over.
-        """
-        if epoch in self.former:
-            return False
-        if epoch != self.epoch:
-            self.former.add(self.epoch)
-            self.epoch, self.head, self.ended = epoch, head, False
-            for follower, outbox in self.followers.items():
-                outbox.lose(follower, "log_lost")
-        self.head = max(self.head, head)
-        self.ended = self.ended or ended
-        return True
-
-
-@dataclass(slots=True, eq=False)
-class Rule:
-    """An open-ended subscription. What the feed announces waits in `backlog`, until the subscription is `ready` (its
-    reply was queued) and the hub has got to it."""
-
-    subscription: str
-    outbox: Outbox
-    principal: str
-    to: To
-    detail: Detail
-    ready: bool = False
-    backlog: deque[Announcement] = field(default_factory=deque)
-
-    def matches(self, run: Announcement | RunInfo) -> bool:
-        return run.principal == self.principal and (
-            self.to.all is True
-            or (self.to.agent is not None and self.to.agent == run.agent)
-            or (self.to.thread is not None and self.to.thread == run.thread)
-        )
 
 
 @dataclass(slots=True)

@@ -11,11 +11,9 @@ import hashlib
 import logging
 import random
 import time
-from collections import deque
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import anyio
 import orjson
@@ -43,6 +41,7 @@ from server.config import Settings
 from server.errors import AlreadyFinished, InvalidInput, LogError, NotFound, TooMany, Unavailable, UnknownAgent
 from server.protocol import Start, problems
 from server.recorder import Recorder
+from server.slots import ActiveRun, Slots
 from server.state import RunState
 
 HISTORY_TURNS = 20
@@ -51,77 +50,6 @@ UNKNOWN = ("agent_error", "lm_error")
 """Codes of failures that only a traceback explains."""
 
 logger = logging.getLogger(__name__)
-
-Cause = Literal["cancelled", "timeout", "shutting_down"]
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """A run that has not ended yet."""
-
-    id: str
-    agent: Agent
-    input: BaseModel
-    thread: str | None
-    principal: str
-    recorder: Recorder
-    created: float = field(default_factory=time.monotonic)
-    started: float | None = None
-    position: int | None = None
-    told_position: int | None = None
-    cause: Cause | None = None
-    """Why it is to end, if something other than its agent says so."""
-    reason: str | None = None
-    by: str | None = None
-    finishing: bool = False
-    news: anyio.Event = field(default_factory=anyio.Event)
-    """Set when `position` or `cause` has changed."""
-    cancel_logged: anyio.Event = field(default_factory=anyio.Event)
-
-    def end(self, cause: Cause, reason: str | None = None) -> None:
-        if self.cause is None:
-            self.cause, self.reason = cause, reason
-        self.news.set()
-
-    @property
-    def duration(self) -> float:
-        return max(0.0, time.monotonic() - (self.created if self.started is None else self.started))
-
-
-class _Slots:
-    """The runs of one agent: as many as it takes at once are admitted, the others wait in order."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._admitted: set[_Run] = set()
-        self._waiting: deque[_Run] = deque()
-
-    def enter(self, run: _Run) -> None:
-        if len(self._admitted) < self._limit:
-            self._admitted.add(run)
-        else:
-            run.position = run.told_position = len(self._waiting)
-            self._waiting.append(run)
-
-    def leave(self, run: _Run) -> None:
-        """Give up a slot or a place; who waits moves up."""
-        if run in self._admitted:
-            self._admitted.remove(run)
-        elif run in self._waiting:
-            self._waiting.remove(run)
-        while self._waiting and len(self._admitted) < self._limit:
-            admitted = self._waiting.popleft()
-            admitted.position = None
-            self._admitted.add(admitted)
-            admitted.news.set()
-        for position, waiting in enumerate(self._waiting):
-            self._move(waiting, position)
-
-    def _move(self, run: _Run, position: int) -> None:
-        """Tell a run its place, once that has halved since it was last told."""
-        if position * 2 <= (run.told_position or 0):
-            run.position = position
-            run.news.set()
 
 
 class Runs:
@@ -132,8 +60,8 @@ class Runs:
         self._bus = bus
         self._settings = settings
         self._worker = worker
-        self._slots = {name: _Slots(agent.spec.max_concurrent) for name, agent in agents.items()}
-        self._runs: dict[str, _Run] = {}
+        self._slots = {name: Slots(agent.spec.max_concurrent) for name, agent in agents.items()}
+        self._runs: dict[str, ActiveRun] = {}
         self._tasks: TaskGroup | None = None
         self._stopping = False
         self._grace = settings.grace
@@ -179,7 +107,7 @@ class Runs:
         epoch = new_epoch()
         id = new_run_id()
         origin = Origin(agent.spec.name, principal, command.thread, time.time())
-        run = _Run(id, agent, input, command.thread, principal, Recorder(self._bus, id, origin, epoch))
+        run = ActiveRun(id, agent, input, command.thread, principal, Recorder(self._bus, id, origin, epoch))
         slots = self._slots[agent.spec.name]
         self._runs[id] = run
         slots.enter(run)
@@ -194,7 +122,7 @@ class Runs:
             self._tasks.start_soon(self._execute, run, name=f"run {id}")
         return created
 
-    async def _create(self, run: _Run, origin: Origin, epoch: str, command: Start) -> Created:
+    async def _create(self, run: ActiveRun, origin: Origin, epoch: str, command: Start) -> Created:
         queued = RunQueued(epoch=epoch, input=command.input, thread=command.thread, position=run.position)
         new = NewRun(
             run=run.id,
@@ -216,7 +144,7 @@ class Runs:
             known = ", ".join(sorted(self.agents)) or "none"
             raise UnknownAgent(f"there is no agent {name[:64]!r}; known are: {known}") from None
 
-    def _forget(self, run: _Run) -> None:
+    def _forget(self, run: ActiveRun) -> None:
         del self._runs[run.id]
         self._slots[run.agent.spec.name].leave(run)
         if self._stopping and not self._runs:
@@ -224,7 +152,7 @@ class Runs:
 
     # -- Executing -------------------------------------------------------------------------------------------------
 
-    async def _execute(self, run: _Run) -> None:
+    async def _execute(self, run: ActiveRun) -> None:
         try:
             await run.recorder.record(time.time(), await self._run_to_end(run))
         except LogError as error:
@@ -235,7 +163,7 @@ class Runs:
             run.cancel_logged.set()
             self._forget(run)
 
-    async def _run_to_end(self, run: _Run) -> Terminal:
+    async def _run_to_end(self, run: ActiveRun) -> Terminal:
         try:
             await self._wait_for_slot(run)
             if run.cause is None:
@@ -249,7 +177,7 @@ class Runs:
             run.finishing = True
             return RunError(error=_INTERNAL, usage=run.recorder.usage, duration=run.duration)
 
-    async def _wait_for_slot(self, run: _Run) -> None:
+    async def _wait_for_slot(self, run: ActiveRun) -> None:
         while run.cause is None and (position := run.position) is not None:
             if position != run.told_position:
                 run.told_position = position
@@ -258,7 +186,7 @@ class Runs:
                 await run.news.wait()
                 run.news = anyio.Event()
 
-    async def _run_agent(self, run: _Run) -> Terminal:
+    async def _run_agent(self, run: ActiveRun) -> Terminal:
         """Execute the agent and say how the run ends. The agent has ended, or was abandoned, when this returns."""
         run.started = time.monotonic()
         await run.recorder.record(time.time(), RunStart(worker=self._worker))
@@ -283,7 +211,7 @@ class Runs:
             execution.abandon()  # does nothing to one that is done
         return self._ending(run, execution, channel)
 
-    async def _wait_for_end(self, run: _Run, execution: Execution) -> None:
+    async def _wait_for_end(self, run: ActiveRun, execution: Execution) -> None:
         """Until the agent is done, or `cancel_grace` seconds after it was asked to stop."""
         with anyio.move_on_after(run.agent.spec.timeout) as timeout:
             await self._wait_for_cause(run, execution)
@@ -299,7 +227,7 @@ class Runs:
             logger.warning("run %s of %s ignored its cancellation and is left behind", run.id, run.agent.spec.name)
         run.finishing = True
 
-    async def _wait_for_cause(self, run: _Run, execution: Execution) -> None:
+    async def _wait_for_cause(self, run: ActiveRun, execution: Execution) -> None:
         async with anyio.create_task_group() as tasks:
 
             async def watch() -> None:
@@ -312,7 +240,7 @@ class Runs:
             await execution.done.wait()
             tasks.cancel_scope.cancel()
 
-    def _ending(self, run: _Run, execution: Execution, channel: Channel) -> Terminal:
+    def _ending(self, run: ActiveRun, execution: Execution, channel: Channel) -> Terminal:
         usage = run.recorder.usage
         duration = run.duration
         if run.cause == "cancelled":
@@ -327,7 +255,7 @@ class Runs:
             message = f"the result cannot be shown: {public_message(error)}"
             return RunError(error=RunFailure(code="invalid_result", message=message), usage=usage, duration=duration)
 
-    def _failure(self, run: _Run, execution: Execution, channel: Channel) -> RunFailure | None:
+    def _failure(self, run: ActiveRun, execution: Execution, channel: Channel) -> RunFailure | None:
         if run.cause == "timeout":
             seconds = f"{run.agent.spec.timeout:g} s"
             return RunFailure(code="timeout", message=f"the agent took longer than {seconds}", retryable=True)
@@ -348,7 +276,7 @@ class Runs:
             logger.warning("%s failed: %s: %s", channel.label, failure.code, failure.message)
         return failure
 
-    async def _history(self, run: _Run) -> tuple[Turn, ...]:
+    async def _history(self, run: ActiveRun) -> tuple[Turn, ...]:
         """Earlier finished turns of the thread, oldest first. Waits for a bus that is away."""
         while run.thread is not None:
             try:
@@ -357,7 +285,7 @@ class Runs:
                 await anyio.sleep(random.uniform(0.2, 1.0))  # noqa: S311 -- jitter, not a secret
         return ()
 
-    async def _turns(self, run: _Run) -> tuple[Turn, ...]:
+    async def _turns(self, run: ActiveRun) -> tuple[Turn, ...]:
         earlier = await self._bus.list(
             Filter(principal=run.principal, thread=run.thread, statuses={"done"}, before=run.id, limit=HISTORY_TURNS)
         )
@@ -400,13 +328,13 @@ class Runs:
             run.end("cancelled", command["reason"])
         await run.cancel_logged.wait()
 
-    async def _verify(self, run: _Run) -> None:
+    async def _verify(self, run: ActiveRun) -> None:
         try:
             await run.recorder.verify()
         except LogError as error:
             logger.warning("%s; its next event will find out", error)
 
-    async def _log_cancel(self, run: _Run) -> None:
+    async def _log_cancel(self, run: ActiveRun) -> None:
         """The first half of a cancellation. The run's own task writes it: who asked for it may be gone by now."""
         if run.cause == "cancelled":
             await run.recorder.record(time.time(), CancelRequested(reason=run.reason, by=run.by))
@@ -462,7 +390,7 @@ _WORKER_LOST = RunFailure(
 _SHUTTING_DOWN = RunFailure(code="shutting_down", message="the hub was stopped; start again", retryable=True)
 
 
-def _early_end(run: _Run) -> Terminal:
+def _early_end(run: ActiveRun) -> Terminal:
     """The end of a run that never got a slot."""
     run.finishing = True
     if run.cause == "cancelled":

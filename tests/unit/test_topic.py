@@ -1,6 +1,6 @@
 """What a hub holds of a run's log when that is replaced (G1, G2)."""
 
-from server.hub import Topic
+from server.topics import Topic
 
 
 def test_a_log_that_replaces_an_ended_one_is_not_taken_for_ended() -> None:
