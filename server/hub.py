@@ -321,25 +321,33 @@ class Hub:
         if follower.resync is None:
             follower.resync = _gap_before(follower, topic)
         if follower.resync is None:
-            page = await self._page(topic.run, follower.epoch, follower.cursor)
-            if follower.done or follower.resync is not None:
-                return  # dropped, or widened, in the meantime
-            if page is None:
-                outbox.lose(follower, "trimmed")
-            else:
-                topic.advance(follower.epoch, page.head, ended=False)
-                outbox.add_page(follower, page, topic.head, ended=topic.ended)
+            await self._pull_page(outbox, topic, follower)
         else:
-            epoch = topic.epoch
-            snapshot = await self.snapshot(topic.run, epoch)
-            if follower.done or topic.epoch not in (epoch, snapshot.epoch):
-                return  # dropped, or the log was replaced and the answer is of before
-            if not topic.advance(snapshot.epoch, snapshot.seq, ended=snapshot.ended):
-                raise Unavailable("the bus is back at an epoch that was over; who looks after the run begins a new one")
-            if snapshot.epoch == follower.epoch and snapshot.seq < follower.cursor <= topic.head:
-                return  # somebody else had asked for it before the follower got so far
-            outbox.add_snapshot(follower, snapshot, topic.head, ended=topic.ended)
+            await self._pull_snapshot(outbox, topic, follower)
         self._check_end(topic, follower, outbox)
+
+    async def _pull_page(self, outbox: Outbox, topic: Topic, follower: Follower) -> None:
+        page = await self._page(topic.run, follower.epoch, follower.cursor)
+        if follower.done or follower.resync is not None:
+            return  # dropped, or widened, in the meantime
+        if page is None:
+            outbox.lose(follower, "trimmed")
+            return
+        topic.advance(follower.epoch, page.head, ended=False)
+        outbox.add_page(follower, page, topic.head, ended=topic.ended)
+        if not page.frames and follower.cursor < topic.head:
+            raise Unavailable("the bus has lost the newest of the log, which is yet to be restored")
+
+    async def _pull_snapshot(self, outbox: Outbox, topic: Topic, follower: Follower) -> None:
+        epoch = topic.epoch
+        snapshot = await self.snapshot(topic.run, epoch)
+        if follower.done or topic.epoch not in (epoch, snapshot.epoch):
+            return  # dropped, or the log was replaced and the answer is of before
+        if not topic.advance(snapshot.epoch, snapshot.seq, ended=snapshot.ended):
+            raise Unavailable("the bus is back at an epoch that was over; who looks after the run begins a new one")
+        if snapshot.epoch == follower.epoch and snapshot.seq < follower.cursor <= topic.head:
+            return  # somebody else had asked for it before the follower got so far
+        outbox.add_snapshot(follower, snapshot, topic.head, ended=topic.ended)
 
     def _check_end(self, topic: Topic, follower: Follower, outbox: Outbox) -> None:
         """Let go of a follower that has everything. Not all are sent the end: some had it when they joined."""

@@ -14,6 +14,7 @@ from anyio.abc import ByteStream, SocketAttribute
 
 from server.bus.redis import check
 from server.errors import BusError
+from tests.support.log import Log
 from tests.support.process import refused, serve
 from tests.support.redis import PATIENCE, free_port, running_redis
 
@@ -152,3 +153,10 @@ async def test_check_tells_the_reason_without_the_secret() -> None:
     with pytest.raises(BusError) as caught:
         await check(f"redis://me:{SECRET}@127.0.0.1:{free_port()}/0")
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(("policy", "warned"), [("allkeys-lru", True), ("volatile-ttl", True), ("noeviction", False)])
+async def test_a_redis_that_would_drop_runs_is_warned_of(policy: str, warned: bool, log: Log) -> None:
+    with running_redis("--maxmemory", "100mb", "--maxmemory-policy", policy) as redis:
+        await check(redis.url)
+    assert any(policy in line and "noeviction" in line for line in log.lines) is warned

@@ -268,6 +268,16 @@ async def test_a_heartbeat_that_comes_back_in_time_saves_the_runs(redis: Redis) 
             assert list(await workers.orphans([], None)) == []
 
 
+async def test_runs_that_have_expired_are_no_orphans(redis: Redis) -> None:
+    bus = RedisBus(redis.url, "one")
+    async with running(bus):
+        expired, left = await Log.create(bus), await Log.create(bus)
+    redis.do("DEL", "agentcast:worker:one", f"agentcast:run:{expired.run}")
+    async with watching(redis) as workers:
+        assert [list(await workers.orphans([], None)) for _ in range(3)] == [[], [], [left.run]]
+    assert redis.do("ZCARD", "agentcast:owned:one") == b":1"
+
+
 async def test_own_runs_that_nobody_here_executes_are_orphans_too(redis: Redis) -> None:
     bus = RedisBus(redis.url, "one")
     async with running(bus):

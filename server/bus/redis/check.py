@@ -1,5 +1,6 @@
 """Whether a Redis will do: asked once, before a hub starts, so that a wrong one is refused with the reason."""
 
+import logging
 from urllib.parse import urlsplit
 
 import anyio
@@ -12,6 +13,8 @@ from server.errors import BusError
 OLDEST = (6, 2)
 LOADING_PATIENCE = 30.0
 _TIMEOUT = 5.0
+
+logger = logging.getLogger(__name__)
 
 
 async def check(url: str) -> str:
@@ -78,4 +81,7 @@ def _checked(info: dict[str, str], where: str) -> str:
         raise BusError(f"{where} is {name} {version}, which is too old: use Redis {oldest} or newer, or Valkey")
     if info.get("role") == "slave":
         raise BusError(f"{where} is a replica, which takes no writes; give the address of its primary")
+    policy = info.get("maxmemory_policy", "noeviction")
+    if info.get("maxmemory", "0") != "0" and policy != "noeviction":
+        logger.warning("when %s is full it will drop runs (%s); set maxmemory-policy noeviction", where, policy)
     return f"{name} {version}"

@@ -186,13 +186,20 @@ return {'ok'}
 """
 
 ORPHANS = """
--- KEYS: workers. ARGV: prefix of heartbeat keys, prefix of owned keys, most runs
--- Gives each worker without a heartbeat, with runs that it owned.
+-- KEYS: workers. ARGV: prefix of heartbeat keys, prefix of owned keys, most runs, prefix of run keys
+-- Gives each worker without a heartbeat, with runs that it owned. Those that have expired are forgotten.
 local found, runs = {}, 0
 for _, worker in ipairs(redis.call('SMEMBERS', KEYS[1])) do
   if redis.call('EXISTS', ARGV[1] .. worker) == 0 and runs < tonumber(ARGV[3]) then
-    local owned = redis.call('ZRANGE', ARGV[2] .. worker, 0, tonumber(ARGV[3]) - 1)
-    if #owned == 0 then redis.call('SREM', KEYS[1], worker) end
+    local all, owned = redis.call('ZRANGE', ARGV[2] .. worker, 0, tonumber(ARGV[3]) - 1), {}
+    for _, run in ipairs(all) do
+      if redis.call('EXISTS', ARGV[4] .. run) == 1 then
+        owned[#owned + 1] = run
+      else
+        redis.call('ZREM', ARGV[2] .. worker, run)
+      end
+    end
+    if #all == 0 then redis.call('SREM', KEYS[1], worker) end
     runs = runs + #owned
     found[#found + 1] = {worker, owned}
   end

@@ -61,7 +61,7 @@ class Workers:
             missing = await self._lane.script(
                 ORPHANS,
                 [self._keys.workers],
-                *(self._keys.heartbeat(""), self._keys.owned(""), MOST_ORPHANS),
+                *(self._keys.heartbeat(""), self._keys.owned(""), MOST_ORPHANS, self._keys.run("")),
             )
             own = await self._lane.call("ZRANGE", self._keys.owned(self._worker), 0, -1)
         except Unavailable:
