@@ -287,6 +287,7 @@ class Recorder:
                 await write(*args)
                 return
             except Unavailable as error:
-                logger.warning("run %s waits for the bus: %s", self.run, error)
+                if delay == _RETRY_FIRST:
+                    logger.warning("run %s waits for the bus: %s", self.run, error)
                 await anyio.sleep(delay * random.uniform(0.5, 1.5))  # noqa: S311 -- jitter, not a secret
                 delay = min(delay * 2, _RETRY_MOST)
