@@ -40,6 +40,13 @@ class OutputError(StepError):
         self.last_output = last_output
 
 
+class NodeCancelled(StepError):
+    """What a node, or a router, waited for was cancelled, though nobody stops the run."""
+
+    def __init__(self, node: str) -> None:
+        super().__init__(node, "something that it waited for was cancelled")
+
+
 class RouteError(StepError):
     """A router chose what its `path_map` does not have."""
 

@@ -1,7 +1,9 @@
 """One run of a graph: each node in a task of its own, as soon as the flow lets it start."""
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,16 @@ from pydantic import BaseModel, ValidationError
 from agents.base import public_message
 from agents.graph.building import Route, StatefulNode
 from agents.graph.detaching import detached
-from agents.graph.errors import InputError, NodeTimeout, ResultError, RouteError, StepLimitError, carry, limit_text
+from agents.graph.errors import (
+    InputError,
+    NodeCancelled,
+    NodeTimeout,
+    ResultError,
+    RouteError,
+    StepLimitError,
+    carry,
+    limit_text,
+)
 from agents.graph.flow import Flow, Step
 from agents.graph.state import State, View
 from agents.streaming import NodeSpan, node_span, tell_step_limit
@@ -79,7 +90,7 @@ class Play:
         values = self._state.values(list(node.input_model.model_fields), step.past)
         module = self._modules.get(node.name)
         with node_span(node.name, lambda: self._shown(values), parts_of(node, module)) as span:
-            with anyio.move_on_after(node.timeout) as scope:
+            with anyio.move_on_after(node.timeout) as scope, _stopped_by_nobody_else(node.name):
                 output = await self._work(node, module, values, span)
             if scope.cancelled_caught:
                 raise NodeTimeout(node.name, node.timeout or 0)
@@ -113,7 +124,8 @@ class Play:
     async def _targets(self, node: StatefulNode, step: Step, patch: Mapping[str, Any]) -> list[str]:
         targets = list(self._plan.shape.edges[node.name])
         for route in self._plan.shape.routes[node.name]:
-            choice = patch[route.decision] if route.choose is None else await self._choose(route, step)
+            with _stopped_by_nobody_else(node.name):
+                choice = patch[route.decision] if route.choose is None else await self._choose(route, step)
             targets += _looked_up(route, choice)
         return targets
 
@@ -136,6 +148,18 @@ class Play:
             return model.model_validate(values, by_name=True)
         except ValidationError as error:
             raise ResultError(f"the result is no {model.__name__}: {public_message(error)}") from error
+
+
+@contextmanager
+def _stopped_by_nobody_else(node: str) -> Iterator[None]:
+    """A task that ends with a cancellation ends without a word, so one that did not come from outside is made an error:
+    else the run would go on to its end as if the node had done its work."""
+    try:
+        yield
+    except anyio.get_cancelled_exc_class() as error:
+        if anyio.current_effective_deadline() == -math.inf:
+            raise
+        raise NodeCancelled(node) from error
 
 
 def _checked_inputs(plan: Plan, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Programs that run: every kind of node and router, joins, conflicts, loops, failures, many runs at once."""
 
+import asyncio
 import operator
 import re
 import subprocess
@@ -20,6 +21,7 @@ from agents import END, AgentTranspiler, Graph, Program, Reducer, StatefulNode
 from agents.graph.errors import (
     ConflictError,
     InputError,
+    NodeCancelled,
     NodeTimeout,
     OutputError,
     ResultError,
@@ -616,6 +618,37 @@ async def test_field_that_a_branch_not_taken_would_have_set():
     await program.aforward(topic="set")
     with pytest.raises(InputError, match="text: Field required"):
         await program.aforward(topic="skip")
+
+
+async def cancelled_inside(_: Any) -> Any:
+    """Waits for work of somebody else, who cancels it."""
+    work = asyncio.get_running_loop().create_future()
+    work.cancel()
+    await work
+
+
+@pytest.mark.parametrize("where", ["function", "function with a timeout", "module", "router"])
+async def test_cancellation_that_comes_from_inside_of_a_node_is_an_error(where: str):
+    class Module(dspy.Module):  # type: ignore[misc]
+        async def aforward(self, **_: Any) -> Any:
+            await cancelled_inside(None)
+
+    work: dict[str, Any] = {"fn": lambda _: {}} if where == "router" else {"fn": cancelled_inside}
+    if where == "module":
+        work = {"module": Module()}
+    graph = graph_of(StatefulNode("a", Topic, Empty, **work, timeout=60 if "timeout" in where else None), edges=[])
+    graph.add_conditional_edges("a", cancelled_inside if where == "router" else lambda _: "x", {"x": END})
+    program = AgentTranspiler.compile(graph)
+    with anyio.fail_after(10), pytest.raises(NodeCancelled) as error:
+        await program.aforward(topic="x")
+    assert error.value.node == "a"
+    events = await events_of(program.astream(topic="x"))
+    text = "node 'a': something that it waited for was cancelled"
+    assert events[-2] == {"event": "error", "node": "a", "error": text}
+    assert isinstance(events[-1]["exception"], NodeCancelled)
+    assert [event["error"] for event in of("node_error", events)] == (
+        [] if where == "router" else [{"code": "error", "message": text}]
+    )
 
 
 async def never(given: Topic) -> Any:
