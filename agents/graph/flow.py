@@ -59,7 +59,7 @@ class Flow:
 
     def _ready(self) -> list[Step]:
         ready = [name for name in self._shape.names if name in self._arrivals and not self._is_held(name)]
-        if ready and self._started + len(ready) > self._shape.max_steps:
+        if ready and (self.limited or self._started + len(ready) > self._shape.max_steps):
             self.limited = True
             self._arrivals.clear()
             return []

@@ -146,6 +146,15 @@ def test_limit_stops_what_would_start_and_lets_end_what_runs():
     assert run.order == ["a", "b", "c"]
 
 
+def test_nothing_starts_after_the_limit_though_it_alone_would_have_had_room():
+    run = Run(shape_of({"a": "bc", "b": "de", "c": "f", "d": ".", "e": ".", "f": "."}, max_steps=4))
+    run.end("a", "b", "c")
+    assert run.end("b", "d", "e") == set()  # two more would be too many
+    assert run.flow.limited
+    assert run.end("c", "f") == set()
+    assert run.order == ["a", "b", "c"]
+
+
 def test_deep_graphs_are_no_problem():
     graph = Graph(max_steps=2_000)
     names = [f"n{number}" for number in range(1_200)]
