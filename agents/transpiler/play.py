@@ -31,7 +31,7 @@ from agents.threads import in_thread
 from agents.transpiler.asking import asker, parts_of, retries_of
 from agents.transpiler.attempts import settle
 from agents.transpiler.plan import Plan
-from agents.values import plain
+from agents.values import cut_text, plain
 
 
 class Play:
@@ -125,9 +125,14 @@ class Play:
         targets = list(self._plan.shape.edges[node.name])
         for route in self._plan.shape.routes[node.name]:
             with _stopped_by_nobody_else(node.name):
-                choice = patch[route.decision] if route.choose is None else await self._choose(route, step)
+                choice = await self._choose(route, step) if route.choose else self._decision(route, step, patch)
             targets += _looked_up(route, choice)
         return targets
+
+    def _decision(self, route: Route, step: Step, patch: Mapping[str, Any]) -> Any:
+        """A default that was not returned is none if the field has had a value before."""
+        name = route.decision
+        return patch[name] if name in patch else self._state.value(name, step.sight)
 
     async def _choose(self, route: Route, step: Step) -> Any:
         assert route.choose is not None  # noqa: S101
@@ -184,5 +189,10 @@ def _looked_up(route: Route, choice: Any) -> Iterator[str]:
         try:
             yield route.path_map[key]
         except (KeyError, TypeError):
-            known = ", ".join(map(repr, route.path_map))
-            raise RouteError(route.source, f"its router chose {key!r}, which is none of {known}") from None
+            known = ", ".join(map(_named, route.path_map))
+            raise RouteError(route.source, f"its router chose {_named(key)}, which is none of {known}") from None
+
+
+def _named(key: Any) -> str:
+    """Clients are told of it, so not by the `repr` of whatever it is (G9)."""
+    return cut_text(repr(plain(key)), 200)

@@ -456,6 +456,35 @@ async def test_router_that_chooses_what_there_is_not(choice: Any, shown: str):
     assert f"chose {shown}, which is none of 'x', 'y'" in str(error.value)
 
 
+async def test_node_that_routes_and_returns_nothing_leaves_its_decision_as_it_was():
+    class Decision(BaseModel):
+        route: str = "on"
+
+    given: list[dict[str, str]] = [{}, {"route": "back"}, {}, {"route": "on"}]
+    router = node("judge", Topic, Decision, lambda _: given.pop(0))
+    graph = graph_of(node("start", Topic, Empty, lambda _: {}), node("on", Topic, Empty, lambda _: {}), edges=[])
+    graph.add_conditional_edges("start", router, {"on": "on", "back": "start"})
+    graph.add_edge("on", "start")
+    with pytest.raises(IndexError):  # it routes as long as there is something to return
+        await AgentTranspiler.compile(graph).aforward(topic="x")
+    assert given == []
+
+
+async def test_what_a_router_chose_is_told_without_its_representation():
+    class Choice:
+        def __repr__(self) -> str:
+            return "the password"
+
+    graph = graph_of(node("start", Topic, Empty, lambda _: {}), edges=[])
+    for choice, shown in ((Choice(), "'<Choice>'"), ("y" * 100_000, "'yyy")):
+        graph.routes.clear()
+        graph.add_conditional_edges("start", partial(lambda choice, _: choice, choice), {"x": END})
+        with pytest.raises(RouteError) as error:
+            await AgentTranspiler.compile(graph).aforward(topic="x")
+        assert f"its router chose {shown}" in str(error.value)
+        assert len(str(error.value)) < 1_000
+
+
 async def test_router_that_fails_fails_as_itself():
     graph = graph_of(node("start", Topic, Empty, lambda _: {}), edges=[])
     graph.add_conditional_edges("start", lambda state: state.nothing, {"x": END})
