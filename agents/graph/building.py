@@ -95,6 +95,9 @@ class Graph:
         self.entry: str | None = None
 
     def add_node(self, node: StatefulNode) -> None:
+        """:raises TypeError: it is something else."""
+        if not isinstance(node, StatefulNode):
+            raise TypeError(f"a node must be a StatefulNode, not {type(node).__name__}")
         self.nodes.append(node)
 
     def add_edge(self, source: str, target: str) -> None:

@@ -26,9 +26,11 @@ DEFAULT_RETRIES = 3
 def module_of(node: StatefulNode) -> Any:
     """The DSPy module that does the node's work, or None.
 
-    :raises ValueError: a tool is of no use.
+    :raises ValueError: a tool is of no use, or the module is none.
     """
     if node.kind == "module":
+        if not isinstance(node.module, dspy.Module):
+            raise ValueError("module must be a dspy.Module; for functions there is fn")
         return node.module
     if node.kind == "function":
         return None

@@ -184,6 +184,18 @@ def test_options_of_a_node(options: dict[str, Any], problem: str):
     assert one(graph) == f"node 'a': {problem}"
 
 
+@pytest.mark.parametrize("module", [given, dspy.Predict], ids=["function", "class"])
+def test_module_that_is_callable_but_none(module: Any):
+    assert one(graph_of(node("a", Topic, Text, module=module))) == (
+        "node 'a': module must be a dspy.Module; for functions there is fn"
+    )
+
+
+def test_node_that_is_none():
+    with pytest.raises(TypeError, match=r"^a node must be a StatefulNode, not str$"):
+        Graph().add_node("write")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["", "END", "__end__", "two words", "it's", "x" * 65])
 def test_names_of_nodes(name: str):
     assert "the name must start with a letter" in one(graph_of(node(name, Topic, Text, given)))
