@@ -4,7 +4,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import dspy
 from dspy.utils.exceptions import AdapterParseError
@@ -12,12 +12,15 @@ from pydantic import BaseModel, ValidationError
 
 from agents.fields.base import is_text
 from agents.graph import StatefulNode
+from agents.graph.detaching import detached
 from agents.react import react_agent
 from agents.streaming import is_async
 from agents.streaming.dspy_calls import call_in_thread
 from agents.threads import in_thread
 from agents.transpiler.attempts import Ask, Rejected, answer_text
 from agents.transpiler.signatures import PREVIOUS_ANSWER, PROBLEMS, aliases, correcting, signature_of
+
+T = TypeVar("T")
 
 DEFAULT_RETRIES = 3
 """Of nodes that ask a language model; functions and modules are not called again unless the node says so."""
@@ -139,15 +142,21 @@ async def _call_function(node: StatefulNode, given: BaseModel, _: Rejected | Non
     function = node.fn
     assert function is not None  # noqa: S101 -- it is a function node
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
-        result = await function(given)
+        result = await function(_fresh(node, given))
     else:
-        result = await in_thread(functools.partial(function, given), f"node {node.name}")
+        result = await in_thread(functools.partial(function, _fresh(node, given)), f"node {node.name}")
         if inspect.isawaitable(result):
             result = await result
     return dict(result) if isinstance(result, Mapping) else result
 
 
+def _fresh(node: StatefulNode, given: T) -> T:
+    """What an attempt may change without the next one seeing it."""
+    return detached(given) if retries_of(node) else given
+
+
 async def _call_module(node: StatefulNode, module: Any, values: dict[str, Any], _: Rejected | None) -> Any:
+    values = _fresh(node, values)
     if is_async(module):
         result = await module.acall(**values)
     else:

@@ -11,7 +11,7 @@ import dspy
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from agents.base import public_message
+from agents.base import public_message, redact
 from agents.graph import StatefulNode
 from agents.graph.errors import OutputError
 from agents.streaming import NodeSpan
@@ -51,7 +51,7 @@ async def settle(node: StatefulNode, ask: Ask, span: NodeSpan, formatter: ErrorF
             return await _attempt(node, ask, rejected)
         except Rejected as failed:
             rejected = failed
-            rejected.problem = cut_text(formatter(failed.error))
+            rejected.problem = cut_text(redact(str(formatter(failed.error))))  # it may quote the output (G9)
             fields = dict.fromkeys(str(problem["loc"][0]) for problem in failed.error.errors() if problem["loc"])
             span.reject(attempt, retries, rejected.problem, fields)
     assert rejected is not None  # noqa: S101 -- there is at least one attempt

@@ -10,7 +10,7 @@ import pytest
 from dspy.teleprompt import BootstrapFewShot
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from agents import AgentTranspiler
+from agents import AgentTranspiler, StatefulNode
 from agents.base import ToolError
 from agents.graph.errors import OutputError
 from tests.support.graphs import Script, Text, Topic, events_of, graph_of, node, of, program_of, told
@@ -27,6 +27,10 @@ class Triage(BaseModel):
     category: Literal["bug", "question"]
     priority: int = Field(ge=1, le=5, description="1 is the most urgent.")
     tags: list[str] = []
+
+
+class Short(BaseModel):
+    text: str = Field(max_length=2)
 
 
 GOOD = chat(category="bug", priority="2", tags="[]")
@@ -163,6 +167,37 @@ async def test_the_formatter_says_what_is_wrong():
     assert "1 of Triage are wrong" in script.prompts[1]
 
 
+async def test_what_a_formatter_says_is_a_text_without_secrets(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SOME_API_KEY", "sk-0123456789")
+    graph = graph_of(node("a", Topic, Short, lambda _: {"text": "sk-0123456789"}))
+    events = await events_of(AgentTranspiler.compile(graph, error_formatter=str).astream(topic="x"))
+    (failed,) = of("validation_error", events)
+    assert "input_value='[redacted]'" in failed["error"]
+    program = AgentTranspiler.compile(graph, error_formatter=lambda error: error.error_count())  # type: ignore[arg-type,return-value]
+    assert of("validation_error", await events_of(program.astream(topic="x")))[0]["error"] == "1"
+
+
+async def test_each_attempt_is_given_the_same():
+    class Items(BaseModel):
+        items_: list[int]
+
+    seen: list[list[int]] = []
+
+    def fn(given: Items) -> dict[str, str]:
+        seen.append(given.items_.copy())
+        given.items_.clear()
+        return {}
+
+    class Module(dspy.Module):  # type: ignore[misc]
+        async def aforward(self, items_: list[int]) -> dict[str, str]:
+            return fn(Items.model_construct(items_=items_))
+
+    for work in ({"fn": fn}, {"module": Module()}):
+        seen.clear()
+        await events_of(program_of(StatefulNode("a", Items, Text, max_retries=2, **work)).astream(items_=[1]))
+        assert seen == [[1]] * 3
+
+
 async def test_functions_and_modules_are_called_again_only_if_they_say_so():
     calls: list[Any] = []
 
@@ -174,9 +209,6 @@ async def test_functions_and_modules_are_called_again_only_if_they_say_so():
     assert [event["attempt"] for event in of("validation_error", events)] == [1, 2]
     assert events[-1]["prediction"].text == "ok"
     module = dspy.Predict("topic -> text")
-
-    class Short(BaseModel):
-        text: str = Field(max_length=2)
 
     with Script(chat(text="long"), chat(text="ok")).use():
         events = await events_of(program_of(node("a", Topic, Short, module=module, max_retries=1)).astream(topic="x"))
