@@ -2,7 +2,6 @@
 
 import errno
 from collections.abc import Sequence
-from typing import Any
 
 
 class GraphError(ValueError):
@@ -93,13 +92,12 @@ class NodeTimeout(TimeoutError):
         return str(self.strerror)
 
 
-def carry(error: BaseException, node: str, **facts: Any) -> None:
-    """Have `error`, whatever it is, tell `node` (the innermost one) and `facts` as attributes."""
+def carry(error: BaseException, node: str) -> None:
+    """Have `error`, whatever it is, tell `node` (the innermost one) as an attribute."""
     if hasattr(error, "node"):
         return
-    for name, value in {"node": node, **facts}.items():
-        try:
-            setattr(error, name, value)
-        except (AttributeError, TypeError):  # an exception with __slots__
-            return
+    try:
+        error.node = node  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):  # an exception with __slots__
+        return
     error.add_note(f"in node {node!r} of a graph")
