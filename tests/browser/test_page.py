@@ -252,6 +252,18 @@ async def test_graph_is_drawn_and_its_nodes_light_up(browser: Browser) -> None:
         await drawing.focus()
 
 
+async def test_long_graph_scrolls_inside_of_its_card(browser: Browser) -> None:
+    names = [f"step_{number}" for number in range(40)]
+    graph = graph_of(*(node(name, Topic, Empty, lambda _: {}) for name in names), max_steps=40)
+    program = Registry().add("long", AgentTranspiler.compile(graph))
+    async with open_hub(program) as hub, open_page(browser, hub) as page, hub.client() as client:  # type: ignore[arg-type]
+        run = await client.start("long", {"topic": "x"})
+        drawing = page.locator(f'.card[data-run="{run}"] .graph')
+        await expect(drawing.locator("[data-node]")).to_have_count(40)
+        height, whole = await drawing.evaluate("(box) => [box.clientHeight, box.scrollHeight]")
+        assert height < 500 < whole
+
+
 async def test_cancel_stops_the_run_and_says_so(browser: Browser) -> None:
     stepping = Stepping()
     async with open_hub(stepping.agent) as hub, open_page(browser, hub) as page:
