@@ -108,7 +108,7 @@ def _graph_contract(name: str, program: Program[Any]) -> Contract:
     taken, given = program.input_model, program.output_model
     try:
         taken.model_json_schema()
-        schema = {"type": "object"} if given is None else given.model_json_schema(mode="serialization")
+        schema = {"type": "object"} if given is None else given.model_json_schema(by_alias=False, mode="serialization")
     except Exception as error:
         problem = f"its models make no JSON Schema: {_first_line(error)}"
         raise SchemaError(problem, "use types that pydantic knows") from error

@@ -129,6 +129,21 @@ async def test_programs_without_a_result_model_and_with_other_descriptions():
     assert agent.spec.description == "Mine."
 
 
+async def test_aliases_name_what_is_taken_and_fields_what_is_given():
+    class Asked(BaseModel):
+        topic: str = Field(alias="Topic")
+
+    class Told(BaseModel):
+        text: str = Field(alias="Text")
+
+    agent = added(program_of(node("say", Asked, Told, lambda asked: {"text": asked.topic}), output=Told))
+    async with open_hub(agent) as hub, hub.client() as client:
+        events = (await client.view(await client.start("triage", {"Topic": "x"}))).events
+    assert list(agent.spec.input_model.model_json_schema()["properties"]) == ["Topic"]
+    assert events[-1]["result"] == {"text": "x"}
+    assert list(agent.spec.output_schema["properties"]) == ["text"]
+
+
 def test_types_without_a_schema_are_refused():
     class Odd(BaseModel):
         model_config = {"arbitrary_types_allowed": True}
