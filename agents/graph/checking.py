@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 from pydantic.fields import FieldInfo
 
 from agents.graph.building import END, Graph, Reducer, Route, StatefulNode
@@ -26,6 +26,11 @@ def problems(graph: Graph, output_model: type[BaseModel] | None) -> list[str]:
     """All reasons why `graph` cannot be compiled, each naming its node and field."""
     structure = [*_node_problems(graph), *_edge_problems(graph), *_decision_problems(graph), *_entry_problems(graph)]
     return [*structure, *_name_problems(graph), *_reducer_problems(graph), *_flow_problems(graph, output_model)]
+
+
+def is_sound(node: StatefulNode) -> bool:
+    """Whether there is nothing wrong with `node` itself."""
+    return next(_own_problems(node), None) is None and next(_names_taken(node), None) is None
 
 
 def reducers(graph: Graph) -> dict[str, Reducer]:
@@ -77,6 +82,10 @@ def _own_problems(node: StatefulNode) -> Iterator[str]:
         (not named, "the name must start with a letter or _, go on with up to 63 of A-z, 0-9, _ and -, and not be END"),
         (not _is_model(node.input_model), "input_model must be a pydantic model class"),
         (not _is_model(node.output_model), "output_model must be a pydantic model class"),
+        (
+            _is_root(node.input_model) or _is_root(node.output_model),
+            "a RootModel has no field to be named by: make a model with one",
+        ),
         (sum((node.fn is not None, node.module is not None, bool(node.tools))) > 1, "it has two of fn, module, tools"),
         (not _may_call(node.fn), "fn must be callable"),
         (not _may_call(node.module), "module must be a dspy.Module"),
@@ -89,6 +98,10 @@ def _own_problems(node: StatefulNode) -> Iterator[str]:
     ):
         if is_wrong:
             yield problem
+
+
+def _is_root(value: Any) -> bool:
+    return _is_model(value) and issubclass(value, RootModel)
 
 
 def _may_call(value: Any) -> bool:
@@ -152,10 +165,15 @@ def _entry_problems(graph: Graph) -> Iterator[str]:
 
 def _name_problems(graph: Graph) -> Iterator[str]:
     for node in graph.nodes:
-        for model in filter(_is_model, (node.input_model, node.output_model)):
-            for name in model.model_fields:
-                if name in _reserved(node):
-                    yield f"node {node.name!r}: the field name {name!r} of {model.__name__} is reserved"
+        for problem in _names_taken(node):
+            yield f"node {node.name!r}: {problem}"
+
+
+def _names_taken(node: StatefulNode) -> Iterator[str]:
+    for model in filter(_is_model, (node.input_model, node.output_model)):
+        for name in model.model_fields:
+            if name in _reserved(node):
+                yield f"the field name {name!r} of {model.__name__} is reserved"
 
 
 def _reducer_problems(graph: Graph) -> Iterator[str]:

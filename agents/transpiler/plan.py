@@ -1,7 +1,7 @@
 """What all runs of one compiled graph share: read-only, and without the modules that do the work, which belong to the
 program and may be tuned or replaced."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel
@@ -23,10 +23,12 @@ class Plan:
     formatter: ErrorFormatter
 
 
-def plan_of(graph: Graph, output_model: type[BaseModel] | None, formatter: ErrorFormatter) -> Plan:
-    """:raises GraphError: the graph cannot run; it names every reason."""
+def plan_of(
+    graph: Graph, output_model: type[BaseModel] | None, formatter: ErrorFormatter, known: Sequence[str] = ()
+) -> Plan:
+    """:raises GraphError: the graph cannot run; it names every reason, those that are `known` already, too."""
     graph = graph.copy()
-    found = problems(graph, output_model)
+    found = [*problems(graph, output_model), *known]
     taken = program_inputs(graph)
     if found or taken is None:
         raise GraphError(found)

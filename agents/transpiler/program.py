@@ -9,7 +9,8 @@ from typing import Any, Generic, Self, TypeVar, overload
 import dspy
 from pydantic import BaseModel
 
-from agents.graph import Graph, GraphError
+from agents.graph import Graph
+from agents.graph.checking import is_sound
 from agents.graph.drawing import described, mermaid
 from agents.streaming.bridge import innermost
 from agents.transpiler.asking import module_of
@@ -147,19 +148,22 @@ class AgentTranspiler:
 
         :raises GraphError: the graph cannot run; it names every reason.
         """
-        plan = plan_of(graph, output_model, error_formatter or default_formatter)
-        steps, problems = {}, []
-        for node in graph.nodes:
-            try:
-                module = module_of(node)
-            except Exception as error:  # noqa: BLE001 -- DSPy raises what it likes for fields and tools it cannot use
-                problems.append(f"node {node.name!r}: {error}")
-            else:
-                if module is not None:
-                    steps[node.name] = module
-        if problems:
-            raise GraphError(problems)
-        return Program(plan, steps)
+        steps, problems = _steps(graph)
+        return Program(plan_of(graph, output_model, error_formatter or default_formatter, problems), steps)
+
+
+def _steps(graph: Graph) -> tuple[dict[str, Any], list[str]]:
+    """The modules of the nodes that are sound, and why some cannot be made."""
+    steps, problems = {}, []
+    for node in filter(is_sound, graph.nodes):
+        try:
+            module = module_of(node)
+        except Exception as error:  # noqa: BLE001 -- DSPy raises what it likes for fields and tools it cannot use
+            problems.append(f"node {node.name!r}: {error}")
+        else:
+            if module is not None:
+                steps[node.name] = module
+    return steps, problems
 
 
 def _run(play: Any) -> Any:

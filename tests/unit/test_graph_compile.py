@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import dspy
 import pytest
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel, RootModel, create_model
 
 from agents import END, AgentTranspiler, Graph, GraphError, Reducer, StatefulNode
 from tests.support.graphs import Empty, Text, Topic, graph_of, node
@@ -188,6 +188,28 @@ def test_options_of_a_node(options: dict[str, Any], problem: str):
 def test_module_that_is_callable_but_none(module: Any):
     assert one(graph_of(node("a", Topic, Text, module=module))) == (
         "node 'a': module must be a dspy.Module; for functions there is fn"
+    )
+
+
+def test_root_model():
+    graph = graph_of(node("a", Topic, RootModel[list[int]], given))
+    assert one(graph) == "node 'a': a RootModel has no field to be named by: make a model with one"
+
+
+def test_tools_and_modules_are_told_of_with_the_rest():
+    graph = graph_of(
+        node("a", Topic, Empty, tools=["x"]),
+        node("b", Topic, Empty, module=given),
+        node("c", Topic, Empty, module="x"),
+        node("d", Topic, fields(demos=str), tools=["x"]),
+        edges=[("a", "b"), ("b", "c"), ("c", "d"), ("d", "e")],
+    )
+    assert problems(graph) == (
+        "node 'c': module must be a dspy.Module",
+        "edge 'd' → 'e': there is no node 'e'",
+        "node 'd': the field name 'demos' of Fields is reserved",
+        "node 'a': a tool must be a function or a dspy.Tool, not str",
+        "node 'b': module must be a dspy.Module; for functions there is fn",
     )
 
 

@@ -106,6 +106,16 @@ async def test_answer_that_cannot_be_read(answer: str, problem: str | None, fiel
     assert len(script.prompts) == 2, "DSPy does not ask again by itself"
 
 
+async def test_answer_that_cannot_be_read_is_corrected_without_an_adapter_of_ones_own():
+    """DSPy's default one would ask again by itself, in JSON, without saying what was wrong."""
+    script = Script("no fields at all", GOOD)
+    with script.use(), dspy.context(adapter=None):
+        events = await events_of(program_of(node("triage", Topic, Triage)).astream(topic="x"))
+    assert [event["attempt"] for event in of("validation_error", events)] == [1]
+    assert "no fields at all" in script.prompts[1]
+    assert len(script.prompts) == 2
+
+
 async def test_answer_without_its_reasoning_is_asked_for_again():
     program = program_of(node("say", Topic, Text, use_cot=True), output=Text)
     with Script(chat(text="x"), chat(reasoning="r", text="y")).use():
