@@ -167,9 +167,7 @@ def _steps(graph: Graph) -> tuple[dict[str, Any], list[str]]:
 
 
 def _run(play: Any) -> Any:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if not _is_in_loop():
         return asyncio.run(play())
     outcome: list[Any] = []
 
@@ -186,3 +184,11 @@ def _run(play: Any) -> Any:
     if error is not None:
         raise error
     return value
+
+
+def _is_in_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

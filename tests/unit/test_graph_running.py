@@ -124,6 +124,31 @@ async def test_result_is_typed():
         _ = result.nothing  # type: ignore[attr-defined]
 
 
+TYPED = """
+from typing import Any, assert_type
+from pydantic import BaseModel
+from agents import AgentTranspiler, Graph
+
+class Text(BaseModel):
+    text: str
+
+typed = AgentTranspiler.compile(Graph(), output_model=Text)
+assert_type(typed(topic="x"), Text)
+
+async def main() -> None:
+    assert_type(await typed.aforward(topic="x"), Text)
+    assert_type(await typed.acall(topic="x"), Text)
+    assert_type(await AgentTranspiler.compile(Graph()).aforward(topic="x"), Any)
+"""
+
+
+def test_result_is_typed_for_those_who_have_installed_the_package(tmp_path: Path):
+    (tmp_path / "mine.py").write_text(TYPED)
+    command = [sys.executable, "-m", "mypy", "--strict", "mine.py"]
+    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
 async def test_result_without_a_model_is_a_prediction_of_what_nodes_set():
     program = program_of(
         node("up", Count, Count, up), node("say", Count, Text, lambda c: {"text": "x" * c.n}), edges=None
@@ -577,6 +602,15 @@ async def test_exceptions_arrive_as_themselves_and_say_where():
     with pytest.raises(KeyError) as raised:
         program(topic="x")
     assert raised.value is error
+
+
+def test_exception_in_synchronous_code_brings_no_other_one():
+    def fail(given: Topic) -> Any:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError) as raised:
+        program_of(node("a", Topic, Text, fail))(topic="x")
+    assert raised.value.__context__ is None
 
 
 async def test_exception_of_an_inner_program_names_the_inner_node():
