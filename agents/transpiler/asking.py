@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import dspy
 from dspy.utils.exceptions import AdapterParseError
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticCustomError
 
 from agents.fields.base import is_text
 from agents.graph import StatefulNode
@@ -103,7 +104,7 @@ def _one_shot_adapter() -> Any:
     adapter = dspy.settings.adapter
     if adapter is None:
         return _CHAT
-    if type(adapter) is dspy.ChatAdapter and adapter.use_json_adapter_fallback:
+    if isinstance(adapter, dspy.ChatAdapter) and adapter.use_json_adapter_fallback:  # the other ones are kinds of it
         adapter = copy.copy(adapter)
         adapter.use_json_adapter_fallback = False
     return adapter
@@ -132,6 +133,8 @@ def _reading_error(node: StatefulNode, signature: Any, answer: str) -> Validatio
     except ValidationError as error:
         return error
     details: list[Any] = [{"type": "missing", "loc": (name,), "input": None} for name in missing]
+    if not missing:  # DSPy is stricter than the model
+        details = [{"type": PydanticCustomError("unreadable", "The answer does not have the form that was asked for")}]
     return ValidationError.from_exception_data(model.__name__, details)
 
 

@@ -8,6 +8,7 @@ import anyio
 import dspy
 import pytest
 from dspy.teleprompt import BootstrapFewShot
+from dspy.utils.exceptions import AdapterParseError
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from agents import AgentTranspiler, StatefulNode
@@ -106,10 +107,40 @@ async def test_answer_that_cannot_be_read(answer: str, problem: str | None, fiel
     assert len(script.prompts) == 2, "DSPy does not ask again by itself"
 
 
-async def test_answer_that_cannot_be_read_is_corrected_without_an_adapter_of_ones_own():
-    """DSPy's default one would ask again by itself, in JSON, without saying what was wrong."""
-    script = Script("no fields at all", GOOD)
-    with script.use(), dspy.context(adapter=None):
+class OwnAdapter(dspy.ChatAdapter):  # type: ignore[misc]
+    pass
+
+
+class Unreading(dspy.ChatAdapter):  # type: ignore[misc]
+    """Finds fault with the first answer, in which the fields can be read."""
+
+    read = 0
+
+    def parse(self, signature: Any, completion: str) -> Any:
+        self.read += 1
+        if self.read == 1:
+            raise AdapterParseError("Unreading", signature, completion)
+        return super().parse(signature, completion)
+
+
+async def test_answer_that_its_adapter_does_not_take_though_it_fits():
+    script = Script(GOOD, GOOD)
+    with script.use(), dspy.context(adapter=Unreading(use_json_adapter_fallback=False)):
+        events = await events_of(program_of(node("triage", Topic, Triage)).astream(topic="x"))
+    assert of("validation_error", events)[0]["error"] == "The answer does not have the form that was asked for"
+    assert events[-1]["event"] == "finished"
+
+
+XML = "<category>bug</category><priority>2</priority><tags>[]</tags>"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "good"), [(None, GOOD), (OwnAdapter(), GOOD), (dspy.XMLAdapter(), XML)], ids=["none", "own", "XML"]
+)
+async def test_adapter_does_not_ask_again_by_itself(adapter: Any, good: str):
+    """It would do so in JSON, without saying what was wrong."""
+    script = Script("no fields at all", good)
+    with script.use(), dspy.context(adapter=adapter):
         events = await events_of(program_of(node("triage", Topic, Triage)).astream(topic="x"))
     assert [event["attempt"] for event in of("validation_error", events)] == [1]
     assert "no fields at all" in script.prompts[1]
