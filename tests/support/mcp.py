@@ -32,7 +32,7 @@ def failing_at_first(name: str, file: Path, failures: int) -> McpServer:
     """The same, but its first starts fail. `file` has the number of starts, which may be changed meanwhile."""
     words = 'File "/srv/faulty/start.py", line 3\nno luck with TOKEN-abcdefgh at /srv/faulty/data'
     script = f"""n=$(cat {file} || echo 0); echo $((n + 1)) > {file}
-        [ $n -lt {failures} ] && echo '{words}' >&2 && exit 3
+        [ $n -lt {failures} ] && printf %s '{words}' >&2 && exit 3
         exec {sys.executable} -P {FAULTY}"""
     return mcp_server(name, command="sh", args=["-c", script])
 
