@@ -136,8 +136,8 @@ def _text(error: BaseException) -> str:
 def redact(text: str) -> str:
     """`text` with every secret of this process's environment replaced.
 
-    A secret is the value of a variable whose name has KEY, TOKEN, SECRET, PASSWORD or CREDENTIAL in it, the password in
-    a value that is a URL, and what was given to `keep_secret`.
+    A secret is the value of a variable whose name has KEY, TOKEN, SECRET, PASSWORD, CREDENTIAL or AUTHORIZATION in it,
+    the password in a value that is a URL, and what was given to `keep_secret`.
     """
     for secret in _secrets():
         if secret in text:
@@ -158,7 +158,12 @@ def is_secret_name(name: str) -> bool:
     return any(word in name.upper() for word in _SECRET_WORDS)
 
 
-_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+def url_passwords(text: str) -> list[str]:
+    """The passwords in the URLs that `text` holds."""
+    return _URL_PASSWORD.findall(text)
+
+
+_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "AUTHORIZATION")
 _MIN_SECRET = 8
 _URL_PASSWORD = re.compile(r"://[^/@\s:]*:([^/@\s]+)@")
 _kept: set[str] = set()
@@ -169,7 +174,7 @@ def _secrets() -> Iterator[str]:
     for name, value in os.environ.items():
         if len(value) >= _MIN_SECRET and is_secret_name(name):
             yield value
-        yield from _URL_PASSWORD.findall(value)
+        yield from url_passwords(value)
 
 
 def _problem(item: Mapping[str, Any]) -> str:

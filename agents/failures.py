@@ -21,6 +21,7 @@ from dspy.utils.exceptions import (
     LMInvalidRequestError,
     LMLockTimeoutError,
     LMNotConfiguredError,
+    LMProviderError,
     LMRateLimitError,
     LMServerError,
     LMStreamAssemblyError,
@@ -56,6 +57,15 @@ _CODES: tuple[tuple[type[LMError], str], ...] = (
 )
 """Specific classes before their parents."""
 
+_STATUSES = {
+    401: "lm_auth",
+    402: "lm_billing",
+    403: "lm_auth",
+    404: "lm_not_found",
+    408: "lm_timeout",
+    429: "lm_rate_limited",
+}
+
 _USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 _SAID_CHARS = 500
 
@@ -81,7 +91,17 @@ def lm_code(error: LMError) -> str:
         return "lm_timeout"
     if type(error) is LMUnexpectedError and isinstance(error.__cause__, ValueError):
         return "lm_bad_response"  # the provider's bytes are no JSON, or no text
+    if type(error) is LMProviderError:
+        return _unclassified(error)
     return next((code for kind, code in _CODES if isinstance(error, kind)), "lm_error")
+
+
+def _unclassified(error: LMProviderError) -> str:
+    """The code of an error of the provider's that DSPy has no class for, such as one that is told in a stream that has
+    begun: there gateways give the status as the error's code, and others have words of their own for their failures."""
+    told = str(error.provider_code or "")
+    status = error.status or (int(told) if told.isdecimal() and len(told) == 3 else 500)
+    return _STATUSES.get(status, "lm_bad_request" if 300 <= status < 500 else "lm_unavailable")
 
 
 def retry_after(error: LMError) -> float | None:
@@ -132,6 +152,8 @@ def _rate_limited(error: LMError) -> str:
 def _unavailable(error: LMError) -> str:
     if error.status is not None:
         return f"the provider failed ({error.status}); try again in a moment"
+    if isinstance(error, LMProviderError):
+        return "the provider failed while it answered; try again in a moment"
     reason = next((f" ({_os_reason(cause)})" for cause in _causes(error) if isinstance(cause, OSError)), "")
     return f"the provider cannot be reached, or hung up{reason}; check the network and the base URL, or try again"
 

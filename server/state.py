@@ -13,6 +13,8 @@ from typing import Any
 
 import orjson
 
+from server.protocol import encode
+
 MAX_SPANS = 2_000
 MAX_MESSAGES = 500
 MAX_VALIDATION_ERRORS = 200
@@ -58,7 +60,7 @@ class RunState:
         return cls(orjson.loads(data))
 
     def encode(self) -> bytes:
-        return orjson.dumps(self.document)
+        return encode(self.document)
 
     def apply(self, event: Wire) -> None:
         """Fold one event."""

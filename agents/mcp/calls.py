@@ -13,14 +13,19 @@ from typing import Any, NamedTuple
 import anyio
 from mcp import Client
 from mcp.shared.exceptions import MCPError
-from mcp_types import CONNECTION_CLOSED, CallToolResult
+from mcp_types import CONNECTION_CLOSED, INTERNAL_ERROR, INVALID_PARAMS, METHOD_NOT_FOUND, CallToolResult
 
 from agents.base import ToolError, redact
 from agents.mcp.words import clean_error
+from agents.values import cut_text
 
 LOST = "the connection to its server was lost"
 WAITING_PROGRESS = 256
 """Notifications of progress that wait for one run."""
+PROGRESS_BYTES = 4 * 1024
+"""Size of a message of progress."""
+_ABOUT_THE_CALL = (INVALID_PARAMS, METHOD_NOT_FOUND, INTERNAL_ERROR)
+"""Errors by which a server shows that it lives. Others may mean that it has forgotten its session."""
 
 
 class Progress(NamedTuple):
@@ -36,8 +41,8 @@ class Call:
         self.tool = tool
         self.args = args
         self.timeout = timeout
-        self.overdue = False
-        """Whether it was given up because it took too long."""
+        self.doubtful = False
+        """Whether it ended in a way that leaves it open whether the server knows this connection any more."""
         self._scope = anyio.CancelScope()
         self._progress: deque[Progress] = deque(maxlen=WAITING_PROGRESS)
         self._result: CallToolResult | None = None
@@ -78,9 +83,10 @@ class Call:
                 result = await client.call_tool(self.tool, self.args, None, self._on_progress)
                 self._end(result, None)
             if limit.cancelled_caught:
-                self.overdue = True
+                self.doubtful = True
                 self._end(None, f"it gave no answer within {self.timeout:g} s; the call was cancelled")
         except MCPError as error:
+            self.doubtful = error.code not in _ABOUT_THE_CALL
             self._end(None, _told(error))
         except Exception as error:  # noqa: BLE001 -- whatever the SDK makes of a server's answer
             self._end(None, f"its answer could not be read ({type(error).__name__})")
@@ -93,7 +99,8 @@ class Call:
 
     async def _on_progress(self, progress: float, total: float | None, message: str | None) -> None:
         # The SDK starts a task for each notification: whatever came before this line could put them out of order.
-        self._progress.append(Progress(progress, total, None if message is None else redact(message)))
+        text = None if message is None else redact(cut_text(message, PROGRESS_BYTES))
+        self._progress.append(Progress(progress, total, text))
         self._news.set()
 
     @property

@@ -126,7 +126,7 @@ class Connection:
             await call.make(client)
         finally:
             self._calls.discard(call)
-        if call.overdue:
+        if call.doubtful:
             self._doubt.set()
 
     async def _watch(self, client: Client) -> None:

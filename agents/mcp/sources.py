@@ -8,20 +8,24 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import PurePath
 from typing import Any, ClassVar
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import unquote, unquote_plus, urlsplit
 
 import httpx2
 from mcp.client.streamable_http import streamable_http_client
 
-from agents.base import is_secret_name, keep_secret
+from agents.base import is_secret_name, keep_secret, url_passwords
 from agents.mcp.oversize import MAX_BYTES, Bounded, Oversize, salvage
 from agents.mcp.stdio import StdioLog, stdio_transport
 
 CONNECT_TIMEOUT = 30.0
 """Seconds for connecting to an HTTP server, and for each write."""
 _PLAIN_HEADERS = frozenset({"accept", "accept-language", "content-type", "user-agent"})
+_NAMED = re.compile(r"-*([\w-]+)\s*[=:]\s*(.+)", re.S)
+"""An argument that names its value: `--token=…`, `API_KEY=…`, `Authorization: Bearer …`."""
+_TOKEN_IN_PATH = re.compile(r"(?=[^/]*\d)[^/]{20,}")
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,18 @@ class Stdio:
     kind: ClassVar[str] = "stdio"
 
     def __post_init__(self) -> None:
-        keep_secret(*(value for name, value in self.env.items() if is_secret_name(name)))
+        keep_secret(*self._secrets())
+
+    def _secrets(self) -> Iterator[str]:
+        for text in (*self.args, *self.env.values()):
+            yield from url_passwords(text)
+        yield from (value for name, value in self.env.items() if is_secret_name(name))
+        for arg, following in zip_longest(self.args, self.args[1:], fillvalue=""):
+            if named := _NAMED.fullmatch(arg):
+                if is_secret_name(named[1]):
+                    yield from (named[2], named[2].rpartition(" ")[2])
+            elif arg.startswith("-") and is_secret_name(arg) and not following.startswith("-"):
+                yield following
 
     def connect(self, ended: Callable[[], None], log: StdioLog) -> Any:
         """What `mcp.Client` connects to. `ended` is called when the connection has ended by itself."""
@@ -63,7 +78,10 @@ class Http:
 
     def _secrets(self) -> Iterator[str]:
         parts = urlsplit(self.url)
-        yield from filter(None, (parts.password, *(value for _, value in parse_qsl(parts.query))))
+        password = parts.password or ""
+        values = [pair.partition("=")[2] for pair in parts.query.split("&")]
+        yield from (password, unquote(password), *values, *map(unquote_plus, values))
+        yield from _TOKEN_IN_PATH.findall(parts.path)
         for name, value in self.headers.items():
             if name.lower() not in _PLAIN_HEADERS:
                 yield from (value, value.rpartition(" ")[2])

@@ -142,9 +142,14 @@ async def _write(
 
 async def _listen(process: Process, log: StdioLog) -> None:
     lines = Lines(STDERR_CHARS)
-    async for data in _chunks(process.stderr):
+
+    def note(data: bytes) -> None:
         for line in lines.feed(data):
             log.note((line.head if isinstance(line, Oversize) else line).decode(errors="replace"))
+
+    async for data in _chunks(process.stderr):
+        note(data)
+    note(b"\n")  # the last words of many are no whole line
     log.heard.set()
 
 

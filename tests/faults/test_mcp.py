@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from agents.base import ToolError
 from agents.events import AgentEvent, ToolEnd, ToolProgress
 from agents.mcp import McpServer, connection, mcp_server, running, stdio
 from agents.mcp import server as server_module
-from agents.mcp.calls import WAITING_PROGRESS
+from agents.mcp.calls import PROGRESS_BYTES, WAITING_PROGRESS, Call
 from agents.react import react_agent
 from agents.registry import Registry
 from agents.values import VALUE_BYTES, text_bytes
 from tests.support.hub import open_hub
 from tests.support.log import Log
-from tests.support.mcp import FAULTY, PATIENCE, Played, failing_at_first, faulty, faulty_http, play, until
+from tests.support.mcp import FAULTY, PATIENCE, Played, failing_at_first, faulty, faulty_http, legacy_http, play, until
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +106,22 @@ async def test_http_server_that_goes_away_comes_back(log: Log, monkeypatch: pyte
             async with faulty_http("--port", port):
                 assert await pid_of(server) != first
                 assert server.unavailable is None
+
+
+async def test_server_that_has_forgotten_its_session_is_connected_to_anew_at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(connection, "PING_EVERY", 1_000)
+    async with legacy_http() as url:
+        server = mcp_server("legacy", url=url)
+        async with running(server):
+            assert await server.call("grow", {"loud": 1, "forget": True}) == "grow!"
+            with pytest.raises(ToolError, match="Session not found"):
+                await server.call("grow", {})
+            with anyio.fail_after(PATIENCE):
+                while True:
+                    with suppress(ToolError):
+                        assert await server.call("grow", {}) == "grow"
+                        break
+                    await anyio.sleep(0.02)
 
 
 # -- Hanging -------------------------------------------------------------------------------------------------------
@@ -207,6 +224,21 @@ async def test_flood_of_progress_does_not_end_a_run_on_the_hub():
             run = await client.start("flooded")
             view = await client.view(run)
     assert view.document["result"] == "done"
+
+
+async def test_message_of_progress_is_bounded_before_it_waits():
+    class Chatty:
+        async def call_tool(self, tool: str, args: Any, timeout: Any, told: Any) -> Any:
+            await told(1.0, 2.0, "m" * 1_000_000)
+
+    chatty: Any = Chatty()
+    call = Call("talk", {}, PATIENCE)
+    await call.make(chatty)
+    (told,) = [progress async for progress in call.progress()]
+    assert told.progress == 1
+    assert told.message is not None
+    assert told.message.startswith("mmm")
+    assert text_bytes(told.message) <= PROGRESS_BYTES
 
 
 async def test_rubbish_on_stdout_is_dropped_and_told_once(log: Log):

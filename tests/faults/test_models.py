@@ -98,6 +98,10 @@ PASSING: dict[str, tuple[Answer, str]] = {
     "ended early": (Say(WHOLE.text, after=6, fault="end"), "lm_bad_response"),
     "hang in the middle": (Say(WHOLE.text, after=6, fault="hang"), "lm_timeout"),
     "garbage": (Say(WHOLE.text, after=6, fault="garbage"), "lm_bad_response"),
+    "error in the stream": (Say(WHOLE.text, after=6, fault="error"), "lm_unavailable"),
+    "an unknown one": (Say(WHOLE.text, after=6, fault="error", error_code="overloaded_error"), "lm_unavailable"),
+    "a gateway's": (Say(WHOLE.text, after=6, fault="error", error_code=502), "lm_unavailable"),
+    "a gateway's 429": (Say(WHOLE.text, after=6, fault="error", error_code=429), "lm_rate_limited"),
 }
 
 

@@ -23,10 +23,8 @@ from agents.react import react_agent, servers_of
 from agents.registry import Registry
 from tests.support.hub import open_hub
 from tests.support.lms import chat, lm_of
-from tests.support.mcp import PATIENCE, Move, Played, failing_at_first, faulty, faulty_http, play, until
+from tests.support.mcp import LEGACY, PATIENCE, Move, Played, failing_at_first, faulty, faulty_http, play, until
 from tests.support.process import refused, serve
-
-LEGACY = str(Path(__file__).parents[1] / "support" / "mcp_legacy.py")
 
 
 @asynccontextmanager

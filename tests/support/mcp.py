@@ -18,6 +18,7 @@ from agents.streaming import run_program
 from tests.support.lms import chat, lm_of
 
 FAULTY = str(Path(__file__).with_name("mcp_faulty.py"))
+LEGACY = str(Path(__file__).with_name("mcp_legacy.py"))
 PATIENCE = 40
 """Seconds for what takes one second on an idle machine."""
 
@@ -31,7 +32,7 @@ def failing_at_first(name: str, file: Path, failures: int) -> McpServer:
     """The same, but its first starts fail. `file` has the number of starts, which may be changed meanwhile."""
     words = 'File "/srv/faulty/start.py", line 3\nno luck with TOKEN-abcdefgh at /srv/faulty/data'
     script = f"""n=$(cat {file} || echo 0); echo $((n + 1)) > {file}
-        [ $n -lt {failures} ] && echo '{words}' >&2 && exit 3
+        [ $n -lt {failures} ] && printf %s '{words}' >&2 && exit 3
         exec {sys.executable} -P {FAULTY}"""
     return mcp_server(name, command="sh", args=["-c", script])
 
@@ -39,7 +40,20 @@ def failing_at_first(name: str, file: Path, failures: int) -> McpServer:
 @asynccontextmanager
 async def faulty_http(*options: str) -> AsyncIterator[tuple[str, Any]]:
     """The same over HTTP: its URL and its process, which is killed at the end."""
-    async with await anyio.open_process([sys.executable, "-P", FAULTY, "--http", *options], stderr=None) as process:
+    async with _over_http(FAULTY, *options) as served:
+        yield served
+
+
+@asynccontextmanager
+async def legacy_http() -> AsyncIterator[str]:
+    """The URL of the server of `mcp_legacy`, which has sessions."""
+    async with _over_http(LEGACY) as (url, _):
+        yield url
+
+
+@asynccontextmanager
+async def _over_http(script: str, *options: str) -> AsyncIterator[tuple[str, Any]]:
+    async with await anyio.open_process([sys.executable, "-P", script, "--http", *options], stderr=None) as process:
         try:
             assert process.stdout is not None
             with anyio.fail_after(PATIENCE):

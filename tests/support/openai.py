@@ -27,13 +27,15 @@ class Say:
     """Answers `text` in pieces of `size` characters.
 
     After `after` of them the rest does not come: it is a `cut` (the connection breaks), an `end` (the answer is over,
-    without saying so), `hang` (nothing more happens) or `garbage` (something that is no JSON).
+    without saying so), `hang` (nothing more happens), `garbage` (something that is no JSON) or `error` (the provider
+    says that it has failed: `error_code`).
     """
 
     text: str
     size: int = 6
     after: int | None = None
     fault: str = "cut"
+    error_code: str | int = "server_error"
     usage: bool = True
 
 
@@ -146,6 +148,9 @@ class Provider:
                 await self._until_left(request)
             case "garbage":
                 yield 'data: {"choices": [{"delta": {"con\n\n'
+            case "error":
+                error = {"message": "too busy", "type": answer.error_code, "code": answer.error_code}
+                yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': error})}\n\n"
 
 
 def _usage() -> dict[str, Any]:

@@ -58,6 +58,27 @@ def test_nothing_that_may_be_secret_is_in_a_repr_and_everything_that_is_gets_red
     assert redact("quiet-mode") == "quiet-mode"
 
 
+def test_secrets_among_arguments_and_in_addresses_are_redacted():
+    args = [
+        "--mode",
+        "quiet-mode",
+        "--api-key",
+        "flag-value-1",
+        "--auth-token=equal-value-2",
+        "-e",
+        "SECRET=env-value-3",
+    ]
+    args += ["--header", "Authorization: Bearer header-value-4", "postgres://me:pass-value-5@db.example.org/data"]
+    args += ["--no-token", "--verbose-mode"]
+    mcp_server("a", command="run", args=args, env={"DATABASE": "postgres://me:pass-value-6@db.example.org/data"})
+    mcp_server("b", url="https://me:pass%2Fvalue-7@example.org/u/0123456789abcdefghij/mcp?k=query%2Fvalue-8")
+    secrets = ["flag-value-1", "equal-value-2", "env-value-3", "header-value-4", "pass-value-5", "pass-value-6"]
+    secrets += ["pass%2Fvalue-7", "pass/value-7", "query%2Fvalue-8", "query/value-8", "0123456789abcdefghij"]
+    assert redact(" ".join(secrets)) == " ".join(["[redacted]"] * len(secrets))
+    harmless = "quiet-mode --verbose-mode db.example.org"
+    assert redact(harmless) == harmless
+
+
 # -- Agents and their servers --------------------------------------------------------------------------------------
 
 

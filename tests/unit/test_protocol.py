@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import tracemalloc
 from typing import Any
 
 import orjson
@@ -351,3 +352,16 @@ def test_other_frames_have_their_shape() -> None:
     }
     assert orjson.loads(protocol.feed("f:1")) == {"type": "feed", "position": "f:1"}
     assert orjson.loads(protocol.PING) == {"type": "ping"}
+
+
+def test_encoded_event_holds_no_more_memory_than_it_has_bytes() -> None:
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        kept = [
+            protocol.encode_event("r" * 30, "a", seq, 0, 1.5, {"event": "token", "delta": "x"}) for seq in range(500)
+        ]
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 2 * sum(map(len, kept)) + 50_000
