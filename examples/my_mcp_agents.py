@@ -6,7 +6,7 @@ from agents.registry import Registry
 registry = Registry()
 
 # Any MCP server. Others: mcp_server("search", url="https://example.org/mcp", token=os.environ["SEARCH_TOKEN"])
-library = mcp_server("library", command=sys.executable, args=["-m", "agents.demo.librarian_server"])
+library = mcp_server("texts", command=sys.executable, args=["-m", "agents.demo.librarian_server"])
 
 # An agent with its tools. They mix with functions, too: @registry.react(tools=[library, word_count]).
 registry.mcp("reader", "question -> answer", servers=[library])

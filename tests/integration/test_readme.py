@@ -316,7 +316,7 @@ def test_mcp_servers_are_used(folder: Path):
     for url, banner in serve(folder, command):
         assert "agents  reader\n" in banner
         events = run_to_its_end(url, "reader", "question=What happens to a slow client?")
-        assert {event.get("server") for event in events if event["event"] == "tool_start"} == {"library"}
+        assert {event.get("server") for event in events if event["event"] == "tool_start"} == {"texts"}
         assert "slow" in events[-1]["result"]["answer"]
 
 
