@@ -4,7 +4,6 @@ Only what every command needs is imported here; see `serving` for the reason.
 """
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,20 +12,19 @@ import anyio
 import orjson
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 
 from server import __version__
 from server.arguments import BadArgument, typed_input
 from server.client import BadUrl, ClientError, Refused, Run, TooBig, Unreachable, describe_agents
 from server.config import Settings
-from server.terminal import AgentsView, RunView
+from server.terminal import AgentsView
+from server.watching import PipeConsole, Watch
 
 FAILED, WRONG_USAGE, CANCELLED, NO_HUB, LEFT = 1, 2, 3, 4, 130
 """Exit codes. `LEFT`: by a second Ctrl-C; 128 + SIGINT, as shells have it."""
 EXIT_CODES = {"done": 0, "failed": FAILED, "cancelled": CANCELLED}
 USAGE_ERRORS = frozenset({"bad_request", "unknown_agent", "invalid_input", "conflict"})
 """Error codes of the hub that a different command line would have avoided."""
-REFRESH = 0.1
 
 cli = typer.Typer(
     name="agentcast",
@@ -219,7 +217,7 @@ def agents(
     if json:
         typer.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())
     else:
-        console = _Console()
+        console = PipeConsole()
         with console.capture() as capture:
             console.print(AgentsView(document, url), highlight=False)
         for line in capture.get().splitlines():
@@ -314,10 +312,11 @@ def run(
         typed = typed_input(known[agent].get("input", {}), values or [], None if input is None else _read(input))
     except BadArgument as error:
         raise _failure(f"input of {agent}: {error}") from None
-    watch = _Watch(agent, json)
+    watch = Watch(agent, json)
     following = Run(url, agent, typed, thread=thread, key=key, detail=detail, patience=patience, on_drop=watch.on_drop)
     try:
-        code = anyio.run(watch.follow, following)
+        status = anyio.run(watch.follow, following)
+        code = LEFT if status is None else EXIT_CODES[status]
     except ClientError as error:
         raise _client_failure(error, following.id) from None
     except BrokenPipeError:  # who read our output has enough; the run goes on without us
@@ -337,76 +336,7 @@ def _read(input: str) -> str:
         raise _failure(f"--input: {input.lstrip('@')} is not UTF-8 text") from None
 
 
-class _Watch:
-    """One run on the screen, or as JSON lines, and what Ctrl-C does to it."""
-
-    def __init__(self, agent: str, json: bool) -> None:
-        self._json = json
-        self._view = RunView(_Console(), agent)
-        self._left = False
-
-    async def follow(self, run: Run) -> int:
-        """Show the run to its end; gives the exit code."""
-        failure: Exception | None = None
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._interrupts, run, tasks.cancel_scope)
-            tasks.start_soon(self._refresh)
-            try:
-                await self._show(run)
-            except (ClientError, BrokenPipeError) as error:
-                failure = error  # raised outside of the group, which would wrap it
-            tasks.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
-        return LEFT if self._left else EXIT_CODES[run.state.document["status"]]
-
-    def on_drop(self, reason: str, attempt: int) -> None:
-        """The connection is lost, or could not be had again."""
-        if attempt == 1:
-            self._say(f"the connection is lost ({reason}); connecting again …")
-        elif attempt == 3:
-            self._say(f"the hub cannot be reached ({reason}); still trying …")
-
-    async def _show(self, run: Run) -> None:
-        async with run:
-            if self._json:
-                async for frame in run:
-                    sys.stdout.buffer.write(orjson.dumps(frame, option=orjson.OPT_APPEND_NEWLINE))
-                    sys.stdout.buffer.flush()
-            else:
-                with self._view as view:
-                    async for frame in run:
-                        view.show(frame, run.state)
-
-    async def _interrupts(self, run: Run, scope: anyio.CancelScope) -> None:
-        with anyio.open_signal_receiver(signal.SIGINT) as signals:
-            async for _ in signals:
-                if run.cancelling or not await run.cancel("cancelled with Ctrl-C"):
-                    self._left = True
-                    if run.id is not None:
-                        self._say(f"left; run {run.id} may still be ending")
-                    scope.cancel()
-                    return
-                self._say("asked the run to stop; Ctrl-C again leaves at once")
-
-    async def _refresh(self) -> None:
-        while True:
-            self._view.refresh()
-            await anyio.sleep(REFRESH)
-
-    def _say(self, text: str) -> None:
-        if self._json:
-            typer.echo(f"agentcast: {text}", err=True)
-        else:
-            self._view.note(text)
-
-
 # -- Shared --------------------------------------------------------------------------------------------------------
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
 
 
 def _client_failure(error: ClientError, run: str | None = None) -> typer.Exit:
