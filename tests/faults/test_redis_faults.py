@@ -227,6 +227,8 @@ async def test_an_agent_is_held_while_redis_is_away() -> None:
         world = scene.world
         world.redis.kill()
         await refused_within(scene, 5)
+        for run in scene.runs:
+            await world.at_rest(run)
         held = [world.journal(run) for run in scene.runs]
         await anyio.sleep(2)
         for run, journal in zip(scene.runs, held, strict=True):

@@ -162,6 +162,14 @@ class World:
     def all_emissions(self) -> dict[str, int]:
         return {path.name: self.emissions(path.name) for path in (self.folder / "journals").iterdir()}
 
+    async def at_rest(self, run: str) -> None:
+        """Until a run's agent has emitted nothing for a second: what it was given room for before it may still come."""
+        counts = [-1]
+        with anyio.fail_after(PATIENCE):
+            while counts[0] != counts[-1] or len(counts) < 5:
+                counts = [*counts[-4:], self.emissions(run)]
+                await anyio.sleep(0.25)
+
     async def emitted(self, run: str, count: int) -> None:
         """Until a run's agent has emitted so many events."""
         await until(lambda: self.emissions(run) >= count)
