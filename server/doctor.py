@@ -148,7 +148,7 @@ async def _redis(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding("redis", None, "not used: the runs of this hub are in its memory")
         return
     try:
-        yield Finding("redis", True, await check(settings.redis.get_secret_value()))
+        yield Finding("redis", True, await check(settings.redis.get_secret_value(), settings.redis_prefix))
     except BusError as error:
         yield Finding("redis", False, str(error), "start it, or mend --redis or AGENTCAST_REDIS")
 

@@ -44,7 +44,9 @@ def serve(settings: Settings) -> int:
         servers = load_servers(settings.mcp_config) if settings.mcp_config else []
         registry = add_assistant(load(",".join(settings.agents)), servers)
         model = llm.configure(settings.lm, retrying(settings))
-        redis = None if settings.redis is None else anyio.run(check, settings.redis.get_secret_value())
+        redis = None
+        if settings.redis is not None:
+            redis = anyio.run(check, settings.redis.get_secret_value(), settings.redis_prefix)
         hub = AgentCast({agent.spec.name: agent for agent in registry}, model, settings)
     except (RegistryError, McpConfigError, llm.ModelError, BusError) as error:
         raise CannotServe(str(error)) from None

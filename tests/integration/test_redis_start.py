@@ -46,7 +46,12 @@ async def test_one_that_cannot_be_reached_is_refused() -> None:
 
 
 async def test_a_url_that_is_none_is_refused() -> None:
-    assert "no URL of a Redis" in await refusal(f"http://:{SECRET}@127.0.0.1/0")
+    for url in (
+        f"http://:{SECRET}@127.0.0.1/0",
+        f"redis://:{SECRET}/x@127.0.0.1/0",
+        f"redis://me:{SECRET}#@127.0.0.1/0",
+    ):
+        assert "no URL of a Redis" in await refusal(url)
 
 
 async def test_a_wrong_password_or_none_is_refused_and_the_right_one_works() -> None:
@@ -62,6 +67,22 @@ async def test_a_user_that_may_use_only_the_keys_of_the_deployment_is_enough() -
         rules = ("on", f">{SECRET}", "~agentcast:*", "&agentcast@*", "+@all", "-@admin", "-@dangerous", "+info")
         redis.do("ACL", "SETUSER", "cast", *rules)
         await works(f"redis://cast:{SECRET}@127.0.0.1:{redis.port}/0")
+
+
+@pytest.mark.parametrize("lacks", ["&agentcast@*", "~agentcast:*", "+info"])
+async def test_a_user_that_may_not_do_all_is_refused(lacks: str) -> None:
+    with running_redis() as redis:
+        rules = ["~agentcast:*", "&agentcast@*", "+@all", "-@admin", "-@dangerous", "+info"]
+        rules.remove(lacks)
+        redis.do("ACL", "SETUSER", "cast", "on", f">{SECRET}", *rules)
+        text = await refusal(f"redis://cast:{SECRET}@127.0.0.1:{redis.port}/0")
+        assert "may not do all" in text
+        assert "&agentcast@*" in text
+
+
+async def test_options_in_the_url_do_not_change_how_the_hub_speaks_with_redis() -> None:
+    with running_redis() as redis:
+        await works(f"{redis.url}?protocol=3&decode_responses=true&socket_timeout=0.1&health_check_interval=1")
 
 
 async def test_hubs_of_different_databases_do_not_see_each_other() -> None:
@@ -119,10 +140,17 @@ async def test_one_that_is_too_old_is_refused(version: str) -> None:
     await _answering(f"redis_version:{version} redis_mode:standalone role:master", then)
 
 
+async def test_a_sentinel_is_refused() -> None:
+    async def then(url: str) -> None:
+        assert "is a Sentinel, which holds no data" in await refusal(url)
+
+    await _answering("redis_version:7.0.15 redis_mode:sentinel", then)
+
+
 async def test_valkey_is_called_by_its_name() -> None:
     async def then(url: str) -> None:
         with anyio.fail_after(PATIENCE):
-            assert (await check(url)).startswith("Valkey 8.1.0 at 127.0.0.1:")
+            assert (await check(url, "agentcast")).startswith("Valkey 8.1.0 at 127.0.0.1:")
 
     await _answering("redis_version:7.2.4 valkey_version:8.1.0 redis_mode:standalone role:master", then)
 
@@ -151,12 +179,12 @@ async def test_tls_works_and_a_certificate_that_nobody_vouches_for_is_refused(tm
 
 async def test_check_tells_the_reason_without_the_secret() -> None:
     with pytest.raises(BusError) as caught:
-        await check(f"redis://me:{SECRET}@127.0.0.1:{free_port()}/0")
+        await check(f"redis://me:{SECRET}@127.0.0.1:{free_port()}/0", "agentcast")
     assert SECRET not in str(caught.value)
 
 
 @pytest.mark.parametrize(("policy", "warned"), [("allkeys-lru", True), ("volatile-ttl", True), ("noeviction", False)])
 async def test_a_redis_that_would_drop_runs_is_warned_of(policy: str, warned: bool, log: Log) -> None:
     with running_redis("--maxmemory", "100mb", "--maxmemory-policy", policy) as redis:
-        await check(redis.url)
+        await check(redis.url, "agentcast")
     assert any(policy in line and "noeviction" in line for line in log.lines) is warned

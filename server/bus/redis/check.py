@@ -5,8 +5,9 @@ from urllib.parse import urlsplit
 
 import anyio
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import AuthenticationError, BusyLoadingError, RedisError
+from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError, RedisError
 
+from server.bus.redis.keys import Keys
 from server.bus.redis.lane import connections, reason
 from server.errors import BusError
 
@@ -17,7 +18,7 @@ _TIMEOUT = 5.0
 logger = logging.getLogger(__name__)
 
 
-async def check(url: str) -> str:
+async def check(url: str, prefix: str) -> str:
     """What answers at `url`, for people ("Redis 7.0.15 at localhost:6379, database 0").
 
     A Redis that is still loading its data is waited for.
@@ -27,19 +28,24 @@ async def check(url: str) -> str:
     where = place(url)
     try:
         connection = connections(url)()
-    except ValueError as error:
-        raise BusError(f"{where} is no URL of a Redis: {error}") from None
+    except ValueError:  # its text may hold what is secret
+        form = "redis://user:password@host:6379/0 (with special characters in user and password as %XX)"
+        raise BusError(f"{where} is no URL of a Redis; give it as {form}") from None
     try:
         with anyio.fail_after(LOADING_PATIENCE):
-            info = await _info(connection)
+            checked = _checked(await _info(connection), where)
+            await _use(connection, Keys(prefix, connection.db))
     except AuthenticationError:
         raise BusError(f"Redis at {where} refuses user and password; give them as redis://user:password@host") from None
+    except NoPermissionError:
+        needed = f"~{prefix}:* &{prefix}@* +@all -@admin -@dangerous +info"
+        raise BusError(f"the user may not do all that is needed of Redis at {where}; enough is {needed}") from None
     except (RedisError, OSError, TimeoutError) as error:
         raise BusError(f"cannot reach Redis at {where}: {reason(error)}; does it run, and is the URL right?") from None
     finally:
         with anyio.CancelScope(shield=True):
             await connection.disconnect(nowait=True)
-    return f"{_checked(info, where)} at {where}, database {connection.db}"
+    return f"{checked} at {where}, database {connection.db}"
 
 
 def place(url: str) -> str:
@@ -66,16 +72,26 @@ async def _info(connection: AbstractConnection) -> dict[str, str]:
     return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
 
 
+async def _use(connection: AbstractConnection, keys: Keys) -> None:
+    """Run a script on a key and subscribe to a channel of the deployment: what a user may not be allowed to."""
+    for command in (("EVAL", "return 1", 1, keys.feed), ("SUBSCRIBE", keys.probe("check"))):
+        with anyio.fail_after(_TIMEOUT):
+            await connection.send_command(*command, check_health=False)
+            await connection.read_response(timeout=float("inf"))
+
+
 def _checked(info: dict[str, str], where: str) -> str:
     """Name and version of the server.
 
-    :raises BusError: it is a cluster, a replica or too old.
+    :raises BusError: it is a cluster, a Sentinel, a replica or too old.
     """
     name = "Valkey" if "valkey_version" in info else "Redis"
     version = info.get("valkey_version") or info.get("redis_version", "0")
     compatible = info.get("redis_version", version)
     if info.get("redis_mode") == "cluster" or info.get("cluster_enabled") == "1":
         raise BusError(f"{where} is a Redis Cluster, which agentcast does not support yet; give it a single primary")
+    if info.get("redis_mode") == "sentinel":
+        raise BusError(f"{where} is a Sentinel, which holds no data; give the address of the primary that it watches")
     if tuple(int(part) for part in compatible.split(".")[:2]) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise BusError(f"{where} is {name} {version}, which is too old: use Redis {oldest} or newer, or Valkey")
