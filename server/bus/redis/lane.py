@@ -5,6 +5,7 @@ be repeated. Nothing here knows what the calls mean.
 """
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -47,14 +48,15 @@ def connections(url: str) -> Connect:
 
     :raises ValueError: the URL is wrong.
     """
-    pool = ConnectionPool.from_url(
-        url,
-        protocol=2,
-        socket_timeout=None,
-        socket_connect_timeout=EXCHANGE_TIMEOUT,
-        retry=Retry(NoBackoff(), 0),
-        health_check_interval=0,
-    )
+    pool = ConnectionPool.from_url(url, protocol=2)
+    pool.connection_kwargs |= {  # after the URL's own options, which would win: all here relies on these
+        "protocol": 2,
+        "decode_responses": False,
+        "socket_timeout": None,
+        "socket_connect_timeout": EXCHANGE_TIMEOUT,
+        "retry": Retry(NoBackoff(), 0),
+        "health_check_interval": 0,
+    }
     connect: Connect = pool.make_connection
     return connect
 
@@ -212,6 +214,8 @@ def reason(error: BaseException) -> str:
         return "it is loading its data"
     cause = error.__cause__ or error.__context__ or error
     if isinstance(cause, OSError) and cause.strerror:
+        if cause.errno and cause.strerror.startswith("Connect call failed"):  # asyncio puts the address there
+            return os.strerror(cause.errno)
         return cause.strerror
     return _REASONS.get(type(error).__name__, type(error).__name__)
 
