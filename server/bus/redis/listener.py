@@ -112,7 +112,9 @@ class Listener:
         """Nothing of `channel` is delivered any more. Redis is told with the next probe."""
         if self._receivers.pop(channel, None) is not None:
             self._stale.add(channel)
-        self._confirmed.pop(channel, None)
+        confirmed = self._confirmed.pop(channel, None)
+        if confirmed is not None:
+            confirmed.set()  # a resubscription may be waiting for it
 
     async def probe(self) -> None:
         """Send a probe and see it arrive.
@@ -165,11 +167,17 @@ class Listener:
             kind, channel, data = await connection.read_response(timeout=float("inf"))
             name = channel.decode()
             if kind == b"message":
-                receive = self._receivers.get(name)
-                if receive is not None:
-                    receive(data)
+                self._take(name, data)
             elif kind == b"subscribe" and (confirmed := self._confirmed.get(name)) is not None:
                 confirmed.set()
+
+    def _take(self, channel: str, data: bytes) -> None:
+        receive = self._receivers.get(channel)
+        if receive is not None:
+            try:
+                receive(data)
+            except Exception:  # whoever can publish here, a hub of another version too, must not bring this one down
+                logger.exception("a message on %s could not be taken", channel)
 
     async def _keep_probing(self, connection: AbstractConnection) -> None:
         while True:
