@@ -107,6 +107,7 @@ else
   redis.call('HSET', KEYS[1], 'fence', ARGV[2], 'owner', ARGV[10],
     'agent', ARGV[12], 'principal', ARGV[13], 'thread', ARGV[14], 'created', ARGV[15])
   for i = 4, 8 do redis.call('ZADD', KEYS[i], 0, ARGV[1]) end
+  redis.call('EXPIRE', KEYS[6], ARGV[8])
   redis.call('SADD', KEYS[9], ARGV[10])
   local n = string.format('%d', redis.call('INCR', KEYS[11]))
   redis.call('XADD', KEYS[10], 'MAXLEN', ARGV[17], n .. '-0', 'run', ARGV[1], 'a', ARGV[16])
