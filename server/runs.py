@@ -344,9 +344,10 @@ class Runs:
 
     async def _look_after_orphans(self) -> None:
         """End the runs that nobody executes any more, until cancelled."""
+        hopeless: set[str] = set()
         while True:
             await anyio.sleep(ORPHANS_EVERY)
-            for id in await self._bus.orphans(self._runs):
+            for id in set(await self._bus.orphans(self._runs)) - hopeless:
                 try:
                     recorder = await Recorder.take_over(self._bus, id)
                     logger.warning("run %s was left without a process: ended", id)
@@ -355,6 +356,9 @@ class Runs:
                     await recorder.record(now, RunError(error=_WORKER_LOST, duration=max(0.0, now - since)))
                 except (LogError, NotFound, Unavailable) as error:
                     logger.info("run %s is left to others: %s", id, error)
+                except Exception:  # as of a log that this version cannot read: no reason for a hub to go down
+                    logger.exception("run %s was left without a process, and cannot be ended", id)
+                    hopeless.add(id)
 
     # -- Stopping --------------------------------------------------------------------------------------------------
 
