@@ -147,10 +147,12 @@ async def _listen(process: Process, log: StdioLog) -> None:
         for line in lines.feed(data):
             log.note((line.head if isinstance(line, Oversize) else line).decode(errors="replace"))
 
-    async for data in _chunks(process.stderr):
-        note(data)
-    note(b"\n")  # the last words of many are no whole line
-    log.heard.set()
+    try:
+        async for data in _chunks(process.stderr):
+            note(data)
+    finally:
+        note(b"\n")  # the last words of many are no whole line
+        log.heard.set()
 
 
 async def _chunks(stream: ByteReceiveStream | None) -> AsyncIterator[bytes]:
