@@ -7,7 +7,7 @@ BIN := .venv/bin
 export PYTHON
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test check lint format types imports bench chaos lock clean
+.PHONY: help run test coverage check lint format types imports bench chaos lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -15,7 +15,11 @@ help: ## List the targets
 run: .venv/ready ## Start the hub (options: make run ARGS="--port 9000")
 	@exec $(BIN)/agentcast serve $(ARGS)
 
-test: .venv/ready ## Run all tests, with coverage (some: make test ARGS="tests/unit -k outbox")
+test: .venv/ready ## Run all tests (some: make test ARGS="tests/unit -k outbox")
+	@scripts/setup.sh tools
+	@$(BIN)/python -m pytest $(ARGS)
+
+coverage: .venv/ready ## Run all tests and tell what they cover, hubs in processes of their own too (half as long again)
 	@scripts/setup.sh tools
 	@$(BIN)/python -m pytest --cov $(ARGS)
 

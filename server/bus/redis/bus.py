@@ -118,7 +118,7 @@ class RedisBus:
     @property
     def counters(self) -> Mapping[str, int]:
         return {
-            "reconnects": self._listener.reconnects,
+            "connections_lost": self._listener.attempts,
             "probes": self._listener.probes,
             "probes_lost": self._listener.probes_lost,
             "resubscribed": self._listener.resubscribed,

@@ -5,6 +5,7 @@ be repeated. Nothing here knows what the calls mean.
 """
 
 import hashlib
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ BATCH_CALLS = 64
 BATCH_BYTES = 4 * 1024 * 1024
 CHUNK_CALLS = 512
 """Commands that share one patience: a hub may ask for thousands of runs at once, which takes its time."""
+
+logger = logging.getLogger(__name__)
 
 Argument = str | bytes | int | float
 
@@ -173,7 +176,7 @@ class Lane:
                 raise  # it will say so to every call
             except ResponseError as error:
                 call.answer = refusal(error)
-                refused = refused or isinstance(call.answer, Unavailable)
+                refused = True
             call.done.set()
         if refused:  # perhaps a replica by now: the next connection may lead to the primary
             await self._connection.disconnect(nowait=True)
@@ -193,14 +196,15 @@ def _with_source(call: _Call) -> tuple[Argument, ...]:
 _PASSING = ("READONLY", "MISCONF", "NOREPLICAS", "MASTERDOWN", "BUSY", "UNKILLABLE")
 
 
-def refusal(error: ResponseError) -> Exception:
-    """What an error reply means to the caller: most are states that Redis will leave again; the rest is our mistake."""
+def refusal(error: ResponseError) -> Unavailable:
+    """What an error reply means to the caller: a state that Redis will leave again, or that somebody has to mend."""
     text = str(error)  # Redis 6.2 puts the code of what failed inside a script into the text
     if isinstance(error, OutOfMemoryError) or "OOM command not allowed" in text:
         return Unavailable("Redis is out of memory (maxmemory); it takes nothing until there is room")
     code = next((code for code in _PASSING if code in text), None)
     if code is None and type(error) is ResponseError:
-        return error
+        logger.error("Redis refused a call: %s", text[:120])
+        return Unavailable("Redis refuses a call; the hub's log says why")
     return Unavailable(f"Redis refuses at the moment ({code or type(error).__name__}); try again")
 
 

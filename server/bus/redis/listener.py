@@ -11,6 +11,7 @@ Nothing here knows what the messages mean.
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 
 import anyio
 from redis.asyncio.connection import AbstractConnection
@@ -53,7 +54,8 @@ class Listener:
         """Why nothing may be delivered at the moment, if so."""
         self.connected = anyio.Event()
         """Set when the first connection stands."""
-        self.reconnects = 0
+        self.attempts = 0
+        """Connections that failed, or could not be had."""
         self.resubscribed = 0
         """Channels that were subscribed to anew."""
         self.probes = 0
@@ -80,12 +82,13 @@ class Listener:
             except* (RedisError, OSError, TimeoutError, Unavailable) as group:
                 was_well = self.problem is None
                 self.problem = f"Redis is away ({reason(group)})"
-                logger.warning("the subscription to Redis is lost: %s", reason(group))
+                level = logging.WARNING if was_well or not self.attempts else logging.DEBUG
+                logger.log(level, "the subscription to Redis is lost: %s", reason(group))
             finally:
                 self._connection = None
                 with anyio.CancelScope(shield=True):
                     await connection.disconnect(nowait=True)
-            self.reconnects += 1
+            self.attempts += 1
             delay = _RETRY_FIRST if was_well else min(delay * 2, _RETRY_MOST)
             await anyio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 -- jitter, not a secret
 
@@ -182,7 +185,8 @@ class Listener:
     async def _keep_probing(self, connection: AbstractConnection) -> None:
         while True:
             self.probes += 1
-            await self._publish(self._probe_channel, b"%d" % self.probes)
+            with suppress(Unavailable):  # late, perhaps: whether probes arrive is watched
+                await self._publish(self._probe_channel, b"%d" % self.probes)
             if self._stale:
                 stale, self._stale = self._stale, set()
                 await connection.send_command("UNSUBSCRIBE", *stale, check_health=False)
