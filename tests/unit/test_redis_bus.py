@@ -431,3 +431,22 @@ async def test_a_key_of_another_kind_takes_nobody_down(redis: Redis, caplog: pyt
         with pytest.raises(Unavailable):
             await Log.create(bus)
     assert "Redis refused a call" in caplog.text
+
+
+async def test_a_probe_that_is_late_is_no_reason_to_connect_anew(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.bus.redis.listener.PROBE_EVERY", 0.02)
+    bus = RedisBus(redis.url, "one")
+    async with running(bus):
+        publish, refused = bus._listener._publish, [True]
+
+        async def late(channel: str, message: bytes) -> object:
+            if refused:
+                refused.pop()
+                raise Unavailable("late")
+            return await publish(channel, message)
+
+        monkeypatch.setattr(bus._listener, "_publish", late)
+        probes = bus.counters["probes"]
+        await until(lambda: bus.counters["probes"] > probes + 5)
+        assert not refused
+        assert bus.counters["connections_lost"] == 0
