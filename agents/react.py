@@ -9,7 +9,6 @@ This module must not know runs or registries.
 """
 
 import contextlib
-import functools
 import inspect
 import logging
 import re
@@ -29,7 +28,7 @@ from agents.base import ToolError, public_message
 from agents.current import emit_event, status
 from agents.events import StepLimit
 from agents.mcp import TOOLS_AT_ONCE, McpServer, told_apart
-from agents.threads import in_thread
+from agents.threads import unblocking
 from agents.values import cut_text, plain
 
 DEFAULT_MAX_ITERS = 12
@@ -264,7 +263,7 @@ class GuardedTool(dspy.Tool):  # type: ignore[misc]
 
     def __init__(self, plain_tool: Any) -> None:
         super().__init__(
-            func=_unblocking(plain_tool.func, plain_tool.name),
+            func=unblocking(plain_tool.func, f"tool {plain_tool.name}"),
             name=plain_tool.name,
             desc=plain_tool.desc,
             args=plain_tool.args,
@@ -346,18 +345,6 @@ def _unknown_tool(name: str, known: list[str]) -> GuardedTool:
         raise ToolError(f"there is no such tool; next_tool_name must be one of {', '.join(known)}")
 
     return GuardedTool(dspy.Tool(refuse, name=name, desc="", args={}))
-
-
-def _unblocking(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """`function` as an async one; a sync one runs on a thread."""
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
-        return function
-
-    async def call(**args: Any) -> Any:
-        result = await in_thread(functools.partial(function, **args), f"tool {name}")
-        return await result if inspect.isawaitable(result) else result
-
-    return call
 
 
 def _observation(result: Any) -> Any:

@@ -7,9 +7,11 @@ either: they are not daemons, so one call that never returns would keep the whol
 import asyncio
 import contextlib
 import contextvars
+import functools
+import inspect
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import anyio
@@ -56,6 +58,25 @@ async def in_thread(
     if error is not None:
         raise error
     return value
+
+
+def is_async_callable(function: Any) -> bool:
+    """Whether calling `function` gives a coroutine: an `async def`, also as a method, in a partial or as `__call__`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def unblocking(function: Callable[..., Any], name: str) -> Callable[..., Awaitable[Any]]:
+    """`function` as one to await; a synchronous one is called on a thread, which `name` is the name of."""
+    if is_async_callable(function):
+        return function
+
+    async def call(*args: Any, **named: Any) -> Any:
+        result = await in_thread(functools.partial(function, *args, **named), name)
+        return await result if inspect.isawaitable(result) else result
+
+    return call
 
 
 def _this_loops_limiter() -> anyio.CapacityLimiter:

@@ -93,7 +93,7 @@ def _own_models(registry: Registry) -> list[tuple[Any, str]]:
     for agent in registry:
         program = getattr(agent, "program", None)
         predictors = [predictor for _, predictor in program.named_predictors()] if program is not None else []
-        for lm in (getattr(agent, "lm", None), *(predictor.lm for predictor in predictors)):
+        for lm in (getattr(agent, "lm", None), *(llm.as_model(predictor.lm) for predictor in predictors)):
             if lm is not None:
                 found.setdefault(f"{lm.model} {lm.kwargs.get('api_base')}", (lm, agent.spec.name))
     return list(found.values())

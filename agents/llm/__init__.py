@@ -4,14 +4,13 @@
 when. Importing this, and using a model that DSPy serves natively, does not import litellm, which takes seconds.
 """
 
-from agents.llm.model import Model, as_model, close_connections
+from agents.llm.model import Model, RunModels, as_model, close_connections
 from agents.llm.retrying import Retrying
 from agents.llm.setup import (
     OFFLINE,
     VARIABLE,
     ModelError,
     ModelInfo,
-    adopt,
     configure,
     make_lm,
     missing_key,
@@ -25,7 +24,7 @@ __all__ = [
     "ModelError",
     "ModelInfo",
     "Retrying",
-    "adopt",
+    "RunModels",
     "as_model",
     "close_connections",
     "configure",

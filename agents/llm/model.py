@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,8 @@ QUEUE = 86_400.0
 have a timeout of their own."""
 
 
-_called: weakref.WeakSet["Model"] = weakref.WeakSet()
+_called: weakref.WeakSet[Any] = weakref.WeakSet()
+"""LMs whose connections may be open; copies of one share them."""
 _lock = threading.Lock()
 
 
@@ -58,11 +59,11 @@ class Model(dspy.LM):  # type: ignore[misc]  # dspy is untyped
     """A `dspy.LM` that retries as `Retrying` says and gives up on a silent provider."""
 
     def __call__(self, prompt: Any = None, *, messages: Any = None, **options: Any) -> Any:
-        attempts = _Attempts(self)
+        attempts = _Attempts(self, options)
         while True:
             try:
                 with attempts.one():
-                    return super().__call__(prompt, messages=messages, **options)
+                    return super().__call__(prompt, messages=messages, **attempts.options, **options)
             except LMError as error:
                 if _on_event_loop():  # which waiting would block
                     raise
@@ -70,11 +71,11 @@ class Model(dspy.LM):  # type: ignore[misc]  # dspy is untyped
             wait_in_thread(pause)
 
     async def acall(self, prompt: Any = None, *, messages: Any = None, **options: Any) -> Any:
-        attempts = _Attempts(self)
+        attempts = _Attempts(self, options)
         while True:
             try:
                 with attempts.one():
-                    return await super().acall(prompt, messages=messages, **options)
+                    return await super().acall(prompt, messages=messages, **attempts.options, **options)
             except LMError as error:
                 pause = attempts.pause_after(error)
             await anyio.sleep(pause)
@@ -115,16 +116,34 @@ def _gateway(lm: Any) -> dict[str, Any]:
     return {"api_base": url.removesuffix(path) + path, "engine": "lm15"}
 
 
+class RunModels:
+    """The LMs of one run as they are called in it: a plain `dspy.LM` as a `Model`, any other as it is."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Any, Any]] = {}
+
+    def __call__(self, lm: Any) -> Any:
+        if id(lm) not in self._made:
+            model = as_model(lm)
+            if model is not lm:
+                with _lock:
+                    _called.add(lm)  # whose connections outlive the run, and with it the model
+            self._made[id(lm)] = lm, model  # `lm` is kept so that no other one gets its id
+        return self._made[id(lm)][1]
+
+
 class _Attempts:
     """The attempts of one LM call."""
 
-    def __init__(self, lm: Model) -> None:
+    def __init__(self, lm: Model, options: Mapping[str, Any]) -> None:
         self._retrying: Retrying = dspy.settings.get(RETRYING_SETTING) or Retrying()
         self._started = time.monotonic()
         self._made = 0
         self._showed_text = False
-        if "timeout" not in lm.kwargs:
-            lm.kwargs["timeout"] = httpx.Timeout(self._retrying.idle, connect=CONNECT, pool=QUEUE)
+        self.options: dict[str, Any] = {}
+        """Options of the call that nobody has given."""
+        if "timeout" not in lm.kwargs and "timeout" not in options:
+            self.options["timeout"] = httpx.Timeout(self._retrying.idle, connect=CONNECT, pool=QUEUE)
         if isinstance(key := lm.kwargs.get("api_key"), str):
             keep_secret(key)
         with _lock:

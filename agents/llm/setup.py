@@ -1,8 +1,9 @@
 """DSPy is set up once; models are made of strings.
 
 `AGENTCAST_LM` takes any model string that `dspy.LM` takes ("openai/gpt-5-mini", "anthropic/…", "ollama/…"); the
-provider's usual variables give key and base URL. Without it the offline model runs. DSPy's cache, history and trace
-are off: they are global, shared by all users, and grow without bound in a process that serves.
+provider's usual variables give key and base URL. Without it the offline model runs. DSPy's cache and history are off,
+and its trace keeps nothing: they are global, shared by all users, and grow in a process that serves. A run has a trace
+of its own.
 """
 
 import importlib
@@ -49,6 +50,14 @@ class ModelError(Exception):
         )
 
 
+class _NoTrace(list[Any]):
+    """A trace that keeps nothing. DSPy's modules expect a list."""
+
+    def append(self, entry: Any) -> None: ...
+
+    def extend(self, entries: Any) -> None: ...
+
+
 _lock = threading.Lock()
 _configured: ModelInfo | None = None
 
@@ -66,7 +75,7 @@ def configure(model: str | None = None, retrying: Retrying | None = None) -> Mod
         if _configured is not None and _configured.name == name:
             return _configured
         lm = make_lm(name)
-        settings = {"disable_history": True, "max_history_size": 0, "trace": None}
+        settings = {"disable_history": True, "max_history_size": 0, "trace": _NoTrace()}
         try:
             dspy.configure(lm=lm, adapter=dspy.ChatAdapter(), **settings, **{RETRYING_SETTING: retrying or Retrying()})
         except RuntimeError:  # DSPy allows it to the first task only
@@ -92,14 +101,6 @@ def make_lm(name: str) -> Any:
     if not native:
         _check_with_litellm(name)
     return lm
-
-
-def adopt(program: Any) -> None:
-    """Make of the LMs that predictors of `program` have for themselves ones that are called as all others are."""
-    models: dict[int, Any] = {}
-    for _, predictor in program.named_predictors():
-        if predictor.lm is not None:
-            predictor.lm = models.setdefault(id(predictor.lm), as_model(predictor.lm))
 
 
 def missing_key(lm: Any) -> str | None:

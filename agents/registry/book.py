@@ -10,7 +10,7 @@ import dspy
 from pydantic import BaseModel
 
 from agents.base import DEFAULT_MAX_CONCURRENT, DEFAULT_TIMEOUT, Agent, AgentSpec
-from agents.llm import ModelError, adopt, as_model, make_lm
+from agents.llm import ModelError, as_model, make_lm
 from agents.mcp import McpServer
 from agents.react import DEFAULT_MAX_ITERS, ReAct, react_agent
 from agents.registry.errors import RegistryError
@@ -99,7 +99,6 @@ class Registry:
             max_concurrent=max_concurrent,
             graph=contract.graph,
         )
-        adopt(program)
         try:
             agent = ProgramAgent(spec, program, contract, messages, _lm(name, lm))
         except ValueError as error:

@@ -3,8 +3,8 @@
 They hold nothing of a run, so any number of runs of one agent may go on at once (G8).
 """
 
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import dspy
@@ -12,9 +12,10 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from agents.base import AgentSpec, Emitter, Task, Turn
 from agents.current import emitting
+from agents.llm import RunModels
 from agents.react import servers_of
 from agents.registry.schema import HISTORY, Call, Contract
-from agents.streaming import run_program
+from agents.streaming import MODELS_SETTING, install, run_program
 from agents.values import cut_text, plain
 
 HISTORY_TURNS = 20
@@ -45,7 +46,7 @@ class ProgramAgent:
         inputs = _fields(task.input)
         if self._contract.takes_history:
             inputs[HISTORY] = history_text(task.history)
-        with emitting(emit), _using(self.lm):
+        with _hosted(emit, self.lm):
             outcome = await run_program(self.program, inputs, emit, messages=self._messages, name=self.spec.name)
         return self._result(outcome.prediction)
 
@@ -75,7 +76,7 @@ class FunctionAgent:
             arguments[call.emit] = emit
         if call.task:
             arguments[call.task] = task
-        with emitting(emit), _using(self.lm):
+        with _hosted(emit, self.lm):
             result = await self.function(**arguments)
         return result if call.result is None else self._checked(call.result, result)
 
@@ -91,10 +92,14 @@ class FunctionAgent:
             ) from error
 
 
-def _using(lm: Any) -> AbstractContextManager[Any]:
-    """Inside, `lm` is the language model, unless it is None."""
-    context: AbstractContextManager[Any] = nullcontext() if lm is None else dspy.context(lm=lm)
-    return context
+@contextmanager
+def _hosted(emit: Emitter, lm: Any) -> Iterator[None]:
+    """Inside is a run: events go to `emit`, plain LMs are called as `Model`s, `lm` is the one of predictors that have
+    none (None: the process's), and DSPy's trace is a list of the run's own."""
+    install()
+    settings = {MODELS_SETTING: RunModels(), "trace": []}
+    with emitting(emit), dspy.context(**settings, **({} if lm is None else {"lm": lm})):
+        yield
 
 
 def history_text(turns: Iterable[Turn]) -> str:

@@ -17,11 +17,9 @@ from agents.base import Emitter
 from agents.events import Usage
 from agents.streaming.bridge import innermost
 from agents.streaming.dspy_calls import call_in_thread, is_async
+from agents.streaming.patch import EMITTER_SETTING
 from agents.streaming.run import Run
 from agents.streaming.usage import Meter
-
-EMITTER_SETTING = "agentcast_emitter"
-"""Key in DSPy's settings of the emitter that tools use (`agents.current`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +47,21 @@ async def run_program(
     cancelled that thread is left behind; it ends at the program's next callback or LM chunk. Without `root` the program
     itself is no span, only what is in it.
 
+    DSPy's trace is the run's own; that of a run around it gets what is in it at the end.
+
     :raises Stopped: `emit` takes no more events.
     :raises Exception: whatever the program raises, as it is.
     """
     run = Run(program, emit, messages, name, root=root)
     outer = dspy.settings.usage_tracker
+    trace: list[Any] = []
+    around = None if innermost() is None else dspy.settings.trace
     settings = {
         "stream_listeners": [],
         "usage_tracker": run.meter,
         "track_usage": True,  # else streaming LMs do not ask for it
         "disable_history": True,
-        "trace": None,
+        "trace": trace,
         EMITTER_SETTING: emit,
     }
     if is_async(program):
@@ -71,6 +73,8 @@ async def run_program(
         prediction = await run.conduct(call, **settings)
     finally:
         run.meter.report(outer)
+        if around is not None:
+            around.extend(trace)
     return Outcome(prediction, run.meter.total())
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ from agents.graph.detaching import detached
 from agents.react import react_agent
 from agents.streaming import is_async
 from agents.streaming.dspy_calls import call_in_thread
-from agents.threads import in_thread
+from agents.threads import unblocking
 from agents.transpiler.attempts import Ask, Rejected, answer_text
 from agents.transpiler.signatures import PREVIOUS_ANSWER, PROBLEMS, aliases, correcting, signature_of
 
@@ -144,12 +143,7 @@ def _reading_error(node: StatefulNode, signature: Any, answer: str) -> Validatio
 async def _call_function(node: StatefulNode, given: BaseModel, _: Rejected | None) -> Any:
     function = node.fn
     assert function is not None  # noqa: S101 -- it is a function node
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
-        result = await function(_fresh(node, given))
-    else:
-        result = await in_thread(functools.partial(function, _fresh(node, given)), f"node {node.name}")
-        if inspect.isawaitable(result):
-            result = await result
+    result = await unblocking(function, f"node {node.name}")(_fresh(node, given))
     return dict(result) if isinstance(result, Mapping) else result
 
 

@@ -1,10 +1,8 @@
 """One run of a graph: each node in a task of its own, as soon as the flow lets it start."""
 
-import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import anyio
@@ -27,7 +25,7 @@ from agents.graph.errors import (
 from agents.graph.flow import Flow, Step
 from agents.graph.state import State, View
 from agents.streaming import NodeSpan, node_span, tell_step_limit
-from agents.threads import in_thread
+from agents.threads import unblocking
 from agents.transpiler.asking import asker, parts_of, retries_of
 from agents.transpiler.attempts import settle
 from agents.transpiler.plan import Plan
@@ -137,10 +135,7 @@ class Play:
     async def _choose(self, route: Route, step: Step) -> Any:
         assert route.choose is not None  # noqa: S101
         view = View(self._state.values(sight=step.sight))
-        if inspect.iscoroutinefunction(route.choose):
-            return await route.choose(view)
-        choice = await in_thread(partial(route.choose, view), f"router of {route.source}")
-        return await choice if inspect.isawaitable(choice) else choice
+        return await unblocking(route.choose, f"router of {route.source}")(view)
 
     # -- The end ---------------------------------------------------------------------------------------------------
 

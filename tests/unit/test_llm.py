@@ -48,7 +48,7 @@ tell(name=info.name, offline=info.offline, same=info is again, cache=dspy.settin
         "offline": True,
         "same": True,
         "cache": False,
-        "trace": None,
+        "trace": [],
         "history": 0,
         "adapter": "ChatAdapter",
         "litellm": False,

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -179,15 +179,21 @@ async def test_what_the_coroutine_raises_comes_through():
 
 
 @pytest.fixture
-def untested(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another version of DSPy, without what was replaced."""
+def untouched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """DSPy without what was replaced of its private names, and nobody knows."""
     monkeypatch.setattr(execution, "anyio", anyio)
     monkeypatch.setattr(lm_module, "anyio", anyio)
-    monkeypatch.setattr(patch, "_warned", False)
-    monkeypatch.setattr(dspy, "__version__", "9.0.1")
+    monkeypatch.setattr(messages, "sync_send_to_stream", _dspys_own(messages.sync_send_to_stream))
+    patch._replace_names.cache_clear()
+    yield
+    patch._replace_names.cache_clear()  # the next one finds what is replaced
 
 
-async def test_an_untested_dspy_is_told_once_and_left_alone(untested: None, caplog: pytest.LogCaptureFixture):
+def _dspys_own(function: Any) -> Any:
+    return getattr(function, "_original", function)
+
+
+async def lost_nothing() -> None:
     class Both(dspy.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             self.ask = dspy.Predict("question -> answer")
@@ -204,9 +210,51 @@ async def test_an_untested_dspy_is_told_once_and_left_alone(untested: None, capl
     assert tokens.count("it is so") == 2, "those from Parallel come whole"
     assert len(tokens) > 4, "those of the program's own thread stream"
     assert [each.answer for each in items[-1].answers] == ["it is so"] * 3
+
+
+@pytest.mark.parametrize("version", ["9.0.1", "3.5.0", "3.3.9"])
+async def test_an_untested_dspy_is_told_once_and_left_alone(
+    untouched: None, version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(dspy, "__version__", version)
+    await lost_nothing()
     assert execution.anyio is anyio
     (record,) = caplog.records
-    assert "9.0.1" in record.getMessage()
+    assert version in record.getMessage()
+
+
+@pytest.mark.parametrize("version", ["9.0.1", "3.4.9"])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(execution, "anyio"), (lm_module, "anyio"), (messages, "sync_send_to_stream")],
+    ids=["execution", "lm", "messages"],
+)
+def test_a_dspy_without_a_private_name_is_told_once_and_left_alone(
+    untouched: None,
+    module: Any,
+    name: str,
+    version: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    monkeypatch.setattr(dspy, "__version__", version)
+    monkeypatch.delattr(module, name)
+    left = {each.__name__: dict(vars(each)) for each in (execution, lm_module, messages)}
+    assert not patch.install()
+    assert not patch.install()
+    assert {each.__name__: dict(vars(each)) for each in (execution, lm_module, messages)} == left
+    (record,) = caplog.records
+    assert version in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["dspy.clients.execution", "dspy.clients.lm", "dspy.streaming.messages"])
+def test_a_dspy_without_a_module_is_told_once_and_left_alone(
+    untouched: None, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(dspy, "__version__", "9.0.1")
+    monkeypatch.setitem(sys.modules, name, None)
+    assert not patch.install()
+    assert len(caplog.records) == 1
 
 
 async def test_cancelling_reaches_a_program_that_asks_anyio():
