@@ -9,8 +9,11 @@ This module must not know events, agents or DSPy.
 
 import dataclasses
 import datetime
+import decimal
 import enum
+import ipaddress
 import math
+import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -33,7 +36,15 @@ _INT64 = 2**63
 _ITEM = 8
 
 _KEYS = (str, int, float, bool, type(None), enum.Enum, datetime.date)
-_ATOMS = (datetime.date, datetime.time, datetime.timedelta)
+_ATOMS = (
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+    decimal.Decimal,
+    uuid.UUID,
+    ipaddress.IPv4Address,
+    ipaddress.IPv6Address,
+)
 
 
 def text_bytes(text: str) -> int:

@@ -16,6 +16,7 @@ from agents.react import DEFAULT_MAX_ITERS, ReAct, react_agent
 from agents.registry.errors import RegistryError
 from agents.registry.hosting import FunctionAgent, ProgramAgent
 from agents.registry.schema import SchemaError, function_call, module_contract, signature_contract
+from agents.streaming.dspy_calls import missing_runtime
 from agents.transpiler import Program
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
@@ -74,7 +75,7 @@ class Registry:
         once in one process. `lm` is the agent's language model, a string as `AGENTCAST_LM` takes it or a `dspy.LM`,
         where its predictors have none.
 
-        :raises RegistryError: the name is wrong or taken, or the types cannot be told.
+        :raises RegistryError: the name is wrong or taken, the types cannot be told, or what it needs is not installed.
         """
         if not isinstance(program, dspy.Module):
             raise RegistryError(
@@ -82,6 +83,9 @@ class Registry:
                 f"{kind_of(program)} is not a dspy.Module",
                 "pass a module such as dspy.Predict(…); for a function use @registry.agent",
             )
+        if (missing := missing_runtime(program)) is not None:
+            remedy = 'install it (pip install "dspy[deno]"), or give the module an interpreter_factory'
+            raise RegistryError(f"agent {name!r}", missing, remedy)
         given = None if signature is None else dspy.Signature(signature) if isinstance(signature, str) else signature
         contract = _derived(
             name, lambda: module_contract(name, program) if given is None else signature_contract(name, given)

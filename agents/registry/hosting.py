@@ -15,7 +15,7 @@ from agents.current import emitting
 from agents.llm import RunModels
 from agents.react import servers_of
 from agents.registry.schema import HISTORY, Call, Contract
-from agents.streaming import MODELS_SETTING, install, run_program
+from agents.streaming import MODELS_SETTING, replace_methods, run_program
 from agents.values import cut_text, plain
 
 HISTORY_TURNS = 20
@@ -96,7 +96,7 @@ class FunctionAgent:
 def _hosted(emit: Emitter, lm: Any) -> Iterator[None]:
     """Inside is a run: events go to `emit`, plain LMs are called as `Model`s, `lm` is the one of predictors that have
     none (None: the process's), and DSPy's trace is a list of the run's own."""
-    install()
+    replace_methods()
     settings = {MODELS_SETTING: RunModels(), "trace": []}
     with emitting(emit), dspy.context(**settings, **({} if lm is None else {"lm": lm})):
         yield

@@ -90,6 +90,8 @@ def module_contract(name: str, program: Any) -> Contract:
     """
     if isinstance(program, Program):
         return _graph_contract(name, program)
+    if isinstance(program, dspy.BestOfN | dspy.Refine):  # they take and give what the module inside does
+        return module_contract(name, program.module)
     signature = _signature_of(program)
     if signature is not None:
         return signature_contract(name, signature)
@@ -119,11 +121,23 @@ def _graph_contract(name: str, program: Program[Any]) -> Contract:
 
 
 def _signature_of(program: Any) -> Any:
+    if isinstance(program, dspy.MultiChainComparison):
+        return _comparison(program)
     for holder in (program, getattr(program, "predict", None) if isinstance(program, dspy.ChainOfThought) else None):
         signature = getattr(holder, "signature", None)
         if isinstance(signature, type) and issubclass(signature, dspy.Signature):
             return signature
     return None
+
+
+def _comparison(program: Any) -> Any:
+    """The signature of a `dspy.MultiChainComparison`: the attempts are given to it as one field, `completions`."""
+    signature = program.predict.signature
+    for number in range(program.M):
+        signature = signature.delete(f"reasoning_attempt_{number + 1}")
+    desc = f"{program.M} attempts, each with its `reasoning` and `{program.last_key}`"
+    attempts = dspy.InputField(desc=desc, min_length=program.M, max_length=program.M)
+    return signature.append("completions", attempts, list[dict[str, Any]])
 
 
 # -- Functions -----------------------------------------------------------------------------------------------------

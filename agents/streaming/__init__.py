@@ -30,8 +30,8 @@ from agents.streaming.bridge import wait_in_thread
 from agents.streaming.carrying import carrying
 from agents.streaming.drop_in import streamify
 from agents.streaming.dspy_calls import is_async
+from agents.streaming.methods import EMITTER_SETTING, MODELS_SETTING, replace_methods
 from agents.streaming.nodes import NodeSpan, node_span, tell_step_limit
-from agents.streaming.patch import EMITTER_SETTING, MODELS_SETTING, install
 from agents.streaming.program import Outcome, add_cost, can_retract, current_span, run_program
 from agents.streaming.stream import Stream, StreamError
 from agents.streaming.typed import EventStream, stream_events
@@ -48,9 +48,9 @@ __all__ = [
     "can_retract",
     "carrying",
     "current_span",
-    "install",
     "is_async",
     "node_span",
+    "replace_methods",
     "run_program",
     "stream_events",
     "streamify",

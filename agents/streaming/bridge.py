@@ -16,7 +16,8 @@ import dspy
 from dspy.utils.callback import BaseCallback
 
 from agents.base import Stopped
-from agents.streaming.patch import RUN_SETTING, install
+from agents.streaming.methods import RUN_SETTING, replace_methods
+from agents.streaming.patch import install
 from agents.streaming.sink import Sink
 
 
@@ -44,6 +45,7 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
         :raises Exception: whatever the program raises, as it is.
         """
         install()
+        replace_methods()
         own = {"callbacks": [*dspy.settings.callbacks, self], "send_stream": self.sink, RUN_SETTING: self}
         try:
             with dspy.context(**own, **settings):

@@ -3,7 +3,9 @@
 This module must not know runs or events.
 """
 
+import importlib.util
 import inspect
+import shutil
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -13,6 +15,7 @@ import anyio
 import anyio.lowlevel
 import dspy
 from dspy.experimental import Choice, Noul, Score
+from dspy.primitives import resolve_interpreter_factory
 from dspy.utils.callback import BaseCallback
 
 from agents.streaming.patch import as_worker_thread, reaches_stream
@@ -53,6 +56,18 @@ def can_stream(lm: Any) -> bool:
     if engine is not None and not isinstance(engine, str) and not callable(getattr(engine, "stream", None)):
         return False
     return awaited or reaches_stream()
+
+
+def missing_runtime(program: Any) -> str | None:
+    """What a module in `program` needs to run code, and is not installed; None: nothing."""
+    for path, part in program.named_sub_modules():
+        factory = getattr(part, "_interpreter_factory", None)
+        if factory is None or resolve_interpreter_factory(factory) is not dspy.PythonInterpreter:
+            continue
+        if shutil.which("deno") is None and importlib.util.find_spec("deno") is None:
+            where = path.removeprefix("self").removeprefix(".")
+            return f"{type(part).__name__}{f' ({where})' if where else ''} runs code with Deno, which is not installed"
+    return None
 
 
 def _is_awaited() -> bool:

@@ -1,4 +1,4 @@
-"""What of DSPy is replaced, because there is no other way, and the private name of anyio that is used.
+"""The private names of DSPy that are replaced, because there is no other way, and the one of anyio that is used.
 
 DSPy hands the chunks of a synchronous LM call over with `anyio.from_thread.run`, which works in anyio's worker threads
 only: in a thread of `dspy.Parallel`, of a pool or of `asyncio.to_thread`, the LM call itself fails. Its status callback
@@ -8,13 +8,8 @@ Both are replaced by functions that hand chunks of our own streams over directly
 `dspy.streaming.messages`. In a version of DSPy that this was not tested with, or that lacks one of them, all stay as
 they are: a warning says so, once, and LM calls outside of anyio's worker threads give their text whole.
 
-Two methods are public, and replaced in any version. `Tool.acall` calls a synchronous function on the event loop; in a
-run it calls it on a thread (G3), whatever module the tool is in. `Predict.forward` and `aforward` call the LM that the
-predictor has, or DSPy's settings; in an agent's run they call what `MODELS_SETTING` makes of it, so that nobody's
-predictors need to be changed.
-
-All this happens when the first run begins, once in a process. Outside of runs everything does what DSPy does. LMs and
-their engines are not touched.
+All this happens when the first run begins, once in a process, and for the streams of runs only. LMs and their engines
+are not touched.
 """
 
 import asyncio
@@ -34,17 +29,9 @@ from anyio._core import _eventloop
 from anyio.lowlevel import EventLoopToken
 
 from agents.streaming.sink import Sink
-from agents.threads import is_async_callable, unblocking
 
 TESTED = "3.4."
 """What the versions of DSPy start with that this was tested with."""
-
-RUN_SETTING = "agentcast_run"
-"""Key of the innermost bridge in DSPy's settings, which DSPy also carries into the threads of `dspy.Parallel`."""
-EMITTER_SETTING = "agentcast_emitter"
-"""Key in DSPy's settings of the emitter that tools use (`agents.current`)."""
-MODELS_SETTING = "agentcast_models"
-"""Key in DSPy's settings of a function from an LM to the one that a predictor calls in its place."""
 
 T = TypeVar("T")
 
@@ -56,17 +43,9 @@ _lock = threading.Lock()
 
 
 def install() -> bool:
-    """Replace what is to be replaced, if that was not yet done; whether the private names are replaced now."""
+    """Replace the names, if that was not yet done; whether they are replaced now."""
     with _lock:
-        _replace_methods()
         return _replace_names()
-
-
-@functools.cache
-def _replace_methods() -> None:
-    dspy.Tool.acall = _on_a_thread(dspy.Tool.acall)
-    dspy.Predict.forward = _with_model(dspy.Predict.forward)
-    dspy.Predict.aforward = _with_model_awaited(dspy.Predict.aforward)
 
 
 @functools.cache
@@ -97,54 +76,6 @@ def _replace_names() -> bool:
 def reaches_stream() -> bool:
     """Whether a synchronous LM call of this thread can hand over chunks."""
     return install() or _is_worker_thread()
-
-
-# -- Methods -----------------------------------------------------------------------------------------------------------
-
-
-def _on_a_thread(acall: Callable[..., Any]) -> Callable[..., Any]:
-    """`Tool.acall` that in a run calls a synchronous function on a thread."""
-
-    @functools.wraps(acall)
-    async def call(tool: Any, /, **args: Any) -> Any:
-        in_run = dspy.settings.get(RUN_SETTING) is not None or dspy.settings.get(EMITTER_SETTING) is not None
-        if in_run and not is_async_callable(tool.func):
-            function, tool = tool.func, tool.model_copy()
-            tool.func = unblocking(function, f"tool {tool.name}")
-        return await acall(tool, **args)
-
-    return call
-
-
-def _with_model(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`Predict.forward` that calls the LM that `MODELS_SETTING` gives."""
-
-    @functools.wraps(forward)
-    def call(predictor: Any, /, **inputs: Any) -> Any:
-        return forward(predictor, **_modelled(predictor, inputs))
-
-    return call
-
-
-def _with_model_awaited(aforward: Callable[..., Any]) -> Callable[..., Any]:
-    """`Predict.aforward` likewise."""
-
-    @functools.wraps(aforward)
-    async def call(predictor: Any, /, **inputs: Any) -> Any:
-        return await aforward(predictor, **_modelled(predictor, inputs))
-
-    return call
-
-
-def _modelled(predictor: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    models = dspy.settings.get(MODELS_SETTING)
-    if models is None:
-        return inputs
-    lm = inputs.get("lm", predictor.lm) or dspy.settings.lm
-    return inputs if lm is None else {**inputs, "lm": models(lm)}
-
-
-# -- Private names -----------------------------------------------------------------------------------------------------
 
 
 class _Anyio:

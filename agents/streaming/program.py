@@ -17,7 +17,7 @@ from agents.base import Emitter
 from agents.events import Usage
 from agents.streaming.bridge import innermost
 from agents.streaming.dspy_calls import call_in_thread, is_async
-from agents.streaming.patch import EMITTER_SETTING
+from agents.streaming.methods import EMITTER_SETTING
 from agents.streaming.run import Run
 from agents.streaming.usage import Meter
 

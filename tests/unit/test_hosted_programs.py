@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from agents.base import Task
 from agents.llm import Model, Retrying, as_model, close_connections
 from agents.llm.model import RETRYING_SETTING
 from agents.llm.setup import configure
-from agents.registry import Registry
+from agents.registry import Registry, RegistryError
 from agents.streaming import stream_events, streamify
 from tests.support.lms import chat, lm_of, question_of
 
@@ -41,8 +42,7 @@ async def hosted(program: Any, lm: Any, **options: Any) -> Any:
 async def streamed(program: Any, lm: Any, **_: Any) -> Any:
     with dspy.context(lm=lm, adapter=dspy.ChatAdapter()):
         events = stream_events(program, {"question": "Q-one-Z"})
-        async for _ in events:
-            pass
+        assert [event async for event in events]
     assert events.outcome is not None
     return dict(events.outcome.prediction.items())
 
@@ -58,8 +58,8 @@ async def in_a_graph(program: Any, lm: Any, **_: Any) -> Any:
     graph.add_node(StatefulNode("only", Question, Answer, module=program))
     graph.set_entry_point("only")
     with dspy.context(lm=lm, adapter=dspy.ChatAdapter()):
-        events = [event async for event in AgentTranspiler.compile(graph).astream(question="Q-one-Z")]
-    return dict(events[-1]["prediction"].items())
+        items = [item async for item in AgentTranspiler.compile(graph).astream(question="Q-one-Z")]
+    return dict(items[-1]["prediction"].items())
 
 
 async def in_a_function(program: Any, lm: Any, **_: Any) -> Any:
@@ -126,14 +126,14 @@ async def test_each_run_has_a_trace_of_its_own():
     agent: Any = Registry().add("traced", program)
     answers: dict[str, Any] = {}
 
-    async def run(question: str) -> None:
+    async def ask(question: str) -> None:
         task = Task(run=question, input=agent.spec.input_model(question=question))
         answers[question] = await agent.run(task, Ignored())
 
     with dspy.context(lm=lm_of(lambda _: chat(answer="x")), adapter=dspy.ChatAdapter()):
         async with anyio.create_task_group() as tasks:
             for question in ("a", "b", "c"):
-                tasks.start_soon(run, question)
+                tasks.start_soon(ask, question)
     assert answers == {question: {"answer": [question]} for question in ("a", "b", "c")}
 
 
@@ -335,6 +335,23 @@ async def test_a_program_is_left_as_it_was(make: Callable[[], Any], tmp_path: Pa
     assert type(restored.predictors()[0].lm) is dspy.LM
 
 
+@pytest.mark.parametrize("kind", [dspy.BestOfN, dspy.Refine])
+async def test_the_failures_of_one_run_do_not_count_in_the_next(kind: Any):
+    """DSPy counts them on the module: after three of them it would give up at once, for ever."""
+    attempts = iter(range(100))
+
+    def fails_half_of_the_time(_: Any, prediction: Any) -> float:
+        if next(attempts) % 2 == 0:
+            raise ValueError("no reward")
+        return 1.0
+
+    program = kind(dspy.Predict("question -> answer"), N=2, reward_fn=fails_half_of_the_time, threshold=1.0)
+    before = fingerprint(program)
+    for _ in range(5):
+        assert (await hosted(program, lm_of(lambda _: chat(answer="x"))))["answer"] == "x"
+    assert fingerprint(program) == before
+
+
 async def test_a_predictors_own_lm_is_called_as_all_others_are():
     """Whatever way it got there: given before or after the program was added, or in the middle of a run."""
     called: list[Any] = []
@@ -379,3 +396,55 @@ async def test_an_lm_without_a_timeout_gets_none_of_ours():
         await lm.acall("Hello")
     await close_connections()
     assert lm.kwargs == before
+
+
+# -- What cannot run ---------------------------------------------------------------------------------------------------
+
+
+class RunsCode(dspy.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        self.act = dspy.CodeAct("question -> answer", tools=[look])
+
+    def forward(self, question: str) -> Any:
+        return self.act(question=question)
+
+
+@pytest.mark.filterwarnings("ignore:CodeAct is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: dspy.RLM("question -> answer"), "RLM runs code"),
+        (lambda: dspy.CodeAct("question -> answer", tools=[look]), "CodeAct runs code"),
+        (lambda: dspy.Flex("question -> answer"), "Flex runs code"),
+        (RunsCode, r"CodeAct \(act\) runs code"),
+    ],
+    ids=["RLM", "CodeAct", "Flex", "inside"],
+)
+def test_a_program_that_needs_what_is_not_installed_is_refused(
+    make: Callable[[], Any], named: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.setitem(sys.modules, "deno", None)
+    with pytest.raises(RegistryError, match=f"{named} with Deno, which is not installed. Install it .pip install"):
+        Registry().add("coder", make())
+    with dspy.context(interpreter_factory=dspy.LocalInterpreter):
+        Registry().add("coder", make())
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/deno")
+    Registry().add("coder", make())
+
+
+@pytest.mark.parametrize(
+    ("program", "problem"),
+    [
+        (dspy.Predict, "the class Predict is not a dspy.Module"),
+        (dspy.Parallel(), "a Parallel is not a dspy.Module"),
+        (dspy.majority, "a function is not a dspy.Module"),
+        (dspy.Module(), "Module has no forward method"),
+        (dspy.Ensemble().compile([dspy.Predict("a -> b")]), "the inputs cannot be told"),
+        (dspy.LM(MODEL), "an LM is not a dspy.Module"),
+    ],
+    ids=["class", "Parallel", "majority", "empty", "Ensemble", "LM"],
+)
+def test_what_is_no_program_or_takes_nobody_knows_what_is_refused(program: Any, problem: str):
+    with pytest.raises(RegistryError, match=problem):
+        Registry().add("thing", program)

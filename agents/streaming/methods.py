@@ -1,0 +1,115 @@
+"""Methods of DSPy that do something else in a run, whatever program they are called in.
+
+- `Tool.acall` calls a synchronous function on the event loop; in a run it calls it on a thread (G3).
+- `RLM.aforward` runs code, and what that calls, on the event loop; in a run it does all its work on a thread (G3).
+- `BestOfN.forward` and `Refine.forward` count failed attempts on the module, those of all its calls together; in a run
+  they count on a copy.
+- `Predict.forward` and `aforward` call the LM that the predictor has, or DSPy's settings; in an agent's run they call
+  what `MODELS_SETTING` makes of it, so that nobody's predictors need to be changed.
+
+They are public methods, replaced when the first run begins, once in a process. Outside of runs they do what DSPy does.
+"""
+
+import copy
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import dspy
+
+from agents.streaming.dspy_calls import call_in_thread
+from agents.threads import is_async_callable, unblocking
+
+RUN_SETTING = "agentcast_run"
+"""Key of the innermost bridge in DSPy's settings, which DSPy also carries into the threads of `dspy.Parallel`."""
+EMITTER_SETTING = "agentcast_emitter"
+"""Key in DSPy's settings of the emitter that tools use (`agents.current`)."""
+MODELS_SETTING = "agentcast_models"
+"""Key in DSPy's settings of a function from an LM to the one that a predictor calls in its place."""
+
+_lock = threading.Lock()
+
+
+def replace_methods() -> None:
+    """Replace them, if that was not yet done."""
+    with _lock:
+        _replace()
+
+
+@functools.cache
+def _replace() -> None:
+    dspy.Tool.acall = _on_a_thread(dspy.Tool.acall)
+    dspy.RLM.aforward = _all_on_a_thread(dspy.RLM.aforward)
+    dspy.BestOfN.forward = _on_a_copy(dspy.BestOfN.forward)
+    dspy.Refine.forward = _on_a_copy(dspy.Refine.forward)
+    dspy.Predict.forward = _with_model(dspy.Predict.forward)
+    dspy.Predict.aforward = _with_model_awaited(dspy.Predict.aforward)
+
+
+def _in_run() -> bool:
+    return dspy.settings.get(RUN_SETTING) is not None or dspy.settings.get(EMITTER_SETTING) is not None
+
+
+def _on_a_thread(acall: Callable[..., Any]) -> Callable[..., Any]:
+    """`Tool.acall` that in a run calls a synchronous function on a thread."""
+
+    @functools.wraps(acall)
+    async def call(tool: Any, /, **args: Any) -> Any:
+        if _in_run() and not is_async_callable(tool.func):
+            function, tool = tool.func, tool.model_copy()
+            tool.func = unblocking(function, f"tool {tool.name}")
+        return await acall(tool, **args)
+
+    return call
+
+
+def _all_on_a_thread(aforward: Callable[..., Any]) -> Callable[..., Any]:
+    """`aforward` that in a run calls `forward` on a thread."""
+
+    @functools.wraps(aforward)
+    async def call(module: Any, /, **inputs: Any) -> Any:
+        if not _in_run():
+            return await aforward(module, **inputs)
+        forward = functools.partial(type(module).forward, module, **inputs)
+        return await call_in_thread(forward, f"module {type(module).__name__}")
+
+    return call
+
+
+def _on_a_copy(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` that in a run leaves its module as it is."""
+
+    @functools.wraps(forward)
+    def call(module: Any, /, **inputs: Any) -> Any:
+        return forward(copy.copy(module) if _in_run() else module, **inputs)
+
+    return call
+
+
+def _with_model(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`Predict.forward` that calls the LM that `MODELS_SETTING` gives."""
+
+    @functools.wraps(forward)
+    def call(predictor: Any, /, **inputs: Any) -> Any:
+        return forward(predictor, **_modelled(predictor, inputs))
+
+    return call
+
+
+def _with_model_awaited(aforward: Callable[..., Any]) -> Callable[..., Any]:
+    """`Predict.aforward` likewise."""
+
+    @functools.wraps(aforward)
+    async def call(predictor: Any, /, **inputs: Any) -> Any:
+        return await aforward(predictor, **_modelled(predictor, inputs))
+
+    return call
+
+
+def _modelled(predictor: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    models = dspy.settings.get(MODELS_SETTING)
+    if models is None:
+        return inputs
+    lm = inputs.get("lm", predictor.lm) or dspy.settings.lm
+    return inputs if lm is None else {**inputs, "lm": models(lm)}
