@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
+from agents.inputs import problems
 from server.errors import BadRequest, CommandError, UnknownOp
 
 SUBPROTOCOL = "agentcast.v1"
@@ -216,12 +217,6 @@ def parse(shape: TypeAdapter[Any], document: Any) -> Any:
         details = problems(error)
         where = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'message'}: {item['msg']}" for item in details)
         raise BadRequest(where, details=details) from None
-
-
-def problems(error: ValidationError) -> list[dict[str, Any]]:
-    """Pydantic's error list as `loc`, `msg` and `type`: no echo of the input, no URLs."""
-    items = error.errors(include_url=False, include_context=False, include_input=False)
-    return [{"loc": list(item["loc"]), "msg": item["msg"], "type": item["type"]} for item in items[:50]]
 
 
 def _known_ops() -> str:
