@@ -29,6 +29,9 @@ class RejectedInput(Exception):
         super().__init__(problems)
         self.problems = problems
 
+    def __str__(self) -> str:
+        return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'input'}: {item['msg']}" for item in self.problems)
+
 
 def read_input(model: type[BaseModel], input: Mapping[str, Any]) -> BaseModel:
     """`input`, plain JSON data, as an instance of `model`. Each field is taken under its alias and under its name.

@@ -407,11 +407,9 @@ def _validated(agent: Agent, input: Mapping[str, Any]) -> BaseModel:
     try:
         return read_input(agent.spec.input_model, input)
     except RejectedInput as rejected:
-        details = rejected.problems
         if rejected.__cause__ is not None:
             logger.warning("an input of %s could not be checked", agent.spec.name, exc_info=rejected.__cause__)
-        fields = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'input'}: {item['msg']}" for item in details)
-        raise InvalidInput(f"invalid input for {agent.spec.name}: {fields}", details=details) from None
+        raise InvalidInput(f"invalid input for {agent.spec.name}: {rejected}", details=rejected.problems) from None
 
 
 def _fingerprint(command: Start) -> str:
