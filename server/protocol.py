@@ -126,7 +126,7 @@ def parse_command(text: str | bytes) -> Command:
     if not isinstance(document, dict):
         raise Malformed(BadRequest("a message must be one JSON object"), None)
     id = document.get("id")
-    if isinstance(id, float) or (isinstance(id, str) and "\ufffd" in id):  # it may have been another one when it came
+    if isinstance(id, float) or (isinstance(id, str) and "?" in id):  # it may have been another one when it came
         id = _find_id(text)
     id = id if (isinstance(id, str) and len(id) <= ID_CHARS) or type(id) is int else None
     op = document.get("op")
@@ -142,8 +142,8 @@ def parse_command(text: str | bytes) -> Command:
 
 
 def read_json(text: str | bytes) -> Any:
-    """The JSON document in `text`. Where an escape is half of a surrogate pair, it holds U+FFFD: UTF-8 has no place
-    for such halves, but JavaScript writes them (a text that was cut inside of an emoji).
+    """The JSON document in `text`. Where an escape is half of a surrogate pair, it holds a question mark: UTF-8 has no
+    place for such halves, but JavaScript writes them (a text that was cut inside of an emoji).
 
     :raises BadRequest: it is not JSON; the message says where.
     """
@@ -167,8 +167,8 @@ _ESCAPE_BYTES = re.compile(_HALF_PAIR.encode(), re.DOTALL)
 
 def _replace_half_pairs(text: str | bytes) -> str | bytes:
     if isinstance(text, bytes):
-        return _ESCAPE_BYTES.sub(lambda match: rb"\ufffd" if match[1] else match[0], text)
-    return _ESCAPE.sub(lambda match: r"\ufffd" if match[1] else match[0], text)
+        return _ESCAPE_BYTES.sub(lambda match: rb"\u003f" if match[1] else match[0], text)
+    return _ESCAPE.sub(lambda match: r"\u003f" if match[1] else match[0], text)
 
 
 _TOKEN = re.compile(r"""(?P<string>"(?:[^"\\]++|\\.)*+"?)|'id'|(?P<open>[{\[])|(?P<close>[}\]])""", re.DOTALL)

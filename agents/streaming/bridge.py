@@ -18,6 +18,7 @@ from dspy.utils.callback import BaseCallback
 from agents.base import Stopped
 from agents.streaming.patch import install
 from agents.streaming.sink import Sink
+from agents.values import clean_texts
 
 _SETTING = "agentcast_run"
 """Key of the innermost bridge in DSPy's settings, which DSPy also carries into the threads of `dspy.Parallel`."""
@@ -103,6 +104,16 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
         if isinstance(error, BaseExceptionGroup) and error.subgroup(Stopped):
             raise Stopped from error
         raise error
+
+    # -- Prompts and answers ---------------------------------------------------------------------------------------
+
+    @staticmethod
+    def clean(made: Any) -> None:
+        """Clean the texts of a prompt or an answer that DSPy has just made, so that nobody else has it yet. It puts
+        chunks together as they come, and with half of a surrogate pair in a text it can neither parse XML nor ask the
+        next LM."""
+        if isinstance(made, list):
+            made[:] = clean_texts(made)
 
     # -- Calls that do not stream ----------------------------------------------------------------------------------
 

@@ -165,21 +165,21 @@ def test_an_integer_beyond_64_bits_is_no_id_but_comes_back() -> None:
 @pytest.mark.parametrize(
     ("written", "read"),
     [
-        (HIGH, "�"),
-        (LOW, "�"),
-        (f"a{HIGH}b{LOW}c", "a�b�c"),
-        (f"{LOW}{HIGH}", "��"),
-        (f"{HIGH}{HIGH}{LOW}", "�😀"),
-        (f"{HIGH}{LOW}{LOW}", "😀�"),
-        (f"{HIGH}\\n{LOW}", "�\n�"),
-        ("\\uD83D", "�"),
+        (HIGH, "?"),
+        (LOW, "?"),
+        (f"a{HIGH}b{LOW}c", "a?b?c"),
+        (f"{LOW}{HIGH}", "??"),
+        (f"{HIGH}{HIGH}{LOW}", "?😀"),
+        (f"{HIGH}{LOW}{LOW}", "😀?"),
+        (f"{HIGH}\\n{LOW}", "?\n?"),
+        ("\\uD83D", "?"),
         (f"{HIGH}{LOW}", "😀"),
-        (f"\\\\ud83d{HIGH}", "\\ud83d�"),
-        (f"\\\\{HIGH}", "\\�"),
-        (f"{HIGH}\\u0041", "�A"),
+        (f"\\\\ud83d{HIGH}", "\\ud83d?"),
+        (f"\\\\{HIGH}", "\\?"),
+        (f"{HIGH}\\u0041", "?A"),
     ],
 )
-def test_half_a_surrogate_pair_counts_as_the_replacement_character(written: str, read: str) -> None:
+def test_half_a_surrogate_pair_counts_as_the_question_mark(written: str, read: str) -> None:
     command = parse_command(f'{{"op":"start","id":1,"agent":"a","input":{{"{written}":["{written}"]}}}}')
 
     assert isinstance(command, Start)
@@ -226,14 +226,14 @@ async def test_the_hub_answers_each_with_its_id_and_the_connection_stays() -> No
         assert (await client.call("ping", id=6))["ok"]
 
 
-async def test_half_a_pair_in_the_input_reaches_the_agent_as_the_replacement_character() -> None:
+async def test_half_a_pair_in_the_input_reaches_the_agent_as_the_question_mark() -> None:
     body = f'{{"agent":"echo","input":{{"text":"cut {HIGH}"}}}}'
     async with open_hub(echo) as hub, hub.http() as http, hub.client() as client:
         await client.follow_all()
         response = await http.post("/v1/runs", content=body, headers={"Content-Type": "application/json"})
         assert response.status_code == 200
         view = await client.view(response.json()["run"])
-        assert view.document["input"] == view.document["result"] == {"text": "cut �"}
+        assert view.document["input"] == view.document["result"] == {"text": "cut ?"}
 
 
 def test_a_body_that_is_no_json_says_where() -> None:
@@ -244,7 +244,7 @@ def test_a_body_that_is_no_json_says_where() -> None:
 def test_thousands_of_halves_are_read_in_linear_time() -> None:
     halves = protocol.MESSAGE_BYTES // len(HIGH)
 
-    assert protocol.read_json(f'["{HIGH * halves}"]') == ["�" * halves]
+    assert protocol.read_json(f'["{HIGH * halves}"]') == ["?" * halves]
 
 
 def test_what_is_read_always_encodes() -> None:
