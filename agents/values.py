@@ -61,7 +61,7 @@ def clean_texts(value: Any) -> Any:
     if isinstance(value, list):
         return [clean_texts(item) for item in value]
     if isinstance(value, dict):
-        return type(value)({key: clean_texts(item) for key, item in value.items()})
+        return type(value)({clean_texts(key): clean_texts(item) for key, item in value.items()})
     return value
 
 

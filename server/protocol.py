@@ -171,7 +171,7 @@ def _replace_half_pairs(text: str | bytes) -> str | bytes:
     return _ESCAPE.sub(lambda match: r"\u003f" if match[1] else match[0], text)
 
 
-_TOKEN = re.compile(r"""(?P<string>"(?:[^"\\]++|\\.)*+"?)|'id'|(?P<open>[{\[])|(?P<close>[}\]])""", re.DOTALL)
+_TOKEN = re.compile(r"""'id'|"(?:[^"\\]++|\\.)*+"?|(?P<open>[{\[]+)|(?P<close>[}\]]+)""", re.DOTALL)
 _ID = re.compile(r"""\s*:\s*(?:("(?:[^"\\]|\\.)*+")|(0|-?[1-9]\d{0,127})(?=[\s,}\]]|$))""")
 
 
@@ -184,11 +184,11 @@ def _find_id(text: str | bytes) -> CommandId | None:
     depth, id = 0, None
     for token in _TOKEN.finditer(text):
         if token["open"]:
-            depth += 1
-            if depth == 1 and token["open"] == "[":
+            if depth == 0 and token["open"].startswith("["):
                 break
+            depth += len(token["open"])
         elif token["close"]:
-            depth -= 1
+            depth -= len(token["close"])
             if depth <= 0:
                 break
         elif depth == 1 and token.group() in ('"id"', "'id'") and (value := _ID.match(text, token.end())):

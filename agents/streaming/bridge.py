@@ -109,11 +109,13 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
 
     @staticmethod
     def clean(made: Any) -> None:
-        """Clean the texts of a prompt or an answer that DSPy has just made, so that nobody else has it yet. It puts
-        chunks together as they come, and with half of a surrogate pair in a text it can neither parse XML nor ask the
-        next LM."""
+        """Clean the texts of a prompt, an answer or its fields, which DSPy has just made, so that nobody else has them
+        yet. It puts chunks together as they come, and with half of a surrogate pair in a text it can neither parse XML
+        nor ask the next LM."""
         if isinstance(made, list):
             made[:] = clean_texts(made)
+        elif isinstance(made, dict):
+            made |= clean_texts(made)
 
     # -- Calls that do not stream ----------------------------------------------------------------------------------
 

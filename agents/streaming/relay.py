@@ -83,8 +83,7 @@ class Relay(Bridge):
         self.clean(outputs)
         self._roots.pop(call_id, None)
 
-    def on_adapter_parse_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        self._roots.pop(call_id, None)
+    on_adapter_parse_end = on_adapter_format_end
 
     def _enter(self, call_id: str) -> str | None:
         around: str | None = ACTIVE_CALL_ID.get()

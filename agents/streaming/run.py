@@ -189,9 +189,10 @@ class Run(Bridge):
         self.clean(outputs)
         self.calls.pop(call_id, None)
 
+    on_adapter_parse_end = on_adapter_format_end
     on_adapter_parse_start = on_evaluate_start = on_compile_start = _start_pass_through
     on_interpreter_execute_start = on_interpreter_tool_call_start = _start_pass_through
-    on_adapter_parse_end = on_evaluate_end = on_compile_end = _end_pass_through
+    on_evaluate_end = on_compile_end = _end_pass_through
     on_interpreter_execute_end = on_interpreter_tool_call_end = _end_pass_through
 
     # -- LMs -------------------------------------------------------------------------------------------------------

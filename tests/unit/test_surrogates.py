@@ -228,6 +228,23 @@ async def test_a_program_is_given_whole_characters(adapter: Any, answer: str) ->
     assert "".join(event.delta for event in heard.events if isinstance(event, Token)) == SAID * 2
 
 
+async def test_a_tool_is_called_without_halves_of_pairs() -> None:
+    called: list[Any] = []
+
+    def look(text: str, more: list[str]) -> str:
+        called.append((text, more))
+        return halves("😀")
+
+    step = {"next_thought": HIGH, "next_tool_name": "look", "next_tool_args": {"text": HIGH, "more": [LOW]}}
+    done = {"next_thought": "done", "next_tool_name": "finish", "next_tool_args": {}}
+    answers = iter([step, done, {"reasoning": "r", "answer": SAID}])
+    with dspy.context(lm=lm_of(lambda _: json.dumps(next(answers))), adapter=dspy.JSONAdapter()):
+        outcome = await run_program(dspy.ReAct("question -> answer", tools=[look]), {"question": "q"}, Heard())
+
+    assert called == [(LOST, [LOST])]
+    assert outcome.prediction.answer == SAID
+
+
 @pytest.mark.parametrize(("adapter", "answer"), ANSWERS)
 async def test_listeners_hear_whole_characters(adapter: Any, answer: str) -> None:
     program = dspy.Predict("question -> answer")
@@ -251,7 +268,7 @@ async def test_a_real_provider_may_split_pairs_and_send_halves() -> None:
         with dspy.context(lm=lm, adapter=dspy.ChatAdapter()):
             second = await run_program(program.second, {"question": first.prediction.answer}, heard)
 
-    assert second.prediction.answer == SAID
+    assert (first.prediction.answer, second.prediction.answer) == (SAID + LOST, SAID)
     assert [event.text for event in heard.events if isinstance(event, MessageEnd)] == [SAID + LOST, SAID]
     assert SAID + LOST in served.requests[1]["messages"][-1]["content"]
 
