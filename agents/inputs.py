@@ -1,7 +1,8 @@
 """An agent's input: JSON in, an instance of its model out, or what is wrong with it, by field (G9).
 
 Input is JSON, so it is validated as JSON: a strict model takes a date as text and a set as a list, since JSON has no
-other form of them. This module must not know where input comes from or what is done with it.
+other form of them. (What a validator of mode "before" or "wrap" hands on is a Python value, which pydantic validates as
+one.) This module must not know where input comes from or what is done with it.
 """
 
 from collections.abc import Callable, Mapping
@@ -97,7 +98,7 @@ def _fields_of(model: type[BaseModel]) -> tuple[Any, list[Any], Any]:
     while schema is not None and schema["type"] != "model-fields":
         definitions, config = schema.get("definitions", definitions), schema.get("config", config)
         ref = schema.get("schema_ref")
-        schema = schema.get("schema") if ref is None else next(each for each in definitions if each["ref"] == ref)
+        schema = schema.get("schema") if ref is None else next((d for d in definitions if d["ref"] == ref), None)
     return schema, definitions, config
 
 
