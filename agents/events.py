@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from agents.values import clean_text, cut_text, plain, plain_fields
+from agents.values import clean_text, cut_piece, cut_text, plain, plain_fields
 
 NAME_BYTES = 256
 
@@ -181,9 +181,15 @@ class MessageStart(_Fact):
 
 
 class Token(_Fact):
+    """More of a text. Half of a surrogate pair at an end of `delta` is put together with the other half in the token
+    before or after."""
+
     event: Literal["token"] = "token"
     message: Id
-    delta: Text
+    delta: Annotated[str, AfterValidator(cut_piece)]
+
+    def wire(self) -> dict[str, Any]:
+        return super().wire() | {"delta": clean_text(self.delta)}
 
 
 class MessageEnd(_Fact):

@@ -53,21 +53,74 @@ def text_bytes(text: str) -> int:
 
 
 def clean_text(text: str) -> str:
-    """`text` without lone surrogates, which UTF-8, and so JSON on the wire, cannot carry."""
+    """`text` without surrogates, which UTF-8, and so JSON on the wire, cannot carry: a pair of them becomes the
+    character that it stands for, one that is alone a question mark."""
     if text.isascii():
         return text
     try:
         text.encode()
     except UnicodeEncodeError:
-        return text.encode("utf-8", "replace").decode()
+        joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+        return joined.encode("utf-8", "replace").decode()
     return text
+
+
+def clean_texts(value: Any) -> Any:
+    """`value` with all texts clean that are in its lists and dicts."""
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, list):
+        return [clean_texts(item) for item in value]
+    if isinstance(value, dict):
+        return type(value)({clean_texts(key): clean_texts(item) for key, item in value.items()})
+    return value
+
+
+class Pieces:
+    """A text that comes in pieces, cleaned. Half of a surrogate pair at the end of a piece waits for the next one."""
+
+    def __init__(self) -> None:
+        self._half = ""
+
+    def push(self, piece: str) -> str:
+        """What is certain with `piece`."""
+        text = self._half + piece
+        self._half = text[-1:] if _is_high(text[-1:]) else ""
+        return clean_text(text.removesuffix(self._half))
+
+    def end(self) -> str:
+        """What is certain since no more pieces come."""
+        half, self._half = self._half, ""
+        return clean_text(half)
+
+
+def first_chars(text: str, count: int) -> str:
+    """The first `count` characters, cleaned. A surrogate pair at the cut is left out."""
+    end = count - 1 if _is_high(text[count - 1 : count]) and _is_low(text[count : count + 1]) else count
+    return clean_text(text[:end])
+
+
+def _is_high(char: str) -> bool:
+    return "\ud800" <= char < "\udc00"
+
+
+def _is_low(char: str) -> bool:
+    return "\udc00" <= char < "\ue000"
+
+
+def cut_piece(text: str) -> str:
+    """As `cut_text`, for a piece of a text: half of a surrogate pair at an end of it is kept, since the piece before or
+    after may have the other half."""
+    first = text[:1] if _is_low(text[:1]) else ""
+    last = text[-1:] if _is_high(text[-1:]) else ""
+    return first + cut_text(text.removeprefix(first).removesuffix(last)) + last
 
 
 def cut_text(text: str, limit: int = VALUE_BYTES) -> str:
     """`text`, or as much of it as fits into `limit` bytes of JSON together with a mark that says how long it was."""
     if len(text) * 6 <= limit:  # six bytes is the longest escape of one character
         return clean_text(text)
-    head = clean_text(text[:limit])
+    head = first_chars(text, limit)
     if len(text) <= limit and text_bytes(head) <= limit:
         return head
     mark = f"… [cut, {len(text)} characters in all]"
@@ -137,7 +190,7 @@ class _Walk:
 
     def _text(self, text: str) -> str:
         if self.used < HEAD_CHARS:
-            self._texts.append(clean_text(text[:HEAD_CHARS]))
+            self._texts.append(first_chars(text, HEAD_CHARS))
         self._use(len(text) + 2)
         return clean_text(text)
 

@@ -29,6 +29,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.typing import Subprotocol
 
+from agents.values import clean_text
 from server.protocol import SUBPROTOCOL, VERSION, Detail
 from server.state import STATUS_AFTER, RunState
 
@@ -213,7 +214,7 @@ class Connection:
         """
         self._commands += 1
         given = {name: value for name, value in fields.items() if value is not None}
-        message = json.dumps({"op": op, "id": self._commands, **given}, ensure_ascii=False)
+        message = clean_text(json.dumps({"op": op, "id": self._commands, **given}, ensure_ascii=False))
         size, limit = len(message.encode()), self.hello["limits"]["message_bytes"]
         if size > limit:
             raise TooBig(size, limit)

@@ -171,10 +171,7 @@ async def _body(request: Request, *, optional: bool = False) -> dict[str, Any]:
         return {}
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise NotJson("send the body as `Content-Type: application/json`")
-    try:
-        document = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"not valid JSON: {error}") from None
+    document = protocol.read_json(data)
     if not isinstance(document, dict):
         raise BadRequest("the body must be one JSON object")
     return document

@@ -4,11 +4,14 @@ Rules and their reasons are in docs/protocol.md. Frames are JSON documents as by
 bytes are the same for every client. This module must not know sockets, the hub or how runs work.
 """
 
+import json
+import re
 from typing import Annotated, Any, Literal
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
+from agents.inputs import problems
 from server.errors import BadRequest, CommandError, UnknownOp
 
 SUBPROTOCOL = "agentcast.v1"
@@ -19,8 +22,10 @@ MAX_COMMANDS = 64
 MAX_SINCE = 5_000
 PROTOCOL_ERRORS_PER_MINUTE = 20
 
+ID_CHARS = 128
+
 Detail = Literal["full", "progress"]
-CommandId = Annotated[str, StringConstraints(max_length=128)] | int
+CommandId = Annotated[str, StringConstraints(max_length=ID_CHARS)] | int
 Key = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
@@ -115,13 +120,15 @@ def parse_command(text: str | bytes) -> Command:
     :raises Malformed: not JSON, no object, an unknown `op`, or a field that is missing or of the wrong type.
     """
     try:
-        document = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise Malformed(BadRequest(f"not valid JSON: {error}"), None) from None
+        document = read_json(text)
+    except BadRequest as error:
+        raise Malformed(error, _find_id(text)) from None
     if not isinstance(document, dict):
         raise Malformed(BadRequest("a message must be one JSON object"), None)
     id = document.get("id")
-    id = id if (isinstance(id, str) and len(id) <= 128) or type(id) is int else None
+    if isinstance(id, float) or (isinstance(id, str) and "?" in id):  # it may have been another one when it came
+        id = _find_id(text)
+    id = id if (isinstance(id, str) and len(id) <= ID_CHARS) or type(id) is int else None
     op = document.get("op")
     if not isinstance(op, str):
         raise Malformed(BadRequest(f"`op` is missing; known are {_known_ops()}"), id)
@@ -129,9 +136,74 @@ def parse_command(text: str | bytes) -> Command:
         raise Malformed(UnknownOp(f"unknown op {op[:64]!r}; known are {_known_ops()}"), id)
     try:
         command: Command = parse(_COMMANDS[op], document)
-        return command
     except BadRequest as error:
         raise Malformed(error, id) from None
+    return command if command.id == id else command.model_copy(update={"id": id})
+
+
+def read_json(text: str | bytes) -> Any:
+    """The JSON document in `text`. Where an escape is half of a surrogate pair, it holds a question mark: UTF-8 has no
+    place for such halves, but JavaScript writes them (a text that was cut inside of an emoji).
+
+    :raises BadRequest: it is not JSON; the message says where.
+    """
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        problem = error
+    whole = _replace_half_pairs(text)
+    if whole != text:
+        try:
+            return orjson.loads(whole)
+        except orjson.JSONDecodeError as error:
+            problem = error
+    raise BadRequest(f"not valid JSON: {problem}")
+
+
+_HALF_PAIR = r"\\(?:u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}|(u[dD][89a-fA-F][\da-fA-F]{2})|.)"
+_ESCAPE = re.compile(_HALF_PAIR, re.DOTALL)
+_ESCAPE_BYTES = re.compile(_HALF_PAIR.encode(), re.DOTALL)
+
+
+def _replace_half_pairs(text: str | bytes) -> str | bytes:
+    if isinstance(text, bytes):
+        return _ESCAPE_BYTES.sub(lambda match: rb"\u003f" if match[1] else match[0], text)
+    return _ESCAPE.sub(lambda match: r"\u003f" if match[1] else match[0], text)
+
+
+_TOKEN = re.compile(r"""'id'|"(?:[^"\\]++|\\.)*+"?|(?P<open>[{\[]+)|(?P<close>[}\]]+)""", re.DOTALL)
+_ID = re.compile(r"""\s*:\s*(?:("(?:[^"\\]|\\.)*+")|(0|-?[1-9]\d{0,127})(?=[\s,}\]]|$))""")
+
+
+def _find_id(text: str | bytes) -> CommandId | None:
+    """The `id` of the outermost object in a text that may be no JSON, or None; the last one, as for a parser.
+
+    Linear in the length of the text, however it is nested.
+    """
+    text = text.decode(errors="replace") if isinstance(text, bytes) else text
+    depth, id = 0, None
+    for token in _TOKEN.finditer(text):
+        if token["open"]:
+            if depth == 0 and token["open"].startswith("["):
+                break
+            depth += len(token["open"])
+        elif token["close"]:
+            depth -= len(token["close"])
+            if depth <= 0:
+                break
+        elif depth == 1 and token.group() in ('"id"', "'id'") and (value := _ID.match(text, token.end())):
+            id = _id_of(value)
+    return id
+
+
+def _id_of(value: re.Match[str]) -> CommandId | None:
+    if value[2]:
+        return int(value[2])
+    try:
+        id: str = json.loads(value[1])
+    except ValueError:
+        return None
+    return id if len(id) <= ID_CHARS else None
 
 
 def parse(shape: TypeAdapter[Any], document: Any) -> Any:
@@ -145,12 +217,6 @@ def parse(shape: TypeAdapter[Any], document: Any) -> Any:
         details = problems(error)
         where = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'message'}: {item['msg']}" for item in details)
         raise BadRequest(where, details=details) from None
-
-
-def problems(error: ValidationError) -> list[dict[str, Any]]:
-    """Pydantic's error list as `loc`, `msg` and `type`: no echo of the input, no URLs."""
-    items = error.errors(include_url=False, include_context=False, include_input=False)
-    return [{"loc": list(item["loc"]), "msg": item["msg"], "type": item["type"]} for item in items[:50]]
 
 
 def _known_ops() -> str:
@@ -220,5 +286,6 @@ def degraded_ping(reason: str) -> bytes:
     return encode({"type": "ping", "degraded": reason})
 
 
-def _id(id: CommandId | None) -> dict[str, CommandId]:
-    return {} if id is None else {"id": id}
+def _id(id: CommandId | None) -> dict[str, orjson.Fragment]:
+    """An id is given back as it came, even as half of a surrogate pair or as an integer beyond 64 bits."""
+    return {} if id is None else {"id": orjson.Fragment(json.dumps(id))}

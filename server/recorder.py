@@ -26,7 +26,7 @@ from agents.events import (
     Token,
     Usage,
 )
-from agents.values import VALUE_BYTES, clean_text, cut_text, text_bytes
+from agents.values import VALUE_BYTES, Pieces, clean_text, cut_text, text_bytes
 from server.bus.base import Bus, Frame, Origin, Snapshot, Status
 from server.bus.replay import load_state
 from server.errors import HeadMismatch, NotFound, Unavailable
@@ -44,11 +44,12 @@ logger = logging.getLogger(__name__)
 class _Message:
     """A message that streams: what was sent of it, and what waits in its buffer."""
 
-    __slots__ = ("buffer", "cut", "room", "sent", "started", "ts")
+    __slots__ = ("buffer", "cut", "pieces", "room", "sent", "started", "ts")
 
     def __init__(self) -> None:
         self.sent: list[str] = []
         self.buffer: list[str] = []
+        self.pieces = Pieces()
         self.ts = 0.0
         self.room = VALUE_BYTES
         self.started = False
@@ -160,6 +161,8 @@ class Recorder:
                 items = await channel.receive()
             for start in range(0, len(items or ()), BATCH_EVENTS):
                 await self._record_batch((items or [])[start : start + BATCH_EVENTS])
+            if items is not None and not items:
+                self._end_pieces()
             if not items or (flush_at is not None and anyio.current_time() >= flush_at):
                 await self.record(0.0)
             if items is not None and not items:
@@ -204,7 +207,7 @@ class Recorder:
         message = self._messages.get(event.message)
         if message is None:
             return  # of a message that has not begun, or has ended
-        message.take(ts, event.delta)
+        message.take(ts, message.pieces.push(event.delta))
         if message.buffer:
             self._buffered[event.message] = message
             if not message.started:
@@ -219,13 +222,19 @@ class Recorder:
     def _complete(self, ts: float, event: MessageEnd) -> MessageEnd:
         """The joined deltas always equal the text: what they lack is sent, what they contradict is theirs to say."""
         message = self._messages.pop(event.message)
-        said, text = "".join((*message.sent, *message.buffer)), clean_text(event.text)
-        if text.startswith(said):
-            message.take(ts, text[len(said) :])
+        said, text, half = "".join((*message.sent, *message.buffer)), clean_text(event.text), message.pieces.end()
+        message.take(ts, text[len(said) :] if text.startswith(said) else half)
         if message.buffer:
             self._buffered[event.message] = message
             self._flush()
         return MessageEnd(message=event.message, text="".join(message.sent))
+
+    def _end_pieces(self) -> None:
+        """Nothing more comes: whatever messages are open lack no more than what waits of them."""
+        for id, message in self._messages.items():
+            message.take(0.0, message.pieces.end())
+            if message.buffer:
+                self._buffered[id] = message
 
     def _flush(self) -> None:
         for id, message in self._buffered.items():

@@ -18,7 +18,7 @@ from typing import Any
 import anyio
 import orjson
 from anyio.abc import TaskGroup, TaskStatus
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from agents.base import Agent, Stopped, Task, Turn, public_message, unavailable
 from agents.channel import Channel
@@ -35,11 +35,12 @@ from agents.events import (
 )
 from agents.execution import Execution
 from agents.failures import failure_of
+from agents.inputs import RejectedInput, read_input
 from server.bus.base import Bus, Created, Filter, NewRun, Origin, new_epoch, new_run_id
 from server.bus.replay import load_state
 from server.config import Settings
 from server.errors import AlreadyFinished, InvalidInput, LogError, NotFound, TooMany, Unavailable, UnknownAgent
-from server.protocol import Start, problems
+from server.protocol import Start
 from server.recorder import Recorder
 from server.slots import ActiveRun, Slots
 from server.state import RunState
@@ -404,11 +405,11 @@ def _early_end(run: ActiveRun) -> Terminal:
 
 def _validated(agent: Agent, input: Mapping[str, Any]) -> BaseModel:
     try:
-        return agent.spec.input_model.model_validate(input)
-    except ValidationError as error:
-        details = problems(error)
-        fields = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'input'}: {item['msg']}" for item in details)
-        raise InvalidInput(f"invalid input for {agent.spec.name}: {fields}", details=details) from None
+        return read_input(agent.spec.input_model, input)
+    except RejectedInput as rejected:
+        if rejected.__cause__ is not None:
+            logger.warning("an input of %s could not be checked", agent.spec.name, exc_info=rejected.__cause__)
+        raise InvalidInput(f"invalid input for {agent.spec.name}: {rejected}", details=rejected.problems) from None
 
 
 def _fingerprint(command: Start) -> str:

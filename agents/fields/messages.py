@@ -14,7 +14,7 @@ from agents.fields.base import Delta, Splitter, is_text
 from agents.fields.chat import ChatSplitter
 from agents.fields.json import JsonSplitter, RawJsonSplitter
 from agents.fields.xml import XmlSplitter
-from agents.values import clean_text, plain
+from agents.values import Pieces, clean_text, plain
 
 DELTA_CHARS = 10_000
 """Longest delta of one event: even if JSON escapes each character with six bytes it stays under the cap of a text."""
@@ -46,6 +46,7 @@ class Messages:
         self._adapter: type = type(None)
         self._fields: dict[str, Any] = {}
         self._splitter: Splitter | None = None
+        self._pieces = Pieces()
         self._open: dict[str, _Message] = {}
 
     def expect(self, adapter: type, fields: Mapping[str, Any]) -> None:
@@ -62,16 +63,17 @@ class Messages:
         """An LM call starts; what an earlier one streamed for the same predictor call is void."""
         events = self.retract("another attempt is made")
         self._splitter = splitter_for(self._adapter, self._fields)
+        self._pieces = Pieces()
         return events
 
     def feed(self, text: str) -> list[AgentEvent]:
         """A chunk of the LM call."""
-        return self._tell(self._splitter.feed(text)) if self._splitter else []
+        return self._tell(self._splitter.feed(self._pieces.push(text))) if self._splitter else []
 
     def finish(self) -> list[AgentEvent]:
         """The LM call's text is whole; more text would be of another candidate, and is not read."""
         splitter, self._splitter = self._splitter, None
-        return self._tell(splitter.finish()) if splitter else []
+        return self._tell([*splitter.feed(self._pieces.end()), *splitter.finish()]) if splitter else []
 
     def retract(self, reason: str) -> list[AgentEvent]:
         """Whatever was told is void."""

@@ -12,7 +12,7 @@ import orjson
 from mcp_types import AudioContent, CallToolResult, EmbeddedResource, ImageContent, ResourceLink, TextContent
 
 from agents.base import ToolError, redact
-from agents.values import HEAD_CHARS, VALUE_BYTES, cut_text, plain
+from agents.values import HEAD_CHARS, VALUE_BYTES, cut_text, first_chars, plain
 
 ERROR_CHARS = 2_000
 _COMPARED = 256 * 1024
@@ -82,7 +82,7 @@ def _resource(resource: Any) -> str:
     text = getattr(resource, "text", None)
     size = f"{len(text):,} characters" if text is not None else f"{len(resource.blob) * 3 // 4:,} bytes"
     name = f"[resource {', '.join(part for part in (str(resource.uri), resource.mime_type, size) if part)}]"
-    return name if text is None else f"{name}\n{text[:HEAD_CHARS]}"
+    return name if text is None else f"{name}\n{first_chars(text, HEAD_CHARS)}"
 
 
 def _says_the_same(texts: list[str], data: Any) -> bool:

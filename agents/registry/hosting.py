@@ -51,13 +51,15 @@ class ProgramAgent:
         return self._result(outcome.prediction)
 
     def _result(self, prediction: Any) -> Any:
-        outputs = self._contract.outputs
-        if not hasattr(prediction, "items"):
+        outputs, result = self._contract.outputs, self._contract.result
+        if result is not None:
+            return _plain(result, prediction, by_alias=False)
+        if not isinstance(prediction, dspy.Example | Mapping):
             return plain(prediction)
-        if outputs is None:
-            return {key: plain(value) for key, value in prediction.items() if key != "trajectory"}
         values = dict(prediction.items())
-        return {key: _plain(adapter, values[key]) for key, adapter in outputs.items() if key in values}
+        if outputs is None:
+            return {key: plain(value) for key, value in values.items() if key != "trajectory"}
+        return {key: _plain(adapter, values[key], by_alias=True) for key, adapter in outputs.items() if key in values}
 
 
 class FunctionAgent:
@@ -82,7 +84,8 @@ class FunctionAgent:
 
     def _checked(self, adapter: TypeAdapter[Any], result: Any) -> Any:
         try:
-            return adapter.dump_python(adapter.validate_python(result), mode="json")
+            value = adapter.validate_python(result, by_alias=True, by_name=True)
+            return adapter.dump_python(value, mode="json", by_alias=True)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -122,8 +125,10 @@ def _fields(model: BaseModel) -> dict[str, Any]:
     return {name: getattr(model, name) for name in type(model).model_fields}
 
 
-def _plain(adapter: TypeAdapter[Any], value: Any) -> Any:
+def _plain(adapter: TypeAdapter[Any], value: Any, *, by_alias: bool) -> Any:
+    """`value` in the form that its schema describes, or if it is something else than its type says, as it is."""
     try:
-        return adapter.dump_python(value, mode="json", warnings="error")
-    except ValueError:  # a program may return something else than its signature says
+        valid = adapter.validate_python(value, by_alias=True, by_name=True)
+        return adapter.dump_python(valid, mode="json", by_alias=by_alias, warnings="error")
+    except Exception:  # noqa: BLE001 -- whatever a validator or a serialiser raises
         return plain(value)

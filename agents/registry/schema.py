@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import dspy
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, create_model
 from pydantic.fields import FieldInfo
+from pydantic.json_schema import GenerateJsonSchema
 
 from agents.base import Emitter, Task
 from agents.transpiler import Program
@@ -36,7 +37,9 @@ class Contract:
 
     input_model: type[BaseModel]
     outputs: Mapping[str, TypeAdapter[Any]] | None = None
-    """Serialisers of the output fields, or `None` if the program alone knows what it returns."""
+    """Serialisers of the output fields, or `None` if there is no signature that names them."""
+    result: TypeAdapter[Any] | None = None
+    """Serialiser of the result as a whole, for a compiled graph that has a model of it."""
     output_schema: Mapping[str, Any] = field(default_factory=dict)
     takes_history: bool = False
     graph: Mapping[str, Any] | None = None
@@ -74,12 +77,11 @@ def signature_contract(name: str, signature: Any) -> Contract:
     fields = {key: (_constrained(info), _field(key, info)) for key, info in inputs.items()}
     outputs = {key: TypeAdapter(info.annotation) for key, info in signature.output_fields.items()}
     try:
-        properties = {key: _output_schema(key, signature.output_fields[key], outputs[key]) for key in outputs}
+        schema = _outputs_schema(signature.output_fields, outputs)
     except Exception as error:
         problem = f"its outputs make no JSON Schema: {_first_line(error)}"
         raise SchemaError(problem, "use types that pydantic knows") from error
-    schema = {"type": "object", "properties": properties, "required": list(properties)}
-    return Contract(input_model(name, fields), outputs, schema, takes_history)
+    return Contract(input_model(name, fields), outputs, output_schema=schema, takes_history=takes_history)
 
 
 def module_contract(name: str, program: Any) -> Contract:
@@ -108,16 +110,17 @@ def module_contract(name: str, program: Any) -> Contract:
 
 def _graph_contract(name: str, program: Program[Any]) -> Contract:
     taken, given = program.input_model, program.output_model
+    result = None if given is None else TypeAdapter[Any](given)
     try:
         taken.model_json_schema()
-        schema = {"type": "object"} if given is None else given.model_json_schema(by_alias=False, mode="serialization")
+        schema = {"type": "object"} if result is None else _result_schema(result, by_alias=False)
     except Exception as error:
         problem = f"its models make no JSON Schema: {_first_line(error)}"
         raise SchemaError(problem, "use types that pydantic knows") from error
     strict = type(
         taken.__name__, (taken,), {"__module__": taken.__module__, "model_config": ConfigDict(extra="forbid")}
     )
-    return Contract(strict, output_schema=schema, graph=program.describe())
+    return Contract(strict, result=result, output_schema=schema, graph=program.describe())
 
 
 def _signature_of(program: Any) -> Any:
@@ -213,7 +216,7 @@ def _result(function: Callable[..., Any], hints: Mapping[str, Any]) -> tuple[Typ
         return None, {}
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(hints["return"])
-        return adapter, adapter.json_schema(mode="serialization")
+        return adapter, _result_schema(adapter, by_alias=True)
     except Exception as error:
         problem = f"what {function.__name__}() returns makes no JSON Schema: {_first_line(error)}"
         raise SchemaError(problem, "return a type that pydantic knows") from error
@@ -242,10 +245,32 @@ def _description(name: str, info: FieldInfo) -> str | None:
     return desc if isinstance(desc, str) and desc and desc != f"${{{name}}}" else None
 
 
-def _output_schema(name: str, info: FieldInfo, adapter: TypeAdapter[Any]) -> dict[str, Any]:
-    schema = adapter.json_schema(mode="serialization")
-    description = _description(name, info)
-    return {**schema, "description": description} if description else schema
+class _ResultSchema(GenerateJsonSchema):
+    """The schema of what is serialised. Where a serialiser does not say what it gives, that may be anything; pydantic
+    would describe what it takes. (Its own serialisers keep to what it describes.)"""
+
+    def ser_schema(self, schema: Any) -> Any:
+        told = super().ser_schema(schema)
+        function = schema.get("function")
+        return {} if told is None and function and not function.__module__.startswith("pydantic") else told
+
+
+def _result_schema(adapter: TypeAdapter[Any], *, by_alias: bool) -> dict[str, Any]:
+    return adapter.json_schema(mode="serialization", by_alias=by_alias, schema_generator=_ResultSchema)
+
+
+def _outputs_schema(fields: Mapping[str, FieldInfo], adapters: Mapping[str, TypeAdapter[Any]]) -> dict[str, Any]:
+    """The schema of an object of all output fields; what they refer to stands at its root, where it is looked for."""
+    schemas, shared = TypeAdapter.json_schemas(
+        [(key, "serialization", adapter) for key, adapter in adapters.items()],
+        by_alias=True,
+        schema_generator=_ResultSchema,
+    )
+    properties = {key: schemas[key, "serialization"] for key in adapters}
+    for key, info in fields.items():
+        if description := _description(key, info):
+            properties[key] = {**properties[key], "description": description}
+    return {"type": "object", "properties": properties, "required": list(properties), **shared}
 
 
 def _first_line(error: Exception) -> str:

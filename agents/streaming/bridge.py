@@ -19,6 +19,7 @@ from agents.base import Stopped
 from agents.streaming.methods import RUN_SETTING, replace_methods
 from agents.streaming.patch import install
 from agents.streaming.sink import Sink
+from agents.values import clean_texts
 
 
 class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
@@ -102,6 +103,18 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
         if isinstance(error, BaseExceptionGroup) and error.subgroup(Stopped):
             raise Stopped from error
         raise error
+
+    # -- Prompts and answers ---------------------------------------------------------------------------------------
+
+    @staticmethod
+    def clean(made: Any) -> None:
+        """Clean the texts of a prompt, an answer or its fields, which DSPy has just made, so that nobody else has them
+        yet. It puts chunks together as they come, and with half of a surrogate pair in a text it can neither parse XML
+        nor ask the next LM."""
+        if isinstance(made, list):
+            made[:] = clean_texts(made)
+        elif isinstance(made, dict):
+            made |= clean_texts(made)
 
     # -- Calls that do not stream ----------------------------------------------------------------------------------
 

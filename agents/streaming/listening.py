@@ -27,6 +27,7 @@ from dspy.streaming.messages import StreamResponse
 from dspy.streaming.streaming_listener import StreamListener
 
 from agents.fields import Splitter, splitter_for
+from agents.values import Pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class HeardCall:
         self._plain: dict[str, list[Any]] = {}
         self._own: list[tuple[Any, Any]] = []
         self._splitter = splitter
+        self._pieces = Pieces()
         self._held: dict[str, str] = {}
         self._said: set[str] = set()
         self._open: str | None = None
@@ -99,7 +101,7 @@ class HeardCall:
         self._over = True
         heard = []
         if self._splitter is not None:
-            for field, text in self._splitter.finish():
+            for field, text in [*self._splitter.feed(self._pieces.end()), *self._splitter.finish()]:
                 self._held[field] = self._held.get(field, "") + text
             if self._open is not None:
                 heard += self._end(self._open, self._held.pop(self._open, ""))
@@ -123,7 +125,7 @@ class HeardCall:
             return []
         before = self._open
         new: dict[str, str] = {} if before is None else {before: ""}
-        for field, delta in splitter.feed(text):
+        for field, delta in splitter.feed(self._pieces.push(text)):
             new[field] = new.get(field, "") + delta
         self._open = splitter.field if splitter.field in self._plain else None
         heard: list[Any] = []

@@ -80,6 +80,7 @@ class Relay(Bridge):
         self._enter(call_id)
 
     def on_adapter_format_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        self.clean(outputs)
         self._roots.pop(call_id, None)
 
     on_adapter_parse_end = on_adapter_format_end
@@ -102,6 +103,7 @@ class Relay(Bridge):
             self._status(teller.lm_start_status_message(instance, inputs))
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        self.clean(outputs)
         heard = self._heard.pop(call_id, None)
         self.unmute(call_id)
         if heard is not None and exception is None:

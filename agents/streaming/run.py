@@ -185,9 +185,14 @@ class Run(Bridge):
     def _end_pass_through(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         self.calls.pop(call_id, None)
 
+    def on_adapter_format_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        self.clean(outputs)
+        self.calls.pop(call_id, None)
+
+    on_adapter_parse_end = on_adapter_format_end
     on_adapter_parse_start = on_evaluate_start = on_compile_start = _start_pass_through
     on_interpreter_execute_start = on_interpreter_tool_call_start = _start_pass_through
-    on_adapter_format_end = on_adapter_parse_end = on_evaluate_end = on_compile_end = _end_pass_through
+    on_evaluate_end = on_compile_end = _end_pass_through
     on_interpreter_execute_end = on_interpreter_tool_call_end = _end_pass_through
 
     # -- LMs -------------------------------------------------------------------------------------------------------
@@ -208,6 +213,7 @@ class Run(Bridge):
 
     @_handler
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        self.clean(outputs)
         call = self._close(call_id)
         if call is None:
             return

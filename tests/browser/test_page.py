@@ -348,6 +348,16 @@ async def test_html_in_what_an_agent_says_stays_text(browser: Browser) -> None:
         assert await page.locator(".card img, .card script").count() == 0
 
 
+@pytest.mark.parametrize("before", ["", "a"])
+async def test_no_text_is_cut_inside_of_an_emoji(browser: Browser, before: str) -> None:
+    text = before + "😀" * 200
+    async with open_hub(asker) as hub, open_page(browser, hub) as page, hub.client() as client:
+        await client.start("asker", {"question": text}, thread=text[:100])
+        await expect(page.locator('.card[data-status="done"]')).to_have_count(1)
+        await expect(page.locator(".card")).to_contain_text(f"thread {before}😀")
+        assert await page.evaluate("document.body.textContent.isWellFormed()")
+
+
 async def test_a_lost_connection_is_resumed_without_losing_or_repeating(browser: Browser) -> None:
     stepping = Stepping()
     async with open_hub(stepping.agent, worker) as hub, open_page(browser, hub) as page, hub.client() as client:
