@@ -118,7 +118,7 @@ class Relay(Bridge):
             self._status(teller.tool_start_status_message(instance, inputs))
 
     def on_tool_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        if outputs != COMPLETED and (teller := self._teller):
+        if not (isinstance(outputs, str) and outputs == COMPLETED) and (teller := self._teller):
             self._status(teller.tool_end_status_message(outputs), exception)
 
 

@@ -389,6 +389,20 @@ async def test_listeners_on_one_predictor_do_not_silence_the_others():
     assert texts(items) == {"answer": "a"}
 
 
+async def test_a_tool_may_return_what_cannot_be_compared():
+    class Array:
+        def __eq__(self, other: object) -> Any:
+            raise ValueError("the truth value of an array is ambiguous")
+
+        __ne__ = __eq__
+        __hash__ = None  # type: ignore[assignment]
+
+    async def look() -> Any:
+        await dspy.Tool(Array, name="look", args={}).acall()
+
+    assert statuses(await items_of(streamify(look)())) == [START, END]
+
+
 async def test_a_predictor_without_a_listener_keeps_its_fallback_adapter():
     """DSPy does not fall back once it has streamed; what nobody hears is therefore not streamed."""
 
