@@ -441,7 +441,7 @@ def test_a_program_that_needs_what_is_not_installed_is_refused(
         (dspy.majority, "a function is not a dspy.Module"),
         (dspy.Module(), "Module has no forward method"),
         (dspy.Ensemble().compile([dspy.Predict("a -> b")]), "the inputs cannot be told"),
-        (dspy.LM(MODEL), "an LM is not a dspy.Module"),
+        (dspy.LM(MODEL), "a LM is not a dspy.Module"),
     ],
     ids=["class", "Parallel", "majority", "empty", "Ensemble", "LM"],
 )
