@@ -283,6 +283,11 @@ class Bus(Protocol):
         """Active runs that nobody executes: their process is gone, or is this one and they are not `mine`. To be asked
         about once a second; a process is taken for gone only after several askings."""
 
+    async def fenced(self, fences: Mapping[str, int]) -> Collection[str]:
+        """Which of these runs another owner has claimed, each given with the fence that it was owned under. Runs that
+        the bus has lost are not among them. To be asked about once a second.
+        """
+
     async def check(self) -> None:
         """Send a probe through the real path and see it arrive."""
 

@@ -277,6 +277,9 @@ class MemoryBus:
     async def orphans(self, mine: Collection[str]) -> Sequence[str]:
         return ()  # no process but this one could have any
 
+    async def fenced(self, fences: Mapping[str, int]) -> Collection[str]:
+        return [run for run, fence in fences.items() if run in self._logs and self._logs[run].fence != fence]
+
     async def check(self) -> None:
         """Always well: there is no path that could fail."""
 

@@ -180,6 +180,22 @@ async def test_only_the_last_of_racing_claims_may_write(bus: Bus) -> None:
     assert len(accepted) == 1
 
 
+async def test_only_runs_that_another_owner_has_claimed_are_fenced(bus: Bus) -> None:
+    mine, claimed, ended_here, ended_there = [await Log.create(bus) for _ in range(4)]
+    fences = {log.run: log.fence for log in (mine, claimed, ended_here, ended_there)}
+    await claimed.append()
+    await ended_here.append(end=True)
+    assert not await bus.fenced(fences)
+
+    claimed.fence = await bus.claim(claimed.run)
+    ended_there.fence = await bus.claim(ended_there.run)
+    await ended_there.append(end=True)
+
+    assert set(await bus.fenced(fences | {new_run_id(): 1})) == {claimed.run, ended_there.run}
+    assert not await bus.fenced({mine.run: mine.fence, claimed.run: claimed.fence})
+    assert not await bus.fenced({})
+
+
 async def test_ended_run_cannot_be_claimed(bus: Bus) -> None:
     log = await Log.create(bus)
     await log.append(end=True)

@@ -304,6 +304,9 @@ class RedisBus:
     async def orphans(self, mine: Collection[str]) -> Sequence[str]:
         return await self._workers.orphans(mine, self.degraded)
 
+    async def fenced(self, fences: Mapping[str, int]) -> Collection[str]:
+        return await self._workers.fenced(fences)
+
     async def check(self) -> None:
         await self._listener.probe()
         if self._workers.problem is not None:  # Redis may deliver, and yet take no writes

@@ -207,3 +207,13 @@ for _, worker in ipairs(redis.call('SMEMBERS', KEYS[1])) do
 end
 return found
 """
+
+FENCED = """
+-- ARGV: prefix of run keys, then run and fence of each. Gives the runs that are there under another fence.
+local found = {}
+for i = 2, #ARGV, 2 do
+  local fence = redis.call('HGET', ARGV[1] .. ARGV[i], 'fence')
+  if fence and fence ~= ARGV[i + 1] then found[#found + 1] = ARGV[i] end
+end
+return found
+"""
