@@ -14,7 +14,7 @@ import anyio
 from agents.events import RunError, RunFailure
 from server.bus.base import Bus
 from server.errors import LogError, NotFound, Unavailable
-from server.recorder import Recorder
+from server.recorder import Recorder, Snapshots
 from server.slots import ActiveRun
 
 CHECK_EVERY = 1.0
@@ -27,14 +27,14 @@ _WORKER_LOST = RunFailure(
 logger = logging.getLogger(__name__)
 
 
-async def end_orphans(bus: Bus, mine: Mapping[str, ActiveRun]) -> None:
+async def end_orphans(bus: Bus, mine: Mapping[str, ActiveRun], snapshots: Snapshots) -> None:
     """End the runs whose process is gone, until cancelled."""
     unreadable: set[str] = set()
     while True:
         await anyio.sleep(CHECK_EVERY)
         for id in set(await bus.orphans(mine)) - unreadable:
             try:
-                recorder = await Recorder.take_over(bus, id)
+                recorder = await Recorder.take_over(bus, id, snapshots)
                 logger.warning("run %s was left without a process: ended", id)
                 now = time.time()
                 since = recorder.state.document.get("started", now)
@@ -52,7 +52,7 @@ async def watch_fences(bus: Bus, mine: Mapping[str, ActiveRun]) -> None:
     while True:
         await anyio.sleep(CHECK_EVERY)
         fences = {id: run.recorder.fence for id, run in mine.items() if run.recorder.fence}
-        with suppress(Unavailable):  # what is not known now is at the next check
+        with suppress(Unavailable):  # the next check asks again
             for id in await bus.fenced(fences) if fences else ():
                 if id in mine:
                     mine[id].fence_off()

@@ -50,11 +50,13 @@ from server.errors import (
 )
 from server.ownership import end_orphans, watch_fences
 from server.protocol import Start, problems
-from server.recorder import Recorder
+from server.recorder import Recorder, Snapshots
 from server.slots import ActiveRun, Slots
 from server.state import RunState
 
 HISTORY_TURNS = 20
+SAVING = 2.0
+"""Seconds that a hub that stops goes on saving snapshots for."""
 UNKNOWN = ("agent_error", "lm_error")
 """Codes of failures that only a traceback explains."""
 
@@ -70,6 +72,7 @@ class Runs:
         self._settings = settings
         self._worker = worker
         self._slots = {name: Slots(agent.spec.max_concurrent) for name, agent in agents.items()}
+        self._snapshots = Snapshots()
         self._runs: dict[str, ActiveRun] = {}
         self._tasks: TaskGroup | None = None
         self._stopping = False
@@ -84,10 +87,12 @@ class Runs:
         async with AsyncExitStack() as stack:
             stack.callback((await self._bus.handle_commands(self._handle)).close)
             async with anyio.create_task_group() as self._tasks, anyio.create_task_group() as others:
-                others.start_soon(end_orphans, self._bus, self._runs)
+                others.start_soon(self._snapshots.run)
+                others.start_soon(end_orphans, self._bus, self._runs, self._snapshots)
                 others.start_soon(watch_fences, self._bus, self._runs)
                 task_status.started()
                 await self._idle.wait()
+                await self._save_last()
                 others.cancel_scope.cancel()
 
     @property
@@ -117,7 +122,8 @@ class Runs:
         epoch = new_epoch()
         id = new_run_id()
         origin = Origin(agent.spec.name, principal, command.thread, time.time())
-        run = ActiveRun(id, agent, input, command.thread, principal, Recorder(self._bus, id, origin, epoch))
+        recorder = Recorder(self._bus, id, origin, epoch, snapshots=self._snapshots)
+        run = ActiveRun(id, agent, input, command.thread, principal, recorder)
         slots = self._slots[agent.spec.name]
         self._runs[id] = run
         slots.enter(run)
@@ -395,6 +401,13 @@ class Runs:
         if self._tasks is not None and not self._idle.is_set():
             logger.error("%d runs could not be ended in time", len(self._runs))
             self._tasks.cancel_scope.cancel()
+        else:
+            await self._save_last()
+
+    async def _save_last(self) -> None:
+        """Give the last snapshots some time. What they would have said can still be folded out of the logs."""
+        with anyio.move_on_after(SAVING):
+            await self._snapshots.saved.wait()
 
     def hurry(self) -> None:
         """Let running runs finish no longer: `stop`, now or later, ends them at once."""

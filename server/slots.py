@@ -50,9 +50,10 @@ class ActiveRun:
         return self.owned.cancel_called
 
     def fence_off(self) -> None:
+        """Stop all that this process does for the run."""
         self.finishing = True
         self.owned.cancel()
-        self.cancel_logged.set()  # it never will be: who waits for it is not to wait longer
+        self.cancel_logged.set()  # it never will be logged here: nothing may wait for it
 
     @property
     def duration(self) -> float:

@@ -39,6 +39,7 @@ from server.bus.base import (
     Snapshot,
     Status,
     Subscription,
+    check_append,
     new_epoch,
 )
 from server.errors import Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
@@ -164,6 +165,7 @@ class MemoryBus:
         return log.fence
 
     async def append(self, run: str, fence: int, frames: Sequence[Frame], status: Status) -> None:
+        check_append(frames)
         log = self._owned(run, fence)
         head = log.info.head
         if frames[0].epoch == log.info.epoch and frames[-1].seq <= head:

@@ -12,6 +12,7 @@ import pytest
 
 from server.bus.base import (
     ACTIVE,
+    APPEND_BYTES,
     PAGE_BYTES,
     PAGE_EVENTS,
     Bus,
@@ -19,6 +20,7 @@ from server.bus.base import (
     Frame,
     Head,
     Snapshot,
+    first_part,
     new_run_id,
 )
 from server.errors import AlreadyFinished, Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
@@ -329,6 +331,36 @@ async def test_batch_of_another_epoch_is_refused(bus: Bus, first: int) -> None:
         await bus.append(log.run, log.fence, frames(log.run, "other", first), "running")
 
     assert (refusal.value.epoch, refusal.value.head) == (log.epoch, 2)
+
+
+@pytest.mark.parametrize("count", [4, 200])
+async def test_batch_over_the_bytes_of_an_append_is_refused_whole(bus: Bus, count: int) -> None:
+    log = await Log.create(bus)
+    batch = log.next(count, size=APPEND_BYTES // 4)
+
+    with pytest.raises(ValueError, match="append"):
+        await bus.append(log.run, log.fence, batch, "running")
+
+    assert [frame.seq for frame in await log.read_all()] == [1]
+
+
+@pytest.mark.parametrize("size", [0, 1, 1_000, 65_537, 256 * 1024])
+async def test_any_batch_can_be_appended_in_parts(bus: Bus, size: int) -> None:
+    log = await Log.create(bus)
+    mail = Mail()
+    subscription = await bus.subscribe(log.run, mail.deliver)
+    batch = log.next(40, size=size)
+    waiting = list(batch)
+
+    while waiting:
+        part = first_part(waiting)
+        assert sum(len(frame.data) for frame in part) <= APPEND_BYTES
+        await bus.append(log.run, log.fence, part, "running")
+        del waiting[: len(part)]
+
+    assert await mail.take(len(batch)) == batch
+    assert await log.read_all(after=1) == batch
+    subscription.close()
 
 
 async def test_unknown_run_is_not_found(bus: Bus) -> None:

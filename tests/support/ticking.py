@@ -10,7 +10,7 @@ from pathlib import Path
 import anyio
 
 from agents.base import Emitter, Task
-from agents.events import Status
+from agents.events import StatePatch, Status
 from agents.registry import Registry
 
 registry = Registry()
@@ -59,6 +59,16 @@ async def talker(emit: Emitter, task: Task) -> str:
         ticks.write()
         await emit.send(Status(message="tick"))
         await anyio.sleep(TICK)
+
+
+@registry.agent
+async def heavy(emit: Emitter, fields: int = 480) -> str:
+    """Has a state of 60 KB for each field, and waits."""
+    for field in range(fields):
+        await emit.send(StatePatch(patch={f"field {field}": "x" * 60_000}))
+    await emit.send(Status(message="built"))
+    await anyio.sleep_forever()
+    return "never"
 
 
 @registry.agent

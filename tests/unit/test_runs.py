@@ -1016,3 +1016,18 @@ async def test_stopping_an_idle_host_returns_at_once() -> None:
     async with hosting(Scripted(echo)) as host:
         await host.runs.stop()
         await host.runs.stop()
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+async def test_stopping_waits_for_the_last_snapshots_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, stuck: bool
+) -> None:
+    monkeypatch.setattr("server.runs.SAVING", 0.2)
+    bus = StuckBus()
+    async with hosting(Scripted(forever), bus=bus) as host:
+        run = await host.start()
+        await host.until_head(run, 2)
+        bus.holds_snapshots = stuck
+        await host.runs.stop()
+        assert await host.names(run) == ["run_queued", "run_start", "run_error"]
+        assert (await bus.load_snapshot(run) is None) is stuck
