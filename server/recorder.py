@@ -1,8 +1,9 @@
 """The single writer of one run's log: stamps, coalesces, folds, encodes once and appends (G1, G5, G7, G10).
 
 Tokens are buffered per message. The first token of a message goes at once; after that all buffers are flushed every
-`FLUSH_AFTER` seconds, and before any other event. What was stamped for one append is sealed: while the bus is away the
-very same batch is retried, and since nothing more is taken from the run's channel meanwhile, the agent is held back.
+`FLUSH_AFTER` seconds, and before any other event. What was stamped is sealed: it is appended in parts of what one
+append takes, and while the bus is away the very same part is retried. Nothing more is taken from the run's channel
+meanwhile, so the agent is held back.
 
 This module must not know who follows the run, how agents work, or when a run starts and ends.
 """
@@ -27,15 +28,17 @@ from agents.events import (
     Usage,
 )
 from agents.values import VALUE_BYTES, Pieces, clean_text, cut_text, text_bytes
-from server.bus.base import Bus, Frame, Origin, Snapshot, Status
+from server.bus.base import APPEND_BYTES, Bus, Frame, Origin, Snapshot, Status, first_part
 from server.bus.replay import load_state
-from server.errors import HeadMismatch, NotFound, Unavailable
+from server.errors import HeadMismatch, LogError, NotFound, Unavailable
 from server.protocol import encode_event
 from server.state import MAX_MESSAGES, RunState
 
 FLUSH_AFTER = 0.025
 BATCH_EVENTS = 256
 SNAPSHOT_GROWTH = 64 * 1024
+APPEND_PATIENCE = 1.0
+"""Seconds that a snapshot waits for an append that is going on, before it is another run's turn."""
 _RETRY_FIRST, _RETRY_MOST = 0.1, 2.0
 
 logger = logging.getLogger(__name__)
@@ -77,12 +80,15 @@ class _Message:
 
 
 class Recorder:
-    """Writes the log of one run that this process owns under `fence`. One task may use it at a time.
+    """Writes the log of one run that this process owns under `fence`. One task may use it at a time; `snapshots` saves
+    what is due meanwhile.
 
     Every method raises `Fenced` or `Ended` if the run is not, or no longer, this process's to write.
     """
 
-    def __init__(self, bus: Bus, run: str, origin: Origin, epoch: str, fence: int = 0) -> None:
+    def __init__(
+        self, bus: Bus, run: str, origin: Origin, epoch: str, fence: int = 0, *, snapshots: "Snapshots"
+    ) -> None:
         self.run = run
         self.epoch = epoch
         self.fence = fence
@@ -95,16 +101,19 @@ class Recorder:
         self._prev = 0
         self._ts = 0.0
         self._batch: list[Frame] = []
+        self._sealed = 0
+        """Bytes of the batch."""
         self._last: Frame | None = None
         """The newest frame that the bus has taken."""
         self._messages: dict[str, _Message] = {}
         self._buffered: dict[str, _Message] = {}
+        self._snapshots = snapshots
         self._grown = 0
         self._snapshot_size = 0
         self._lock = anyio.Lock()
 
     @classmethod
-    async def take_over(cls, bus: Bus, run: str) -> "Recorder":
+    async def take_over(cls, bus: Bus, run: str, snapshots: "Snapshots") -> "Recorder":
         """Claim a run of another process and go on with its log, in a new epoch.
 
         :raises Ended: it has ended in the meantime.
@@ -117,7 +126,7 @@ class Recorder:
         if info is None:
             raise NotFound(f"there is no run {run[:64]!r}")
         origin = Origin(info.agent, info.principal, info.thread, info.created)
-        recorder = cls(bus, run, origin, snapshot.epoch, fence)
+        recorder = cls(bus, run, origin, snapshot.epoch, fence, snapshots=snapshots)
         recorder.state = RunState.decode(snapshot.state)
         recorder._seq = recorder._prev = snapshot.seq
         await recorder._retry(recorder._rebase)
@@ -138,9 +147,24 @@ class Recorder:
         """Append what the hub itself has to say, after everything that was recorded before."""
         async with self._lock:
             self._flush()
+            await self._append()  # apart: the status that an event brings must not be seen before the event
             for event in events:
                 self._stamp(ts, event)
             await self._append()
+
+    async def save_snapshot(self) -> None:
+        """Save the state after what was appended last. It goes on being appended meanwhile.
+
+        :raises Unavailable: the bus is away, or just taking an append.
+        :raises NotFound: the bus has let go of the run.
+        """
+        with anyio.move_on_after(APPEND_PATIENCE) as patience:
+            async with self._lock:
+                snapshot = Snapshot(self.run, self.epoch, self._seq, self.state.encode())
+                self._snapshot_size, self._grown = len(snapshot.state), 0
+        if patience.cancelled_caught:
+            raise Unavailable("an append waits for the bus")
+        await self._bus.save_snapshot(self.fence, snapshot)
 
     async def verify(self) -> None:
         """If the bus does not hold all that was appended, begin a new epoch at this state. Waits for a bus that is
@@ -176,6 +200,8 @@ class Recorder:
         async with self._lock:
             for emitted in items:
                 self._take(emitted)
+                if self._sealed >= APPEND_BYTES:
+                    await self._append()
             await self._append()
         await checkpoint()  # a burst must not hold the loop for longer than one batch takes
 
@@ -252,42 +278,42 @@ class Recorder:
         progress = event.event not in FULL_ONLY_EVENTS
         terminal = event.event in TERMINAL_EVENTS
         self._batch.append(Frame(self.run, self.epoch, self._seq, data, progress, terminal))
+        self._sealed += len(data)
         if progress:
             self._prev = self._seq
 
     # -- Appending -------------------------------------------------------------------------------------------------
 
     async def _append(self) -> None:
-        """Append the sealed batch, however long the bus takes; then save a snapshot if it is time for one."""
+        """Append the sealed batch, in parts, however long the bus takes; then a snapshot may be due."""
         if not self._batch:
             return
-        await self._retry(self._append_frames, self._batch)
-        self._grown += sum(len(frame.data) for frame in self._batch)
         ended = self._batch[-1].terminal
-        self._batch = []
+        while self._batch:
+            part = first_part(self._batch)
+            await self._retry(self._append_frames, part)
+            self._batch = self._batch[len(part) :]
+        self._sealed = 0
         if ended or self._grown >= max(SNAPSHOT_GROWTH, self._snapshot_size):
-            await self._retry(self._save_snapshot)
+            self._snapshots.due(self)
 
     async def _append_frames(self, frames: Sequence[Frame]) -> None:
         try:
             await self._bus.append(self.run, self.fence, frames, self.status)
             self._last = frames[-1]
+            self._grown += sum(len(frame.data) for frame in frames)
         except (HeadMismatch, NotFound) as error:
             logger.warning("%s; starting a new epoch at %d", error, self._seq)
             await self._rebase()
 
     async def _rebase(self) -> None:
-        """The bus lost some of the log, or all. Our state says what it held: it becomes the base of a new epoch."""
+        """The bus lost some of the log, or all. Our state says what it held, and all that is sealed: it becomes the
+        base of a new epoch."""
         state = self.state.encode()
         self.epoch = await self._bus.rebase(self.run, self.fence, self._seq, state, self.status, self._origin)
         self._last = Frame(self.run, self.epoch, self._seq, b"")  # only to ask by: this log begins after it
         self._snapshot_size, self._grown = len(state), 0
-
-    async def _save_snapshot(self) -> None:
-        state = self.state.encode()
-        await self._bus.save_snapshot(self.fence, Snapshot(self.run, self.epoch, self._seq, state))
-        self._snapshot_size = len(state)
-        self._grown = 0
+        self._batch = []
 
     async def _retry(self, write: Callable[..., Awaitable[None]], *args: object) -> None:
         delay = _RETRY_FIRST
@@ -300,3 +326,43 @@ class Recorder:
                     logger.warning("run %s waits for the bus: %s", self.run, error)
                 await anyio.sleep(delay * random.uniform(0.5, 1.5))  # noqa: S311 -- jitter, not a secret
                 delay = min(delay * 2, _RETRY_MOST)
+
+
+class Snapshots:
+    """Saves the snapshots of this process's runs, one at a time: no append waits for one, and what they take in memory
+    is one encoded state. `run` must be running meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.saved = anyio.Event()
+        """Set while none is due."""
+        self.saved.set()
+        self._due: dict[str, Recorder] = {}
+        self._arrived = anyio.Event()
+
+    def due(self, recorder: Recorder) -> None:
+        """Save a snapshot of this run when it is its turn, of its state by then."""
+        self._due.setdefault(recorder.run, recorder)
+        if self.saved.is_set():
+            self.saved = anyio.Event()
+        self._arrived.set()
+
+    async def run(self) -> None:
+        """Save what is due until cancelled."""
+        while True:
+            await self._arrived.wait()
+            self._arrived = anyio.Event()
+            while self._due:
+                await self._save(self._due.pop(next(iter(self._due))))
+            self.saved.set()
+
+    async def _save(self, recorder: Recorder) -> None:
+        try:
+            await recorder.save_snapshot()
+        except Unavailable:
+            self.due(recorder)
+            await anyio.sleep(_RETRY_MOST * random.uniform(0.5, 1.0))  # noqa: S311 -- jitter, not a secret
+        except (LogError, NotFound):
+            pass  # the run is another process's by now, or forgotten: this snapshot is not needed
+        except Exception:
+            logger.exception("no snapshot of run %s could be saved", recorder.run)

@@ -39,14 +39,25 @@ from agents.inputs import RejectedInput, read_input
 from server.bus.base import Bus, Created, Filter, NewRun, Origin, new_epoch, new_run_id
 from server.bus.replay import load_state
 from server.config import Settings
-from server.errors import AlreadyFinished, InvalidInput, LogError, NotFound, TooMany, Unavailable, UnknownAgent
+from server.errors import (
+    AlreadyFinished,
+    Fenced,
+    InvalidInput,
+    LogError,
+    NotFound,
+    TooMany,
+    Unavailable,
+    UnknownAgent,
+)
+from server.ownership import end_orphans, watch_fences
 from server.protocol import Start
-from server.recorder import Recorder
+from server.recorder import Recorder, Snapshots
 from server.slots import ActiveRun, Slots
 from server.state import RunState
 
 HISTORY_TURNS = 20
-ORPHANS_EVERY = 1.0
+SAVING = 2.0
+"""Seconds that a hub that stops goes on saving snapshots for."""
 UNKNOWN = ("agent_error", "lm_error")
 """Codes of failures that only a traceback explains."""
 
@@ -62,6 +73,7 @@ class Runs:
         self._settings = settings
         self._worker = worker
         self._slots = {name: Slots(agent.spec.max_concurrent) for name, agent in agents.items()}
+        self._snapshots = Snapshots()
         self._runs: dict[str, ActiveRun] = {}
         self._tasks: TaskGroup | None = None
         self._stopping = False
@@ -76,9 +88,12 @@ class Runs:
         async with AsyncExitStack() as stack:
             stack.callback((await self._bus.handle_commands(self._handle)).close)
             async with anyio.create_task_group() as self._tasks, anyio.create_task_group() as others:
-                others.start_soon(self._look_after_orphans)
+                others.start_soon(self._snapshots.run)
+                others.start_soon(end_orphans, self._bus, self._runs, self._snapshots)
+                others.start_soon(watch_fences, self._bus, self._runs)
                 task_status.started()
                 await self._idle.wait()
+                await self._save_last()
                 others.cancel_scope.cancel()
 
     @property
@@ -108,7 +123,8 @@ class Runs:
         epoch = new_epoch()
         id = new_run_id()
         origin = Origin(agent.spec.name, principal, command.thread, time.time())
-        run = ActiveRun(id, agent, input, command.thread, principal, Recorder(self._bus, id, origin, epoch))
+        recorder = Recorder(self._bus, id, origin, epoch, snapshots=self._snapshots)
+        run = ActiveRun(id, agent, input, command.thread, principal, recorder)
         slots = self._slots[agent.spec.name]
         self._runs[id] = run
         slots.enter(run)
@@ -155,8 +171,12 @@ class Runs:
 
     async def _execute(self, run: ActiveRun) -> None:
         try:
-            await run.recorder.record(time.time(), await self._run_to_end(run))
+            with run.owned:
+                await run.recorder.record(time.time(), await self._run_to_end(run))
+            if run.owned.cancelled_caught:
+                raise Fenced(run.id)
         except LogError as error:
+            run.fence_off()
             logger.warning("%s: another process has ended or taken over this run; dropped here", error)
         except Exception:
             logger.exception("run %s of %s could not be recorded", run.id, run.agent.spec.name)
@@ -207,10 +227,26 @@ class Runs:
                 await self._wait_for_end(run, execution)
                 channel.close()
         except* LogError as group:
+            run.fence_off()
             raise group.exceptions[0] from None
         finally:
+            if run.fenced:
+                await self._dismiss(run, execution, channel)
             execution.abandon()  # does nothing to one that is done
         return self._ending(run, execution, channel)
+
+    async def _dismiss(self, run: ActiveRun, execution: Execution, channel: Channel) -> None:
+        """Stop the agent of a run that is another process's by now. What it emits meanwhile is dropped."""
+
+        async def drop() -> None:
+            while await channel.receive():
+                pass
+
+        with anyio.CancelScope(shield=True):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(drop)
+                await self._stop(run, execution)
+                tasks.cancel_scope.cancel()
 
     async def _wait_for_end(self, run: ActiveRun, execution: Execution) -> None:
         """Until the agent is done, or `cancel_grace` seconds after it was asked to stop."""
@@ -219,6 +255,11 @@ class Runs:
         if timeout.cancelled_caught:
             run.end("timeout")
         await self._log_cancel(run)
+        await self._stop(run, execution)
+        run.finishing = True
+
+    async def _stop(self, run: ActiveRun, execution: Execution) -> None:
+        """Ask the agent to stop, unless it is done, and give it `cancel_grace` seconds for that."""
         if not execution.done.is_set():
             execution.cancel()
             with anyio.move_on_after(self._settings.cancel_grace):
@@ -226,7 +267,6 @@ class Runs:
         if not execution.done.is_set():
             self.abandoned += 1
             logger.warning("run %s of %s ignored its cancellation and is left behind", run.id, run.agent.spec.name)
-        run.finishing = True
 
     async def _wait_for_cause(self, run: ActiveRun, execution: Execution) -> None:
         async with anyio.create_task_group() as tasks:
@@ -328,38 +368,20 @@ class Runs:
             run.by = command["by"]
             run.end("cancelled", command["reason"])
         await run.cancel_logged.wait()
+        if run.fenced:
+            raise AlreadyFinished(f"run {id} has ended already")
 
     async def _verify(self, run: ActiveRun) -> None:
         try:
             await run.recorder.verify()
-        except LogError as error:
-            logger.warning("%s; its next event will find out", error)
+        except LogError:
+            run.fence_off()
 
     async def _log_cancel(self, run: ActiveRun) -> None:
         """The first half of a cancellation. The run's own task writes it: who asked for it may be gone by now."""
         if run.cause == "cancelled":
             await run.recorder.record(time.time(), CancelRequested(reason=run.reason, by=run.by))
             run.cancel_logged.set()
-
-    # -- Runs of processes that are gone -------------------------------------------------------------------------------
-
-    async def _look_after_orphans(self) -> None:
-        """End the runs that nobody executes any more, until cancelled."""
-        hopeless: set[str] = set()
-        while True:
-            await anyio.sleep(ORPHANS_EVERY)
-            for id in set(await self._bus.orphans(self._runs)) - hopeless:
-                try:
-                    recorder = await Recorder.take_over(self._bus, id)
-                    logger.warning("run %s was left without a process: ended", id)
-                    now = time.time()
-                    since = recorder.state.document.get("started", now)
-                    await recorder.record(now, RunError(error=_WORKER_LOST, duration=max(0.0, now - since)))
-                except (LogError, NotFound, Unavailable) as error:
-                    logger.info("run %s is left to others: %s", id, error)
-                except Exception:  # as of a log that this version cannot read: no reason for a hub to go down
-                    logger.exception("run %s was left without a process, and cannot be ended", id)
-                    hopeless.add(id)
 
     # -- Stopping --------------------------------------------------------------------------------------------------
 
@@ -380,6 +402,13 @@ class Runs:
         if self._tasks is not None and not self._idle.is_set():
             logger.error("%d runs could not be ended in time", len(self._runs))
             self._tasks.cancel_scope.cancel()
+        else:
+            await self._save_last()
+
+    async def _save_last(self) -> None:
+        """Give the last snapshots some time. What they would have said can still be folded out of the logs."""
+        with anyio.move_on_after(SAVING):
+            await self._snapshots.saved.wait()
 
     def hurry(self) -> None:
         """Let running runs finish no longer: `stop`, now or later, ends them at once."""
@@ -389,9 +418,6 @@ class Runs:
 
 
 _INTERNAL = RunFailure(code="internal", message="the hub could not go on with this run", retryable=True)
-_WORKER_LOST = RunFailure(
-    code="worker_lost", message="the process that executed this run is gone; start again", retryable=True
-)
 _SHUTTING_DOWN = RunFailure(code="shutting_down", message="the hub was stopped; start again", retryable=True)
 
 

@@ -36,11 +36,24 @@ class ActiveRun:
     news: anyio.Event = field(default_factory=anyio.Event)
     """Set when `position` or `cause` has changed."""
     cancel_logged: anyio.Event = field(default_factory=anyio.Event)
+    owned: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    """What this process does for the run; cancelled when the run is another process's."""
 
     def end(self, cause: Cause, reason: str | None = None) -> None:
         if self.cause is None:
             self.cause, self.reason = cause, reason
         self.news.set()
+
+    @property
+    def fenced(self) -> bool:
+        """Whether another process has taken over the run: nothing of it may be written here any more."""
+        return self.owned.cancel_called
+
+    def fence_off(self) -> None:
+        """Stop all that this process does for the run."""
+        self.finishing = True
+        self.owned.cancel()
+        self.cancel_logged.set()  # it never will be logged here: nothing may wait for it
 
     @property
     def duration(self) -> float:

@@ -15,7 +15,7 @@ frame, who follows a run, or how agents work.
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -34,6 +34,8 @@ LOG_BYTES = 4 * 1024 * 1024
 """What a log keeps for replay, at least: it is trimmed to these once a snapshot covers what goes."""
 FEED_LENGTH = 10_000
 """Announcements that the feed reaches back."""
+APPEND_BYTES = 1024 * 1024
+"""What one append takes at most, and what is published of it, with all that a bus puts around the frames."""
 PAGE_EVENTS = 200
 PAGE_BYTES = 1024 * 1024
 """A page is never larger, except by its last frame."""
@@ -49,6 +51,30 @@ class Frame:
     data: bytes
     progress: bool = True
     terminal: bool = False
+
+
+_AROUND_FRAME, _AROUND_APPEND = 32, 4 * 1024
+
+
+def append_size(frames: Iterable[Frame]) -> int:
+    """The bytes that an append of these frames is taken for."""
+    return _AROUND_APPEND + sum(len(frame.data) + _AROUND_FRAME for frame in frames)
+
+
+def first_part(frames: Sequence[Frame]) -> Sequence[Frame]:
+    """As many of the frames, from the first on, as one append takes; at least one."""
+    size = append_size(())
+    for count, frame in enumerate(frames):
+        size += len(frame.data) + _AROUND_FRAME
+        if count and size > APPEND_BYTES:
+            return frames[:count]
+    return frames
+
+
+def check_append(frames: Sequence[Frame]) -> None:
+    """:raises ValueError: the frames are too many for one append. A single frame never is: its event is bounded."""
+    if len(frames) > 1 and (size := append_size(frames)) > APPEND_BYTES:
+        raise ValueError(f"an append of {size} bytes; it takes {APPEND_BYTES} at most")
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,8 +252,9 @@ class Bus(Protocol):
 
     async def append(self, run: str, fence: int, frames: Sequence[Frame], status: Status) -> None:
         """Add frames after the head, all or none, and deliver them. A batch wholly at or below the head is a retry
-        and changes nothing.
+        and changes nothing. More than `APPEND_BYTES` is to be appended in parts (`first_part`).
 
+        :raises ValueError: the batch is larger than that, and of more than one frame.
         :raises Fenced: another owner has claimed the run.
         :raises Ended: the log has its terminal event.
         :raises HeadMismatch: the batch neither follows the head nor is a retry.
@@ -282,6 +309,11 @@ class Bus(Protocol):
     async def orphans(self, mine: Collection[str]) -> Sequence[str]:
         """Active runs that nobody executes: their process is gone, or is this one and they are not `mine`. To be asked
         about once a second; a process is taken for gone only after several askings."""
+
+    async def fenced(self, fences: Mapping[str, int]) -> Collection[str]:
+        """Which of these runs another owner has claimed, each given with the fence that it was owned under. Runs that
+        the bus has lost are not among them. To be asked about once a second.
+        """
 
     async def check(self) -> None:
         """Send a probe through the real path and see it arrive."""

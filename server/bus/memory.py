@@ -39,6 +39,7 @@ from server.bus.base import (
     Snapshot,
     Status,
     Subscription,
+    check_append,
     new_epoch,
 )
 from server.errors import Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
@@ -164,6 +165,7 @@ class MemoryBus:
         return log.fence
 
     async def append(self, run: str, fence: int, frames: Sequence[Frame], status: Status) -> None:
+        check_append(frames)
         log = self._owned(run, fence)
         head = log.info.head
         if frames[0].epoch == log.info.epoch and frames[-1].seq <= head:
@@ -276,6 +278,9 @@ class MemoryBus:
 
     async def orphans(self, mine: Collection[str]) -> Sequence[str]:
         return ()  # no process but this one could have any
+
+    async def fenced(self, fences: Mapping[str, int]) -> Collection[str]:
+        return [run for run, fence in fences.items() if run in self._logs and self._logs[run].fence != fence]
 
     async def check(self) -> None:
         """Always well: there is no path that could fail."""

@@ -12,6 +12,7 @@ import pytest
 
 from server.bus.base import (
     ACTIVE,
+    APPEND_BYTES,
     PAGE_BYTES,
     PAGE_EVENTS,
     Bus,
@@ -19,6 +20,7 @@ from server.bus.base import (
     Frame,
     Head,
     Snapshot,
+    first_part,
     new_run_id,
 )
 from server.errors import AlreadyFinished, Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
@@ -180,6 +182,22 @@ async def test_only_the_last_of_racing_claims_may_write(bus: Bus) -> None:
     assert len(accepted) == 1
 
 
+async def test_only_runs_that_another_owner_has_claimed_are_fenced(bus: Bus) -> None:
+    mine, claimed, ended_here, ended_there = [await Log.create(bus) for _ in range(4)]
+    fences = {log.run: log.fence for log in (mine, claimed, ended_here, ended_there)}
+    await claimed.append()
+    await ended_here.append(end=True)
+    assert not await bus.fenced(fences)
+
+    claimed.fence = await bus.claim(claimed.run)
+    ended_there.fence = await bus.claim(ended_there.run)
+    await ended_there.append(end=True)
+
+    assert set(await bus.fenced(fences | {new_run_id(): 1})) == {claimed.run, ended_there.run}
+    assert not await bus.fenced({mine.run: mine.fence, claimed.run: claimed.fence})
+    assert not await bus.fenced({})
+
+
 async def test_ended_run_cannot_be_claimed(bus: Bus) -> None:
     log = await Log.create(bus)
     await log.append(end=True)
@@ -313,6 +331,36 @@ async def test_batch_of_another_epoch_is_refused(bus: Bus, first: int) -> None:
         await bus.append(log.run, log.fence, frames(log.run, "other", first), "running")
 
     assert (refusal.value.epoch, refusal.value.head) == (log.epoch, 2)
+
+
+@pytest.mark.parametrize("count", [4, 200])
+async def test_batch_over_the_bytes_of_an_append_is_refused_whole(bus: Bus, count: int) -> None:
+    log = await Log.create(bus)
+    batch = log.next(count, size=APPEND_BYTES // 4)
+
+    with pytest.raises(ValueError, match="append"):
+        await bus.append(log.run, log.fence, batch, "running")
+
+    assert [frame.seq for frame in await log.read_all()] == [1]
+
+
+@pytest.mark.parametrize("size", [0, 1, 1_000, 65_537, 256 * 1024])
+async def test_any_batch_can_be_appended_in_parts(bus: Bus, size: int) -> None:
+    log = await Log.create(bus)
+    mail = Mail()
+    subscription = await bus.subscribe(log.run, mail.deliver)
+    batch = log.next(40, size=size)
+    waiting = list(batch)
+
+    while waiting:
+        part = first_part(waiting)
+        assert sum(len(frame.data) for frame in part) <= APPEND_BYTES
+        await bus.append(log.run, log.fence, part, "running")
+        del waiting[: len(part)]
+
+    assert await mail.take(len(batch)) == batch
+    assert await log.read_all(after=1) == batch
+    subscription.close()
 
 
 async def test_unknown_run_is_not_found(bus: Bus) -> None:

@@ -17,26 +17,33 @@ from agents.events import (
     AgentEvent,
     CancelRequested,
     Custom,
+    Failure,
     LmEnd,
     MessageEnd,
     MessageRetracted,
     MessageStart,
+    NodeEnd,
+    NodeError,
+    NodeStart,
     RunEnd,
     RunQueued,
     RunStart,
+    StatePatch,
     Status,
     Token,
+    ToolEnd,
     ToolProgress,
     ToolStart,
     Usage,
+    ValidationFailed,
 )
 from agents.values import VALUE_BYTES, text_bytes
 from server import recorder as module
-from server.bus.base import Frame, Head, NewRun, Origin, Snapshot
+from server.bus.base import APPEND_BYTES, Frame, Head, NewRun, Origin, Snapshot, append_size
 from server.bus.base import Status as RunStatus
 from server.bus.memory import MemoryBus
-from server.errors import Ended, Fenced, Unavailable
-from server.recorder import Recorder
+from server.errors import Ended, Fenced, NotFound, Unavailable
+from server.recorder import Recorder, Snapshots
 from server.state import RunState
 from tests.contract.support import Mail
 
@@ -82,21 +89,23 @@ class FlakyBus(MemoryBus):
 class Case:
     """A run on a bus, its recorder, and what is delivered of it."""
 
-    def __init__(self, bus: FlakyBus, recorder: Recorder) -> None:
+    def __init__(self, bus: FlakyBus, recorder: Recorder, snapshots: Snapshots) -> None:
         self.bus = bus
         self.recorder = recorder
+        self.snapshots = snapshots
         self.mail = Mail()
         self.channel = Channel()
 
     @classmethod
     async def make(cls) -> "Case":
         bus = FlakyBus()
-        recorder = Recorder(bus, "r", Origin("echo", "ann", None, 1.0), "e", fence=1)
+        snapshots = Snapshots()
+        recorder = Recorder(bus, "r", Origin("echo", "ann", None, 1.0), "e", fence=1, snapshots=snapshots)
         first = recorder.first_frame(1.0, RunQueued(epoch="e", input={"q": 1}))
         await bus.create(
             NewRun(run="r", epoch="e", agent="echo", principal="ann", thread=None, created=1.0, first=first)
         )
-        case = cls(bus, recorder)
+        case = cls(bus, recorder, snapshots)
         await bus.subscribe("r", case.mail.deliver)
         return case
 
@@ -108,6 +117,14 @@ class Case:
                 tasks.start_soon(self.recorder.record_from, self.channel)
                 yield self.channel
                 self.channel.close()
+
+    async def save_due(self) -> None:
+        """Save what is due until nothing is."""
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self.snapshots.run)
+                await self.snapshots.saved.wait()
+                tasks.cancel_scope.cancel()
 
     async def delivered(self, count: int) -> list[dict[str, Any]]:
         return [orjson.loads(item.data) for item in await self.mail.take(count) if isinstance(item, Frame)]
@@ -143,6 +160,7 @@ def never_flush(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def retry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_RETRY_FIRST", 0.0)
+    monkeypatch.setattr(module, "_RETRY_MOST", 0.0)
 
 
 # -- Coalescing ----------------------------------------------------------------------------------------------------
@@ -479,8 +497,106 @@ async def test_snapshot_is_retried_too(case: Case) -> None:
 
     case.bus.save_snapshot = save  # type: ignore[method-assign]
     await case.recorder.record(2.0, RunEnd(result=1, duration=1.0))
+    await case.save_due()
 
     assert [snapshot.seq for snapshot in case.bus.snapshots] == [3]
+
+
+# -- Large batches -------------------------------------------------------------------------------------------------
+
+BIG = "x" * VALUE_BYTES
+LARGEST: list[AgentEvent] = [
+    Status(message=BIG),
+    NodeStart(span="s", node=BIG, kind="module", inputs=dict.fromkeys("abcdef", BIG)),
+    NodeEnd(span="s", node=BIG, patch=dict.fromkeys("abcdef", "\x00" * VALUE_BYTES), duration=1.0),
+    NodeError(span="s", node=BIG, error=Failure(code=BIG, message=BIG), duration=1.0),
+    ValidationFailed(span="s", node=BIG, attempt=1, max_retries=1, error=BIG, failed_fields=(BIG,) * 1_000),
+    LmEnd(span="s", duration=1.0, error=Failure(code=BIG, message=BIG)),
+    ToolStart(span="s", tool=BIG, server=BIG, args={f"{n}" * 1_000: [n] * 10_000 for n in range(1_000)}),
+    ToolEnd(span="s", tool=BIG, duration=1.0, result=[{"☃" * 1_000: 1e15}] * 1_000),
+    ToolProgress(span="s", progress=1, message=BIG),
+    StatePatch(patch=dict.fromkeys("abcdef", [1e15] * 30_000)),
+    Custom(name=BIG, value=["é"] * 30_000),
+]
+
+
+@pytest.mark.parametrize("event", LARGEST, ids=lambda event: event.event)
+async def test_no_event_takes_more_than_a_quarter_of_an_append(case: Case, event: AgentEvent) -> None:
+    await case.recorder.record(1.0, event)
+    assert len(case.bus.attempts[-1][0].data) <= APPEND_BYTES // 4
+
+
+@pytest.mark.parametrize("away", [0, 3])
+@pytest.mark.parametrize("high_water", [8, 1_000])
+@pytest.mark.usefixtures("retry_at_once")
+async def test_no_append_is_larger_than_a_mebibyte(case: Case, high_water: int, away: int) -> None:
+    case.channel, case.bus.away = Channel(high_water=high_water), away
+    async with case.recording() as channel:
+        for n in range(200):
+            await channel.send(ToolStart(span=str(n), tool="t", args=dict.fromkeys("abc", BIG)))
+    log = await case.delivered(200)
+    assert [item["span"] for item in log] == [*map(str, range(200))]
+    assert [(item["seq"], item["prev"]) for item in log] == [(n + 2, n + 1) for n in range(200)]
+    assert max(append_size(batch) for batch in case.bus.attempts) <= APPEND_BYTES
+    assert len(case.bus.attempts) - away < 100, "several to an append"
+
+
+@pytest.mark.usefixtures("never_flush")
+async def test_tokens_of_many_messages_are_flushed_in_parts(case: Case) -> None:
+    async with case.recording() as channel:
+        for n in range(40):
+            await channel.send(MessageStart(message=str(n), span="s", field="f"))
+            await channel.send(Token(message=str(n), delta="x"))
+            await channel.send(Token(message=str(n), delta="y" * 60_000))
+    await case.recorder.record(2.0, RunEnd(result=1, duration=1.0))
+    assert max(append_size(batch) for batch in case.bus.attempts) <= APPEND_BYTES
+    check_texts(await case.log())
+    assert fold(await case.log()).encode() == case.recorder.state.encode()
+
+
+async def test_a_part_of_a_batch_never_shows_the_status_after_it(case: Case) -> None:
+    statuses: list[tuple[str, bool]] = []
+    append = case.bus.append
+
+    async def watched(run: str, fence: int, frames: Sequence[Frame], status: RunStatus) -> None:
+        await append(run, fence, frames, status)
+        info = (await case.bus.info([run]))[run]
+        statuses.append((info.status, info.ended is not None))
+
+    case.bus.append = watched  # type: ignore[method-assign]
+    await case.recorder.record(1.0, RunStart(worker="w"))
+    async with case.recording() as channel:
+        for n in range(40):
+            await channel.send(MessageStart(message=str(n), span="s", field="f"))
+            await channel.send(Token(message=str(n), delta="x"))
+            await channel.send(Token(message=str(n), delta="y" * 60_000))
+        await anyio.wait_all_tasks_blocked()
+        await case.recorder.record(2.0, CancelRequested())
+    await case.recorder.record(2.0, RunEnd(result=1, duration=1.0))
+    assert statuses[-1] == ("done", True)
+    assert {ended for status, ended in statuses[:-1]} == {False}
+    assert "done" not in {status for status, _ in statuses[:-1]}
+
+
+@pytest.mark.usefixtures("retry_at_once")
+async def test_a_log_that_is_lost_between_two_parts_is_rebased_once(case: Case) -> None:
+    append = case.bus.append
+    calls = 0
+
+    async def losing(run: str, fence: int, frames: Sequence[Frame], status: RunStatus) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            del case.bus._logs[run]
+        await append(run, fence, frames, status)
+
+    case.bus.append = losing  # type: ignore[method-assign]
+    events = [ToolStart(span=str(n), tool="t", args=dict.fromkeys("abc", BIG)) for n in range(20)]
+    await case.recorder.record(1.0, *events)
+    await case.recorder.record(2.0, RunEnd(result=1, duration=1.0))
+    assert calls == 3
+    info = (await case.bus.info(["r"]))["r"]
+    assert (info.epoch, info.head, info.status) == (case.recorder.epoch, 22, "done")
 
 
 async def test_log_that_is_not_what_the_owner_thinks_is_rebased(case: Case) -> None:
@@ -565,7 +681,9 @@ async def test_snapshot_is_saved_as_the_log_grows_and_at_the_end(case: Case, mon
     monkeypatch.setattr(module, "SNAPSHOT_GROWTH", 2_000)
     for n in range(100):
         await case.recorder.record(float(n), Status(message=f"{n} " + "x" * 100))
+        await case.save_due()
     await case.recorder.record(100.0, RunEnd(result=None, duration=1.0))
+    await case.save_due()
 
     assert 5 <= len(case.bus.snapshots) <= 20
     assert case.bus.snapshots[-1].seq == 102
@@ -578,10 +696,91 @@ async def test_large_states_are_saved_less_often(case: Case, monkeypatch: pytest
     monkeypatch.setattr(module, "SNAPSHOT_GROWTH", 1_000)
     for n in range(300):
         await case.recorder.record(float(n), ToolStart(span=str(n), tool="t", args={"x": "x" * 100}))
+        await case.save_due()
 
     written = sum(len(snapshot.state) for snapshot in case.bus.snapshots)
     assert written <= 2 * sum(len(batch[0].data) for batch in case.bus.attempts) + 2_000
     assert len(case.bus.snapshots) >= 5
+
+
+class SlowBus(FlakyBus):
+    """Saves a snapshot once it is told to; says who asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Snapshot] = []
+        self.saving = 0
+        self.go = anyio.Event()
+
+    async def save_snapshot(self, fence: int, snapshot: Snapshot) -> None:
+        self.asked.append(snapshot)
+        self.saving += 1
+        assert self.saving == 1, "one at a time"
+        await self.go.wait()
+        self.saving -= 1
+        await super().save_snapshot(fence, snapshot)
+
+
+async def test_no_append_waits_for_a_snapshot_and_the_newest_state_is_saved_next(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SNAPSHOT_GROWTH", 1)
+    case.bus = case.recorder._bus = bus = SlowBus()
+    first = case.recorder.first_frame(1.0, RunQueued(epoch="e", input={}))
+    case.recorder._seq = 1
+    await bus.create(NewRun(run="r", epoch="e", agent="echo", principal="ann", thread=None, created=1.0, first=first))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(case.snapshots.run)
+        for n in range(20):
+            await case.recorder.record(float(n), Status(message=str(n) * 100))
+            await anyio.wait_all_tasks_blocked()
+        assert (await bus.info(["r"]))["r"].head == 21
+        assert [snapshot.seq for snapshot in bus.asked] == [2]
+        assert not case.snapshots.saved.is_set()
+        bus.go.set()
+        with anyio.fail_after(5):
+            await case.snapshots.saved.wait()
+        assert [snapshot.seq for snapshot in bus.asked] == [2, 21]
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_snapshot_never_says_more_than_the_log(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "APPEND_PATIENCE", 0.01)
+    monkeypatch.setattr(module, "_RETRY_MOST", 0.01)
+    await case.recorder.record(1.0, RunStart(worker="w"))
+    case.bus.away = 1_000_000
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(case.recorder.record, 2.0, Status(message="not in the log yet"))
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(Unavailable):
+            await case.recorder.save_snapshot()
+        assert not case.bus.snapshots
+        case.bus.away = 0
+    await case.recorder.save_snapshot()
+    assert [snapshot.seq for snapshot in case.bus.snapshots] == [3]
+
+
+@pytest.mark.parametrize("error", [Fenced("r"), NotFound("r"), RuntimeError("broken"), Unavailable("away")])
+@pytest.mark.usefixtures("retry_at_once")
+async def test_a_snapshot_that_cannot_be_saved_holds_up_no_other(
+    case: Case, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = await Case.make()
+    other.recorder.run = "s"
+    failures = [error] * 3
+
+    async def fail(fence: int, snapshot: Snapshot) -> None:
+        if failures:
+            raise failures.pop()
+
+    case.bus.save_snapshot = fail  # type: ignore[method-assign]
+    for recorder in (case.recorder, other.recorder):
+        case.snapshots.due(recorder)
+    other.recorder.run = "r"
+    await case.save_due()
+    assert len(other.bus.snapshots) == 1
+    assert len(failures) == (0 if isinstance(error, Unavailable) else 2)
+    assert ("no snapshot of run r" in caplog.text) is isinstance(error, RuntimeError)
 
 
 def fold(log: Sequence[dict[str, Any]]) -> RunState:

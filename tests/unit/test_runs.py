@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from agents.base import AgentSpec, Emitter, Task, ToolError
 from agents.events import TERMINAL_EVENTS, Status, StepLimit
-from server.bus.base import Bus, Filter, Frame, RunInfo
+from server.bus.base import Bus, Filter, Frame, RunInfo, Snapshot
 from server.bus.base import Status as RunStatus
 from server.bus.memory import MemoryBus
 from server.config import Settings
@@ -735,13 +735,196 @@ async def test_racing_ends_leave_exactly_one(race: Race) -> None:
         assert log[-1]["result"] == "done"
 
 
-async def test_run_taken_over_by_another_process_is_dropped_here() -> None:
-    talk = anyio.Event()
+# -- Fenced off ----------------------------------------------------------------------------------------------------
+
+
+class Fenceable:
+    """An agent that a test finds in whatever state, with what it did after it was cancelled."""
+
+    def __init__(self, *, deaf: bool = False) -> None:
+        self.here = anyio.Event()
+        self.cleaned = False
+        self._deaf = deaf
+
+    async def __call__(self, task: Task, emit: Emitter) -> None:
+        self.here.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=self._deaf):
+                for _ in range(200):  # more than a channel takes: nobody may be held back by what is not recorded
+                    await emit.send(Status(message="cleaning up"))
+                self.cleaned = True
+                if self._deaf:
+                    await anyio.sleep_forever()
+
+
+class StuckBus(AwayBus):
+    """Takes, for as long as the test wants, neither events of one kind nor snapshots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refuses: bytes = b"nothing"
+        self.holds_snapshots = False
+
+    async def append(self, run: str, fence: int, frames: Sequence[Frame], status: RunStatus) -> None:
+        if any(self.refuses in frame.data for frame in frames):
+            self.refused.set()
+            raise Unavailable("away")
+        await super().append(run, fence, frames, status)
+
+    async def save_snapshot(self, fence: int, snapshot: Snapshot) -> None:
+        if self.holds_snapshots:
+            self.refused.set()
+            await anyio.sleep_forever()
+        await super().save_snapshot(fence, snapshot)
+
+
+@asynccontextmanager
+async def fenceable(
+    monkeypatch: pytest.MonkeyPatch, run: Run, **options: Any
+) -> AsyncIterator[tuple[Host, StuckBus, Callable[[str], Awaitable[list[str]]]]]:
+    """A host that checks its fences often. What is given last claims a run, and gives the names in its log once the
+    host has let go of it."""
+    monkeypatch.setattr("server.ownership.CHECK_EVERY", 0.01)
+    monkeypatch.setattr("server.recorder._RETRY_FIRST", 0.001)
+    monkeypatch.setattr("server.recorder._RETRY_MOST", 0.001)
+    bus = StuckBus()
+    async with hosting(Scripted(run, max_concurrent=1, **options), bus=bus, cancel_grace=0.1) as host:
+
+        async def claimed(run: str) -> list[str]:
+            active = host.runs.active
+            await bus.claim(run)
+            with anyio.fail_after(5):
+                while host.runs.active >= active:
+                    await checkpoint()
+            bus.refuses, bus.holds_snapshots = b"nothing", False
+            return await host.names(run)
+
+        yield host, bus, claimed
+
+
+async def test_an_agent_that_says_nothing_is_cancelled_and_frees_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = Fenceable()
+    async with fenceable(monkeypatch, agent) as (host, _, claimed):
+        run, queued = await host.start(), await host.start()
+        await agent.here.wait()
+        agent.here = anyio.Event()
+        assert await claimed(run) == ["run_queued", "run_start"]
+        assert agent.cleaned
+        assert host.runs.abandoned == 0
+        with anyio.fail_after(5):
+            await agent.here.wait()
+        assert await claimed(queued) == ["run_queued", "run_start"]
+
+
+async def test_an_agent_that_does_not_listen_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = Fenceable(deaf=True)
+    async with fenceable(monkeypatch, agent) as (host, _, claimed):
+        run = await host.start()
+        await agent.here.wait()
+        assert await claimed(run) == ["run_queued", "run_start"]
+        assert agent.cleaned
+        assert host.runs.abandoned == 1
+
+
+async def test_a_queued_run_never_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held()
+    async with fenceable(monkeypatch, held) as (host, _, claimed):
+        first, second, third = [await host.start() for _ in range(3)]
+        await held.until_started()
+        assert await claimed(second) == ["run_queued"]
+        held.go.set()
+        assert (await host.end(third))["event"] == "run_end"
+        assert held.started == [first, third]
+
+
+@pytest.mark.parametrize("refuses", [b'"run_start"', b'"status"', b'"cancel_requested"', b'"run_end"'])
+async def test_a_run_whose_write_waits_for_the_bus_is_let_go(
+    monkeypatch: pytest.MonkeyPatch, refuses: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def talk(task: Task, emit: Emitter) -> None:
+        await emit.send(Status(message="x"))
+        if refuses == b'"cancel_requested"':
+            await anyio.sleep_forever()
+
+    async with fenceable(monkeypatch, talk) as (host, bus, claimed):
+        bus.refuses = refuses
+        run = await host.start()
+        async with anyio.create_task_group() as tasks:
+            if refuses == b'"cancel_requested"':
+
+                async def cancel() -> None:
+                    with pytest.raises(AlreadyFinished):
+                        await host.runs.cancel("ann", run, None)
+
+                await host.until_head(run, 3)
+                tasks.start_soon(cancel)
+            await bus.refused.wait()
+            assert refuses.decode().strip('"') not in await claimed(run)
+    assert [line for line in caplog.messages if "taken over" in line] == [
+        f"run {run}: Fenced: another process has ended or taken over this run; dropped here"
+    ]
+
+
+async def test_a_run_whose_snapshot_is_being_written_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.recorder.SNAPSHOT_GROWTH", 1)
+    agent = Fenceable()
+    async with fenceable(monkeypatch, agent) as (host, bus, claimed):
+        bus.holds_snapshots = True
+        run = await host.start()
+        await bus.refused.wait()
+        assert await claimed(run) in (["run_queued", "run_start"], ["run_queued"])
+
+
+async def test_a_run_that_waits_for_the_history_of_its_thread_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = Fenceable()
+    async with fenceable(monkeypatch, agent) as (host, bus, claimed):
+        bus.no_list = True
+        run = await host.start(thread="t")
+        await bus.refused.wait()
+        assert await claimed(run) == ["run_queued", "run_start"]
+        assert not agent.here.is_set()
+
+
+async def test_an_agent_in_its_grace_after_a_cancellation_writes_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = Fenceable(deaf=True)
+    async with fenceable(monkeypatch, agent) as (host, _, claimed):
+        run = await host.start()
+        await agent.here.wait()
+        await host.runs.cancel("ann", run, None)
+        names = await claimed(run)
+        assert names[:3] == ["run_queued", "run_start", "cancel_requested"]
+        assert not {"run_cancelled", "run_error"} & set(names)
+
+
+async def test_a_run_that_the_bus_wants_verified_is_let_go_if_it_is_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.ownership.CHECK_EVERY", 1_000.0)
+    agent = Fenceable()
+    async with hosting(Scripted(agent), cancel_grace=0.1) as host:
+        run = await host.start()
+        await agent.here.wait()
+        await host.bus.claim(run)
+        await host.bus.send_command(run, {"op": "verify"})
+        with anyio.fail_after(5):
+            while host.runs.active:
+                await checkpoint()
+        assert await host.names(run) == ["run_queued", "run_start"]
+        assert agent.cleaned
+
+
+async def test_a_run_taken_over_by_another_process_finds_out_by_its_next_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.ownership.CHECK_EVERY", 1_000.0)
+    talk, cleaned = anyio.Event(), anyio.Event()
 
     async def talker(task: Task, emit: Emitter) -> None:
         await talk.wait()
         await emit.send(Status(message="x"))
-        await anyio.sleep_forever()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            await checkpoint()
+            cleaned.set()
 
     async with hosting(Scripted(talker)) as host:
         run = await host.start()
@@ -752,6 +935,7 @@ async def test_run_taken_over_by_another_process_is_dropped_here() -> None:
             await checkpoint()
 
         assert await host.names(run) == ["run_queued", "run_start"]
+        assert cleaned.is_set()
 
 
 # -- Threads -------------------------------------------------------------------------------------------------------
@@ -832,3 +1016,18 @@ async def test_stopping_an_idle_host_returns_at_once() -> None:
     async with hosting(Scripted(echo)) as host:
         await host.runs.stop()
         await host.runs.stop()
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+async def test_stopping_waits_for_the_last_snapshots_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, stuck: bool
+) -> None:
+    monkeypatch.setattr("server.runs.SAVING", 0.2)
+    bus = StuckBus()
+    async with hosting(Scripted(forever), bus=bus) as host:
+        run = await host.start()
+        await host.until_head(run, 2)
+        bus.holds_snapshots = stuck
+        await host.runs.stop()
+        assert await host.names(run) == ["run_queued", "run_start", "run_error"]
+        assert (await bus.load_snapshot(run) is None) is stuck

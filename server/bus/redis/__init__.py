@@ -1,7 +1,7 @@
 """The bus of several hubs over one Redis. The only place that knows redis-py.
 
 `lane` is a connection for calls, `listener` the one for news, `scripts` what happens inside Redis. `news`, `feed`,
-`commands` and `workers` build on them, and `bus` puts all together. `check` refuses servers that would not do.
+`pieces`, `commands` and `workers` build on them; `bus` puts all together. `check` refuses servers that will not do.
 """
 
 from server.bus.redis.bus import RedisBus

@@ -3,6 +3,9 @@
 Every write is one script, so it happens wholly or not at all, and may be repeated. After each reconnect `news` and
 `feed` find out what was missed (G2). A Redis that came back empty, or older than it was, is told what it lost by the
 owners of the runs: they are asked to verify after each reconnect, too.
+
+Calls go by three connections, so that none waits for what it has nothing to do with: control (heartbeat, probe, claims,
+commands), which carries nothing large; appends; and reads, which the states of runs share, in pieces.
 """
 
 import logging
@@ -37,6 +40,7 @@ from server.bus.base import (
     Snapshot,
     Status,
     Subscription,
+    check_append,
     new_epoch,
     stamp,
 )
@@ -48,6 +52,7 @@ from server.bus.redis.keys import Keys
 from server.bus.redis.lane import Lane, Script, connections
 from server.bus.redis.listener import Listener
 from server.bus.redis.news import News, Position
+from server.bus.redis.pieces import Pieces
 from server.bus.redis.workers import Workers
 from server.errors import Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
 
@@ -56,8 +61,6 @@ RESTORING = 5.0
 """Seconds that owners get to restore their runs in a Redis that has lost some; until then none is called unknown."""
 INDEXED = 3 * 24 * 3600.0
 """Seconds that a run's id stays in the indices; none lives that much longer than its creation."""
-READ_PATIENCE = 5.0
-"""Seconds for pages and snapshots, which may be large."""
 LIST_CHUNK = 200
 
 CREATE, CLAIM, APPEND, REBASE, READ, SAVE_SNAPSHOT = map(
@@ -85,15 +88,17 @@ class RedisBus:
         self._worker = worker
         self._log_events = log_events
         self._log_bytes = log_bytes
-        self._writes = Lane(connect())
+        self._control = Lane(connect())
+        self._appends = Lane(connect())
         self._reads = Lane(reads)
         self._keys = keys = Keys(prefix, reads.db)
+        self._pieces = Pieces(self._reads, keys)
         self._feed = Feed(self._reads, keys, feed_length)
         self._commands = Commands(self._publish, keys, worker)
         receivers = {keys.commands(worker): self._commands.take, keys.feed_channel: self._feed.take}
         self._listener = Listener(connect, self._publish, keys.probe(worker), receivers, self._catch_up)
         self._news = News(self._listener, self._reads, keys)
-        self._workers = Workers(self._writes, keys, worker)
+        self._workers = Workers(self._control, keys, worker)
         self._owned: dict[str, Position] = {}
         self._restoring_until = 0.0
         self._losses = 0
@@ -101,7 +106,8 @@ class RedisBus:
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         async with anyio.create_task_group() as tasks:
-            for part in (self._writes, self._reads, self._commands, self._listener, self._workers):
+            lanes = (self._control, self._appends, self._reads)
+            for part in (*lanes, self._commands, self._listener, self._workers):
                 tasks.start_soon(part.run)
             await self._listener.connected.wait()
             task_status.started()
@@ -132,7 +138,7 @@ class RedisBus:
 
     async def create(self, new: NewRun) -> Created:
         keys = self._keys
-        answer = await self._writes.script(
+        answer = await self._appends.script(
             CREATE,
             [
                 *keys.log_and_feed(new.run),
@@ -158,15 +164,16 @@ class RedisBus:
 
     async def claim(self, run: str) -> int:
         keys = [self._keys.run(run), self._keys.owned(self._worker), self._keys.workers]
-        answer = await self._writes.script(CLAIM, keys, run, self._worker, self._keys.owned(""))
+        answer = await self._control.script(CLAIM, keys, run, self._worker, self._keys.owned(""))
         self._check(run, answer)
         return int(answer[1])
 
     async def append(self, run: str, fence: int, frames: Sequence[Frame], status: Status) -> None:
+        check_append(frames)
         keys = self._keys
         last = frames[-1]
         content = [part for frame in frames for part in (flags(frame), frame.data)]
-        answer = await self._writes.script(
+        answer = await self._appends.script(
             APPEND,
             [*keys.log(run), keys.active, keys.owned(self._worker)],
             *(run, fence, last.epoch, frames[0].seq, status, time.time() if last.terminal else "", int(TTL)),
@@ -193,16 +200,17 @@ class RedisBus:
             first=Frame(run, epoch, seq, b""),
         )
         run_key, log, feed, counter = keys.log_and_feed(run)
-        answer = await self._writes.script(
+        staged, piece, pieces = await self._pieces.stage(run, fence, epoch, seq, state)
+        answer = await self._appends.script(
             REBASE,
             [
                 *(run_key, log, keys.snapshot(run), *keys.indices(who.agent, who.thread)),
-                *(keys.active, keys.owned(self._worker), keys.workers, feed, counter),
+                *(keys.active, keys.owned(self._worker), keys.workers, feed, counter, staged),
             ],
-            *(run, fence, epoch, seq, state, status, "" if status in ACTIVE else time.time(), int(TTL)),
+            *(run, fence, epoch, seq, piece, status, "" if status in ACTIVE else time.time(), int(TTL)),
             *(keys.news(run), self._worker, int(origin is not None)),
             *(who.agent, who.principal, who.thread or "", who.created),
-            *(announcement(announced), self._feed.entries, keys.feed_channel),
+            *(announcement(announced), self._feed.entries, keys.feed_channel, pieces),
         )
         self._check(run, answer)
         self._own(run, (epoch, seq), status)
@@ -217,28 +225,28 @@ class RedisBus:
 
     async def read(self, run: str, epoch: str, after: int) -> Page | None:
         keys = [self._keys.run(run), self._keys.run_log(run)]
-        answer = await self._reads.script(READ, keys, epoch, after, PAGE_EVENTS, PAGE_BYTES, patience=READ_PATIENCE)
+        answer = await self._reads.script(READ, keys, epoch, after, PAGE_EVENTS, PAGE_BYTES, expects=PAGE_BYTES)
         if answer[0] == b"gap":
             return None
         self._check(run, answer)
         return Page(unpack(run, epoch, answer[2]), int(answer[1]))
 
     async def save_snapshot(self, fence: int, snapshot: Snapshot) -> None:
-        answer = await self._writes.script(
+        run, epoch, seq = snapshot.run, snapshot.epoch, snapshot.seq
+        staged, piece, pieces = await self._pieces.stage(run, fence, epoch, seq, snapshot.state)
+        answer = await self._reads.script(
             SAVE_SNAPSHOT,
-            self._keys.log(snapshot.run),
-            *(fence, snapshot.epoch, snapshot.seq, snapshot.state, self._log_events, self._log_bytes, int(TTL)),
+            [*self._keys.log(run), staged],
+            *(fence, epoch, seq, piece, self._log_events, self._log_bytes, int(TTL), pieces),
         )
         if answer[0] != b"lost":  # the next append will find out, and restore it
-            self._check(snapshot.run, answer)
+            self._check(run, answer)
 
     async def load_snapshot(self, run: str) -> Snapshot | None:
-        key = self._keys.snapshot(run)
-        epoch, seq, state = await self._reads.call("HMGET", key, "epoch", "seq", "state", patience=READ_PATIENCE)
-        if epoch is None:
+        snapshot = await self._pieces.load(run)
+        if snapshot is None:
             await self._known(run)
-            return None
-        return Snapshot(run, epoch.decode(), int(seq), state)
+        return snapshot
 
     # -- News ------------------------------------------------------------------------------------------------------
 
@@ -288,12 +296,12 @@ class RedisBus:
     async def _forget(self, index: str, runs: Sequence[str]) -> None:
         """Take runs out of an index that Redis has let go of, unless they may be restored."""
         if runs and not self._restoring:
-            await self._writes.call("ZREM", index, *runs)
+            await self._reads.call("ZREM", index, *runs)
 
     # -- Commands, workers, health ---------------------------------------------------------------------------------
 
     async def send_command(self, run: str, command: Mapping[str, Any]) -> None:
-        owner = await self._reads.call("HGET", self._keys.run(run), "owner")
+        owner = await self._control.call("HGET", self._keys.run(run), "owner")
         if owner is None:
             await self._known(run)
         await self._commands.send((owner or b"").decode(), run, command)
@@ -303,6 +311,9 @@ class RedisBus:
 
     async def orphans(self, mine: Collection[str]) -> Sequence[str]:
         return await self._workers.orphans(mine, self.degraded)
+
+    async def fenced(self, fences: Mapping[str, int]) -> Collection[str]:
+        return await self._workers.fenced(fences)
 
     async def check(self) -> None:
         await self._listener.probe()
@@ -320,7 +331,7 @@ class RedisBus:
         return self._listener.problem is not None or anyio.current_time() < self._restoring_until
 
     async def _publish(self, channel: str, message: bytes) -> int:
-        receivers: int = await self._writes.call("PUBLISH", channel, message)
+        receivers: int = await self._control.call("PUBLISH", channel, message)
         return receivers
 
     def _own(self, run: str, position: Position, status: Status) -> None:
@@ -351,6 +362,8 @@ class RedisBus:
             case b"ended":
                 self._owned.pop(run, None)
                 raise Ended(run)
+            case b"torn":
+                raise Unavailable("Redis has let go of a state before it was whole; try again")
             case b"mismatch":
                 raise HeadMismatch(run, answer[1].decode(), int(answer[2]))
             case _:

@@ -6,11 +6,16 @@ the feed is to reach back.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from server.bus.base import Announce, Announcement, Registration, Subscription
 from server.bus.redis import codec
 from server.bus.redis.keys import Keys
 from server.bus.redis.lane import Lane
+
+PAGE_ENTRIES = 500
+PAGE_BYTES = 128 * 1024
+"""What so many entries usually take."""
 
 
 class Feed:
@@ -37,12 +42,29 @@ class Feed:
         number, _, run = after.partition(":")
         if not (number.isascii() and number.isdecimal()) or len(number) > 15 or number != str(int(number)):
             return None
-        entries = await self._reads.call("XRANGE", self._keys.feed, f"{number}-0", "+", "COUNT", self.entries)
+        entries = await self._from(number)
+        if entries is None:
+            return None
         if number == "0":
             return codec.announcements(entries) if run == "" and (not entries or entries[0][0] == b"1-0") else None
         if not entries or codec.entry_position(entries[0]) != after:
             return None
         return codec.announcements(entries[1:])
+
+    async def _from(self, number: str) -> list[Any] | None:
+        """The entries from a number on; None if some of them went while they were read."""
+        entries: list[Any] = []
+        start = f"{number}-0"
+        while True:
+            page = await self._reads.call(
+                "XRANGE", self._keys.feed, start, "+", "COUNT", PAGE_ENTRIES, expects=PAGE_BYTES
+            )
+            if entries and page and page[0][0] != b"%d-0" % (_number(entries[-1]) + 1):
+                return None
+            entries += page
+            if len(page) < PAGE_ENTRIES:
+                return entries
+            start = f"({page[-1][0].decode()}"
 
     def take(self, message: bytes) -> None:
         """What was published on the feed's channel."""
@@ -72,3 +94,7 @@ class Feed:
         for token, announce in list(self._watchers.items()):
             if token in self._watchers:  # one may end another's watch
                 announce(announcement)
+
+
+def _number(entry: Any) -> int:
+    return int(entry[0].partition(b"-")[0])

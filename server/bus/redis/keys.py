@@ -25,6 +25,10 @@ class Keys:
     def snapshot(self, run: str) -> str:
         return f"{self._prefix}:snap:{run}"
 
+    def staged(self, run: str, epoch: str, seq: int) -> str:
+        """Where a large snapshot is put together."""
+        return f"{self._prefix}:snap:{run}:{epoch}:{seq}"
+
     def log(self, run: str) -> tuple[str, str, str]:
         return self.run(run), self.run_log(run), self.snapshot(run)
 

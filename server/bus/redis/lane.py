@@ -30,11 +30,14 @@ from server.errors import Unavailable
 PATIENCE = 0.95
 """Seconds until a call is given up."""
 EXCHANGE_TIMEOUT = 0.8
-"""Seconds for a round trip, connecting included, after which the connection is thrown away. Both get longer by what is
-sent, at `SLOWEST` bytes per second."""
-SLOWEST = 1024 * 1024
+"""Seconds without an answer, connecting included, after which the connection is thrown away. Both get longer by what is
+sent and what may be answered, at `SLOWEST` bytes per second."""
+SLOWEST = 128 * 1024
 BATCH_CALLS = 64
-BATCH_BYTES = 4 * 1024 * 1024
+BATCH_BYTES = 1024 * 1024
+"""What calls that share a round trip send and may be answered, at most; a larger one has it for itself."""
+LARGE = 32 * 1024
+"""Calls that carry more share no round trip with smaller ones, which would wait for them."""
 CHUNK_CALLS = 512
 """Commands that share one patience: a hub may ask for thousands of runs at once, which takes its time."""
 
@@ -76,19 +79,33 @@ class Script:
 class _Call:
     command: tuple[Argument, ...]
     script: Script | None = None
-    size: int = 0
-    patience: float = PATIENCE
+    expects: int = 0
+    size: int = field(init=False)
+    weight: int = field(init=False)
     answer: Any = None
     done: anyio.Event = field(default_factory=anyio.Event)
     given_up: bool = False
 
+    def __post_init__(self) -> None:
+        self.size = sum(len(part) for part in self.command if isinstance(part, str | bytes))
+        self.weight = self.size + self.expects
+
+    @property
+    def transfer(self) -> float:
+        """Seconds that it may take to carry the call and its answer."""
+        return self.weight / SLOWEST
+
 
 class Lane:
-    """Sends calls, in order, and gives their answers. `run` must be running meanwhile."""
+    """Sends calls and gives their answers. Small and large ones take turns, each kind in order. `run` must be running
+    meanwhile.
+    """
 
     def __init__(self, connection: AbstractConnection) -> None:
         self._connection = connection
-        self._waiting: deque[_Call] = deque()
+        self._small: deque[_Call] = deque()
+        self._large: deque[_Call] = deque()
+        self._next, self._other = self._small, self._large
         self._arrived = anyio.Event()
 
     async def run(self) -> None:
@@ -103,12 +120,13 @@ class Lane:
             with anyio.CancelScope(shield=True):
                 await self._connection.disconnect(nowait=True)
 
-    async def call(self, *command: Argument, patience: float = PATIENCE) -> Any:
-        """The answer to one command: bytes, a number, a list of such, or None.
+    async def call(self, *command: Argument, expects: int = 0) -> Any:
+        """The answer to one command: bytes, a number, a list of such, or None. `expects` is how many bytes it may take,
+        where that is many.
 
         :raises Unavailable: there is none in time, or Redis refuses at the moment.
         """
-        (answer,) = await self._answers([_Call(command, patience=patience)])
+        (answer,) = await self._answers([_Call(command, expects=expects)])
         return answer
 
     async def calls(self, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
@@ -118,18 +136,17 @@ class Lane:
             answers += await self._answers([_Call(command) for command in commands[start : start + CHUNK_CALLS]])
         return answers
 
-    async def script(self, script: Script, keys: Sequence[str], *args: Argument, patience: float = PATIENCE) -> Any:
-        """The answer of a script. Raises as `call`."""
-        command = ("EVALSHA", script.sha, len(keys), *keys, *args)
-        size = sum(len(arg) for arg in args if isinstance(arg, str | bytes))
-        (answer,) = await self._answers([_Call(command, script, size, patience + size / SLOWEST)])
+    async def script(self, script: Script, keys: Sequence[str], *args: Argument, expects: int = 0) -> Any:
+        """The answer of a script. As `call`."""
+        (answer,) = await self._answers([_Call(("EVALSHA", script.sha, len(keys), *keys, *args), script, expects)])
         return answer
 
     async def _answers(self, calls: list[_Call]) -> list[Any]:
-        self._waiting.extend(calls)
+        for call in calls:
+            (self._large if call.weight > LARGE else self._small).append(call)
         self._arrived.set()
         try:
-            with anyio.move_on_after(max((call.patience for call in calls), default=0.0)):
+            with anyio.move_on_after(PATIENCE + max((call.transfer for call in calls), default=0.0)):
                 for call in calls:
                     await call.done.wait()
                     if isinstance(call.answer, Exception):
@@ -141,22 +158,14 @@ class Lane:
         raise Unavailable("Redis does not answer; try again")
 
     def _next_batch(self) -> list[_Call]:
-        batch: list[_Call] = []
-        size = 0
-        while self._waiting and len(batch) < BATCH_CALLS and size < BATCH_BYTES:
-            call = self._waiting.popleft()
-            if not call.given_up:
-                batch.append(call)
-                size += call.size
-        return batch
+        self._next, self._other = self._other, self._next
+        return _take(self._next) or _take(self._other)
 
     async def _exchange(self, batch: list[_Call]) -> None:
-        patience = max(call.patience for call in batch) - PATIENCE + EXCHANGE_TIMEOUT
         try:
-            with anyio.fail_after(patience + sum(call.size for call in batch) / SLOWEST):
-                unknown = await self._round_trip(batch)
-                if unknown:  # a Redis that has just started, or was told to forget scripts
-                    await self._round_trip(unknown, whole_scripts=True)
+            unknown = await self._round_trip(batch)
+            if unknown:  # a Redis that has just started, or was told to forget scripts
+                await self._round_trip(unknown, whole_scripts=True)
         except (RedisError, OSError, TimeoutError) as error:
             await self._connection.disconnect(nowait=True)
             self._fail(batch, f"Redis is away ({reason(error)}); try again")
@@ -164,20 +173,22 @@ class Lane:
     async def _round_trip(self, batch: list[_Call], *, whole_scripts: bool = False) -> list[_Call]:
         """Send calls and take their answers. Gives those whose script Redis does not know."""
         commands = [_with_source(call) if whole_scripts else call.command for call in batch]
-        await self._connection.send_packed_command(self._connection.pack_commands(commands), check_health=False)
         unknown, refused = [], False
-        for call in batch:
-            try:
-                call.answer = await self._connection.read_response(timeout=float("inf"))
-            except NoScriptError:
-                unknown.append(call)
-                continue
-            except BusyLoadingError:
-                raise  # it will say so to every call
-            except ResponseError as error:
-                call.answer = refusal(error)
-                refused = True
-            call.done.set()
+        with anyio.fail_after(EXCHANGE_TIMEOUT + sum(call.size for call in batch) / SLOWEST) as patience:
+            await self._connection.send_packed_command(self._connection.pack_commands(commands), check_health=False)
+            for call in batch:
+                patience.deadline = anyio.current_time() + EXCHANGE_TIMEOUT + call.transfer
+                try:
+                    call.answer = await self._connection.read_response(timeout=float("inf"))
+                except NoScriptError:
+                    unknown.append(call)
+                    continue
+                except BusyLoadingError:
+                    raise  # it will say so to every call
+                except ResponseError as error:
+                    call.answer = refusal(error)
+                    refused = True
+                call.done.set()
         if refused:  # perhaps a replica by now: the next connection may lead to the primary
             await self._connection.disconnect(nowait=True)
         return unknown
@@ -187,6 +198,21 @@ class Lane:
             if not call.done.is_set():
                 call.answer = Unavailable(message)
                 call.done.set()
+
+
+def _take(waiting: deque[_Call]) -> list[_Call]:
+    """As many calls as share a round trip."""
+    batch: list[_Call] = []
+    weight = 0
+    while waiting and len(batch) < BATCH_CALLS:
+        call = waiting[0]
+        if not call.given_up:
+            weight += call.weight
+            if batch and weight > BATCH_BYTES:
+                break
+            batch.append(call)
+        waiting.popleft()
+    return batch
 
 
 def _with_source(call: _Call) -> tuple[Argument, ...]:

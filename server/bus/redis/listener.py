@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from itertools import islice
 
 import anyio
 from redis.asyncio.connection import AbstractConnection
@@ -187,8 +188,9 @@ class Listener:
             self.probes += 1
             with suppress(Unavailable):  # late, perhaps: whether probes arrive is watched
                 await self._publish(self._probe_channel, b"%d" % self.probes)
-            if self._stale:
-                stale, self._stale = self._stale, set()
+            stale = list(islice(self._stale, SUBSCRIBE_BATCH))
+            if stale:
+                self._stale.difference_update(stale)
                 await connection.send_command("UNSUBSCRIBE", *stale, check_health=False)
             await anyio.sleep(PROBE_EVERY)
 

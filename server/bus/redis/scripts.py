@@ -5,6 +5,9 @@ A run takes three keys: `run:<id>`, a hash (what `RunInfo` says, and fence, owne
 stream whose ids are `<seq>-0`, so that Redis itself refuses to repeat a seq; and `snap:<id>`, a hash. They live until
 `TTL` seconds after the last append. The sorted sets (all with score 0, so by id, which is by creation) index them.
 
+A snapshot is `epoch`, `seq`, the first piece of the state as `state`, and the others by their number; there are
+`pieces` of them. All but the first are staged, one by one, in a key of their own, which then becomes the snapshot.
+
 Frames leave in the form of `pack`: for each its seq, flags and length (12 bytes, big endian), then its bytes.
 """
 
@@ -93,10 +96,35 @@ return {'ok'}
 """
 )
 
-REBASE = """
--- KEYS: run, log, snap, runs, runs of the agent, runs of the thread, active, owned, workers, feed, feed counter
+_KEEP = """
+local function torn(staged, pieces)
+  return tonumber(pieces) > 1 and redis.call('HLEN', staged) ~= tonumber(pieces) - 1
+end
+local function keep(snap, staged, epoch, seq, state, pieces, ttl)
+  local former = tonumber(redis.call('HGET', snap, 'pieces') or 1)
+  if tonumber(pieces) > 1 then redis.call('RENAME', staged, snap) end
+  redis.call('HSET', snap, 'epoch', epoch, 'seq', seq, 'state', state, 'pieces', pieces)  -- a full Redis refuses this
+  for i = tonumber(pieces), former - 1 do redis.call('HDEL', snap, i) end
+  redis.call('EXPIRE', snap, ttl)
+end
+"""
+
+STAGE = """
+-- KEYS: run, staged. ARGV: fence, number of the piece, piece, ttl
+local fence = redis.call('HGET', KEYS[1], 'fence')
+if fence and fence ~= ARGV[1] then return {'fenced'} end
+redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
+redis.call('EXPIRE', KEYS[2], ARGV[4])
+return {'ok'}
+"""
+
+REBASE = (
+    _KEEP
+    + """
+-- KEYS: run, log, snap, runs, runs of the agent, runs of the thread, active, owned, workers, feed, feed counter, staged
 -- ARGV: run, fence, new epoch, seq, state, status, ended or '', ttl, channel, owner, may create,
---       agent, principal, thread, created, announcement, feed length, feed channel
+--       agent, principal, thread, created, announcement, feed length, feed channel, pieces
+if torn(KEYS[12], ARGV[19]) then return {'torn'} end
 local meta = redis.call('HMGET', KEYS[1], 'fence', 'ended', 'head')
 if meta[1] then
   if meta[1] ~= ARGV[2] then return {'fenced'} end
@@ -115,9 +143,8 @@ else
 end
 redis.call('DEL', KEYS[2])
 redis.call('HSET', KEYS[1], 'epoch', ARGV[3], 'head', ARGV[4], 'status', ARGV[6], 'bytes', 0)
-redis.call('HSET', KEYS[3], 'epoch', ARGV[3], 'seq', ARGV[4], 'state', ARGV[5])
+keep(KEYS[3], KEYS[12], ARGV[3], ARGV[4], ARGV[5], ARGV[19], ARGV[8])
 redis.call('EXPIRE', KEYS[1], ARGV[8])
-redis.call('EXPIRE', KEYS[3], ARGV[8])
 if ARGV[7] ~= '' then
   redis.call('HSET', KEYS[1], 'ended', ARGV[7])
   redis.call('ZREM', KEYS[7], ARGV[1])
@@ -126,6 +153,7 @@ end
 redis.call('PUBLISH', ARGV[9], 'H' .. ARGV[3] .. ' ' .. ARGV[4] .. (ARGV[7] ~= '' and ' ended' or ''))
 return {'ok'}
 """
+)
 
 READ = (
     _PACK
@@ -152,21 +180,23 @@ return {'page', head, table.concat(page)}
 """
 )
 
-SAVE_SNAPSHOT = """
--- KEYS: run, log, snap. ARGV: fence, epoch, seq, state, most events, most bytes, ttl
+SAVE_SNAPSHOT = (
+    _KEEP
+    + """
+-- KEYS: run, log, snap, staged. ARGV: fence, epoch, seq, state, most events, most bytes, ttl, pieces
 local meta = redis.call('HMGET', KEYS[1], 'fence', 'epoch', 'bytes')
 if not meta[1] then return {'lost'} end
 if meta[1] ~= ARGV[1] then return {'fenced'} end
 if meta[2] ~= ARGV[2] then return {'ok'} end
 local saved = redis.call('HMGET', KEYS[3], 'epoch', 'seq')
 if saved[1] == ARGV[2] and tonumber(saved[2]) > tonumber(ARGV[3]) then return {'ok'} end
-redis.call('HSET', KEYS[3], 'epoch', ARGV[2], 'seq', ARGV[3], 'state', ARGV[4])
-redis.call('EXPIRE', KEYS[3], ARGV[7])
+if torn(KEYS[4], ARGV[8]) then return {'torn'} end
+keep(KEYS[3], KEYS[4], ARGV[2], ARGV[3], ARGV[4], ARGV[8], ARGV[7])
 local covered, most, most_bytes = tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local length, bytes, start, keep = redis.call('XLEN', KEYS[2]), tonumber(meta[3]), '-', nil
 local going = true
 while going and (length > most or bytes > most_bytes) do
-  local entries = redis.call('XRANGE', KEYS[2], start, '+', 'COUNT', 100)
+  local entries = redis.call('XRANGE', KEYS[2], start, '+', 'COUNT', 20)
   going = #entries > 0
   for _, entry in ipairs(entries) do
     local seq = tonumber(string.match(entry[1], '^(%d+)'))
@@ -185,6 +215,7 @@ if keep then
 end
 return {'ok'}
 """
+)
 
 ORPHANS = """
 -- KEYS: workers. ARGV: prefix of heartbeat keys, prefix of owned keys, most runs, prefix of run keys
@@ -204,6 +235,16 @@ for _, worker in ipairs(redis.call('SMEMBERS', KEYS[1])) do
     runs = runs + #owned
     found[#found + 1] = {worker, owned}
   end
+end
+return found
+"""
+
+FENCED = """
+-- ARGV: prefix of run keys, then run and fence of each. Gives the runs that are there under another fence.
+local found = {}
+for i = 2, #ARGV, 2 do
+  local fence = redis.call('HGET', ARGV[1] .. ARGV[i], 'fence')
+  if fence and fence ~= ARGV[i + 1] then found[#found + 1] = ARGV[i] end
 end
 return found
 """

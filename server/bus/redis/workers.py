@@ -6,7 +6,8 @@ checks in a row counts, and checks start anew after any trouble of this process 
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 
 import anyio
 
@@ -23,7 +24,9 @@ SETTLE = 5.0
 """Seconds after trouble with Redis in which nobody is taken for gone: others may be slower to come back."""
 MOST_ORPHANS = 200
 
-ORPHANS = Script(scripts.ORPHANS)
+FENCES_CHUNK = 1_000
+
+ORPHANS, FENCED = Script(scripts.ORPHANS), Script(scripts.FENCED)
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,15 @@ class Workers:
         runs |= {run.decode() for run in own} - set(mine)
         self._seen = Counter({run: self._seen[run] + 1 for run in runs})
         return [run for run, times in self._seen.items() if times >= CHECKS]
+
+    async def fenced(self, fences: Mapping[str, int]) -> Sequence[str]:
+        """See `Bus.fenced`."""
+        found: list[str] = []
+        owned = iter(fences.items())
+        while chunk := [part for item in islice(owned, FENCES_CHUNK) for part in item]:
+            answer = await self._lane.script(FENCED, [], self._keys.run(""), *chunk)
+            found += (run.decode() for run in answer)
+        return found
 
     def _unsettle(self) -> None:
         self._seen.clear()

@@ -1,0 +1,70 @@
+"""The states of runs, which may take megabytes, in pieces: other calls on the same connection go between them.
+
+A piece that comes late, or twice, does no harm: where a state is staged is named by its epoch and seq, and so always
+gets the same bytes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from server.bus.base import Snapshot
+from server.bus.redis import scripts
+from server.bus.redis.keys import Keys
+from server.bus.redis.lane import Lane, Script
+from server.errors import Fenced, Unavailable
+
+PIECE_BYTES = 128 * 1024
+STAGED_TTL = 60
+"""Seconds after the last piece that a state waits to become a snapshot."""
+_ATTEMPTS = 3
+
+STAGE = Script(scripts.STAGE)
+
+
+class Pieces:
+    """Writes and reads states."""
+
+    def __init__(self, lane: Lane, keys: Keys) -> None:
+        self._lane = lane
+        self._keys = keys
+
+    async def stage(self, run: str, fence: int, epoch: str, seq: int, state: bytes) -> tuple[str, bytes, int]:
+        """Bring all but the first piece of a state to Redis. Gives their key, the first piece, which goes with the
+        write that makes a snapshot of them, and the number of all.
+
+        :raises Fenced: another owner has claimed the run.
+        :raises Unavailable: Redis is away.
+        """
+        staged = self._keys.staged(run, epoch, seq)
+        starts = range(PIECE_BYTES, len(state), PIECE_BYTES)
+        for number, start in enumerate(starts, 1):
+            keys, piece = [self._keys.run(run), staged], state[start : start + PIECE_BYTES]
+            (answer,) = await self._lane.script(STAGE, keys, fence, number, piece, STAGED_TTL)
+            if answer == b"fenced":
+                raise Fenced(run)
+        return staged, state[:PIECE_BYTES], 1 + len(starts)
+
+    async def load(self, run: str) -> Snapshot | None:
+        """The snapshot of a run, if it has one.
+
+        :raises Unavailable: Redis is away, or the snapshot is replaced faster than it can be read.
+        """
+        for _ in range(_ATTEMPTS):
+            epoch, seq, count, state = await self._read(run, "pieces", "state")
+            if epoch is None:
+                return None
+            pieces = [state]
+            for number in range(1, int(count or 1)):
+                *position, piece = await self._read(run, number)
+                if position != [epoch, seq]:
+                    break
+                pieces.append(piece)
+            else:
+                return Snapshot(run, epoch.decode(), int(seq), b"".join(pieces))
+        raise Unavailable("the run's snapshot is being replaced; try again")
+
+    async def _read(self, run: str, *fields: str | int) -> Sequence[Any]:
+        """Epoch, seq and fields of a snapshot."""
+        snapshot = self._keys.snapshot(run)
+        answer: Sequence[Any] = await self._lane.call("HMGET", snapshot, "epoch", "seq", *fields, expects=PIECE_BYTES)
+        return answer

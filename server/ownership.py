@@ -1,0 +1,58 @@
+"""Which process a run belongs to, when processes stop or die (G7): each ends the runs that nobody executes any more,
+and lets go of its own that another process has claimed.
+
+Nothing here may know how agents are executed.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+
+import anyio
+
+from agents.events import RunError, RunFailure
+from server.bus.base import Bus
+from server.errors import LogError, NotFound, Unavailable
+from server.recorder import Recorder, Snapshots
+from server.slots import ActiveRun
+
+CHECK_EVERY = 1.0
+"""Seconds between two checks, of either kind."""
+
+_WORKER_LOST = RunFailure(
+    code="worker_lost", message="the process that executed this run is gone; start again", retryable=True
+)
+
+logger = logging.getLogger(__name__)
+
+
+async def end_orphans(bus: Bus, mine: Mapping[str, ActiveRun], snapshots: Snapshots) -> None:
+    """End the runs whose process is gone, until cancelled."""
+    unreadable: set[str] = set()
+    while True:
+        await anyio.sleep(CHECK_EVERY)
+        for id in set(await bus.orphans(mine)) - unreadable:
+            try:
+                recorder = await Recorder.take_over(bus, id, snapshots)
+                logger.warning("run %s was left without a process: ended", id)
+                now = time.time()
+                since = recorder.state.document.get("started", now)
+                await recorder.record(now, RunError(error=_WORKER_LOST, duration=max(0.0, now - since)))
+            except (LogError, NotFound, Unavailable) as error:
+                logger.info("run %s is left to others: %s", id, error)
+            except Exception:  # as of a log that this version cannot read: no reason for a hub to go down
+                logger.exception("run %s was left without a process, and cannot be ended", id)
+                unreadable.add(id)
+
+
+async def watch_fences(bus: Bus, mine: Mapping[str, ActiveRun]) -> None:
+    """Fence off the runs that another process has claimed, until cancelled. Not all would find out by themselves: an
+    agent may have nothing to record for hours."""
+    while True:
+        await anyio.sleep(CHECK_EVERY)
+        fences = {id: run.recorder.fence for id, run in mine.items() if run.recorder.fence}
+        with suppress(Unavailable):  # the next check asks again
+            for id in await bus.fenced(fences) if fences else ():
+                if id in mine:
+                    mine[id].fence_off()
