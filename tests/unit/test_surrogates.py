@@ -37,7 +37,7 @@ from server import recorder as module
 from server.bus.base import NewRun, Origin
 from server.bus.memory import MemoryBus
 from server.client import Run
-from server.recorder import Recorder
+from server.recorder import Recorder, Snapshots
 from server.state import RunState
 from tests.support.agents import agent
 from tests.support.hub import open_hub
@@ -279,7 +279,7 @@ async def test_a_real_provider_may_split_pairs_and_send_halves() -> None:
 @asynccontextmanager
 async def recording() -> AsyncIterator[tuple[Channel, MemoryBus]]:
     bus, channel = MemoryBus(), Channel()
-    recorder = Recorder(bus, "r", Origin("echo", "ann", None, 1.0), "e", fence=1)
+    recorder = Recorder(bus, "r", Origin("echo", "ann", None, 1.0), "e", fence=1, snapshots=Snapshots())
     first = recorder.first_frame(1.0, RunQueued(epoch="e", input={}))
     await bus.create(NewRun(run="r", epoch="e", agent="echo", principal="ann", thread=None, created=1.0, first=first))
     with anyio.fail_after(10):
