@@ -31,6 +31,7 @@ from agents.streaming.carrying import carrying
 from agents.streaming.drop_in import streamify
 from agents.streaming.dspy_calls import is_async
 from agents.streaming.nodes import NodeSpan, node_span, tell_step_limit
+from agents.streaming.patch import install
 from agents.streaming.program import EMITTER_SETTING, Outcome, add_cost, can_retract, current_span, run_program
 from agents.streaming.stream import Stream, StreamError
 from agents.streaming.typed import EventStream, stream_events
@@ -46,6 +47,7 @@ __all__ = [
     "can_retract",
     "carrying",
     "current_span",
+    "install",
     "is_async",
     "node_span",
     "run_program",

@@ -6,14 +6,18 @@ uses `sync_send_to_stream`, which on the event loop blocks the loop until a cons
 Both are replaced by functions that hand chunks of our own streams over directly, and that do for everybody else's what
 DSPy does. The LM and its engines are not touched.
 
-Replaced, when the first stream is opened and once in a process: the name `anyio` in `dspy.clients.execution` and in
-`dspy.clients.lm` (LiteLLM's calls), and `sync_send_to_stream` in `dspy.streaming.messages`. Only in versions of DSPy
-that this was tested with. In others a warning says so, once, and what DSPy cannot do by itself is not done: LM calls
-outside of anyio's worker threads give their text whole.
+One public method is replaced as well, in any version: `Predict.aforward`. An LM that has no asynchronous side cannot be
+awaited; here the predictor then does on a thread what it does when it is called synchronously.
+
+Replaced, when the first stream is opened or graph is run, and once in a process: the name `anyio` in
+`dspy.clients.execution` and in `dspy.clients.lm` (LiteLLM's calls), and `sync_send_to_stream` in
+`dspy.streaming.messages`. Only in versions of DSPy that this was tested with. In others a warning says so, once, and
+what DSPy cannot do by itself is not done: LM calls outside of anyio's worker threads give their text whole.
 """
 
 import asyncio
 import contextvars
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -44,6 +48,7 @@ _warned = False
 def install() -> bool:
     """Replace the names, if that was not yet done and DSPy is of a tested version; whether they are replaced now."""
     global _warned
+    _replace_aforward()
     from dspy.clients import execution, lm
     from dspy.streaming import messages
 
@@ -68,6 +73,25 @@ def install() -> bool:
 def reaches_stream() -> bool:
     """Whether a synchronous LM call of this thread can hand over chunks."""
     return install() or _is_worker_thread()
+
+
+@functools.cache
+def _replace_aforward() -> None:
+    dspy.Predict.aforward = _on_a_thread_if_synchronous(dspy.Predict.aforward)
+
+
+def _on_a_thread_if_synchronous(aforward: Callable[..., Any]) -> Callable[..., Any]:
+    """`Predict.aforward` that calls an LM without an asynchronous side on a thread."""
+    from agents.streaming.dspy_calls import call_in_thread, can_be_awaited  # which need this module
+
+    @functools.wraps(aforward)
+    async def call(predictor: Any, /, **inputs: Any) -> Any:
+        lm = inputs.get("lm", predictor.lm) or dspy.settings.lm
+        if can_be_awaited(lm) and can_be_awaited(getattr(dspy.settings.adapter, "extraction_model", None)):
+            return await aforward(predictor, **inputs)
+        return await call_in_thread(functools.partial(dspy.Predict.forward, predictor, **inputs), "LM call")
+
+    return call
 
 
 class _Anyio:

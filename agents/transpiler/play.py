@@ -26,7 +26,7 @@ from agents.graph.errors import (
 )
 from agents.graph.flow import Flow, Step
 from agents.graph.state import State, View
-from agents.streaming import NodeSpan, node_span, tell_step_limit
+from agents.streaming import NodeSpan, install, node_span, tell_step_limit
 from agents.threads import in_thread
 from agents.transpiler.asking import asker, parts_of, retries_of
 from agents.transpiler.attempts import settle
@@ -52,6 +52,7 @@ class Play:
 
         :raises Exception: what the first node to fail raised, as it is; the others are cancelled.
         """
+        install()
         async with anyio.create_task_group() as group:
             self._group = group
             self._start(self._flow.begin())
