@@ -27,6 +27,7 @@ from pydantic.fields import FieldInfo
 from agents.base import ToolError, public_message
 from agents.current import emit_event, status
 from agents.events import StepLimit
+from agents.history import told_as_text
 from agents.mcp import TOOLS_AT_ONCE, McpServer, told_apart
 from agents.observations import observed
 from agents.threads import in_thread
@@ -148,6 +149,20 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
         if extended is None or any(old is not new for old, new in zip(extended[0], made_of, strict=True)):
             extended = self._extended = made_of, await _extended(self.tools, self.react.signature, listings)
         return extended[1]
+
+    def _call_with_potential_trajectory_truncation(self, module: Any, trajectory: Any, **inputs: Any) -> Any:
+        return super()._call_with_potential_trajectory_truncation(module, trajectory, **self._told(module, inputs))
+
+    async def _async_call_with_potential_trajectory_truncation(
+        self, module: Any, trajectory: Any, **inputs: Any
+    ) -> Any:
+        told = self._told(module, inputs)
+        return await super()._async_call_with_potential_trajectory_truncation(module, trajectory, **told)
+
+    def _told(self, module: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs` for `module`, in which a conversation is text where the module is a step of the loop: DSPy would
+        show of it what fits a step's fields, and thus no answers."""
+        return told_as_text(inputs, self.signature, module.signature) if module is self.react else inputs
 
     def _format_trajectory(self, trajectory: dict[str, Any]) -> Any:
         """As DSPy's own does it for the Chat adapter, without building a signature of all fields for each step: that

@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import enum
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -29,6 +30,7 @@ COUNT_BYTES = 4 * VALUE_BYTES
 take the time that the bound is there to save."""
 
 HEAD_CHARS = 1_000
+_MARK = re.compile(r"… \[cut, \d+ characters in all\]\Z")
 _MAX_DEPTH = 64
 _INT64 = 2**63
 _ITEM = 8
@@ -65,6 +67,11 @@ def cut_text(text: str, limit: int = VALUE_BYTES) -> str:
     while head and (size := text_bytes(head)) > room:
         head = head[: max(0, min(len(head) - 1, len(head) * room // size))]
     return head + mark
+
+
+def was_cut(value: Any) -> bool:
+    """Whether `value` is a text that `cut_text` has cut."""
+    return isinstance(value, str) and _MARK.search(value) is not None
 
 
 def plain(value: Any, limit: int = VALUE_BYTES, other: "Callable[[Any], str] | None" = None) -> Any:

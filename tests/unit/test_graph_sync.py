@@ -14,11 +14,11 @@ from pydantic import BaseModel
 
 from agents import END, AgentTranspiler, Graph, Reducer, StatefulNode
 from agents.base import Task
+from agents.contract import module_contract
 from agents.current import emitting
 from agents.events import LmEnd, LmStart, MessageEnd, NodeEnd, ToolEnd, ValidationFailed
 from agents.react import react_agent
 from agents.registry import Registry
-from agents.registry.schema import module_contract
 from agents.streaming import run_program, stream_events, streamify
 from agents.streaming.dspy_calls import can_be_awaited
 from tests.support.graphs import Script, Text, Topic, events_of, node, of, program_of, told
@@ -281,6 +281,7 @@ async def test_programs_run_as_agents_and_in_streams(make: Callable[[Reply], Any
         assert result["text"] == "hi"
         async with stream_events(program, {"topic": "x"}) as events:
             streamed = [event async for event in events]
+        assert events.outcome is not None
         assert events.outcome.prediction.text == "hi"
         items = [item async for item in streamify(program)(topic="x")]
         assert items[-1].text == "hi"
