@@ -72,9 +72,13 @@ def read_media(annotation: Any, value: Any) -> Any:
 
 
 def _first_changed(parts: tuple[Any, ...], value: Any) -> Any:
-    if isinstance(value, str) and str in parts:
+    if isinstance(value, str) and (str in parts or (_is_other_data(value) and {dspy.Audio, dspy.File} & {*parts})):
         return value
     return next((new for part in parts if (new := read_media(part, value)) != value), value)
+
+
+def _is_other_data(text: str) -> bool:
+    return text.startswith("data:") and not text.startswith("data:image/")
 
 
 def _mapping(annotation: Any, origin: Any, parts: tuple[Any, ...], value: Mapping[Any, Any]) -> Any:
