@@ -86,11 +86,14 @@ def failure_of(error: BaseException) -> RunFailure:
     return RunFailure(code=code, message=f"{model}: {_TEXTS[code](error)}", retryable=code in RETRYABLE, node=node)
 
 
-def cancels_itself(error: BaseException) -> bool:
-    """Whether `error`, just raised here, is a cancellation that nobody has asked this task for: that of a library's own
-    timeout, or of other work that was waited for. It is a failure like any other, and does not end the run."""
+def is_failure(error: BaseException) -> bool:
+    """Whether `error`, just raised here, is a failure of what raised it, and not the end of the run.
+
+    So is a cancellation that nobody has asked this task for: that of a library's own timeout, or of other work that
+    was waited for. And so is `sys.exit()`.
+    """
     if not isinstance(error, asyncio.CancelledError):
-        return False
+        return isinstance(error, Exception | SystemExit)
     try:
         task = asyncio.current_task()
     except RuntimeError:  # in a thread, which no cancellation reaches

@@ -17,7 +17,7 @@ from typing import Any
 from dspy.adapters.types.base_type import Type as CustomType
 
 from agents.base import ToolError, public_message, redact
-from agents.failures import cancels_itself
+from agents.failures import is_failure
 from agents.values import COUNT_BYTES, plain
 
 _JSON_LISTS = (tuple, set, frozenset, deque)
@@ -52,12 +52,13 @@ def observed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
-    """Make a `ToolError` of what would end the run, though nobody has asked for it: a cancellation from inside (see
-    `failures.cancels_itself`), or `sys.exit()`."""
+    """Make a `ToolError` of a failure that would end the run, as it is no `Exception`; see `failures.is_failure`."""
     try:
         yield
+    except Exception:
+        raise
     except BaseException as error:
-        if isinstance(error, SystemExit) or cancels_itself(error):
+        if is_failure(error):
             raise ToolError(public_message(error)) from error
         raise
 

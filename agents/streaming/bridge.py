@@ -16,11 +16,8 @@ import dspy
 from dspy.utils.callback import BaseCallback
 
 from agents.base import Stopped
-from agents.streaming.patch import install
+from agents.streaming.patch import RUN_SETTING, install
 from agents.streaming.sink import Sink
-
-_SETTING = "agentcast_run"
-"""Key of the innermost bridge in DSPy's settings, which DSPy also carries into the threads of `dspy.Parallel`."""
 
 
 class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
@@ -47,7 +44,7 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
         :raises Exception: whatever the program raises, as it is.
         """
         install()
-        own = {"callbacks": [*dspy.settings.callbacks, self], "send_stream": self.sink, _SETTING: self}
+        own = {"callbacks": [*dspy.settings.callbacks, self], "send_stream": self.sink, RUN_SETTING: self}
         try:
             with dspy.context(**own, **settings):
                 return await call()
@@ -59,7 +56,7 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
     @property
     def is_innermost(self) -> bool:
         """Whether the calling code is in this run, and not in another one that goes on inside it."""
-        return dspy.settings.get(_SETTING) is self
+        return dspy.settings.get(RUN_SETTING) is self
 
     # -- Ending ----------------------------------------------------------------------------------------------------
 
@@ -120,7 +117,7 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
 
 def innermost() -> Any:
     """The bridge of the run that the calling code is in, or None."""
-    return dspy.settings.get(_SETTING)
+    return dspy.settings.get(RUN_SETTING)
 
 
 def wait_in_thread(seconds: float) -> None:

@@ -6,8 +6,9 @@ uses `sync_send_to_stream`, which on the event loop blocks the loop until a cons
 Both are replaced by functions that hand chunks of our own streams over directly, and that do for everybody else's what
 DSPy does. The LM and its engines are not touched.
 
-One public method is replaced as well, in any version: `Predict.aforward`. An LM that has no asynchronous side cannot be
-awaited; here the predictor then does on a thread what it does when it is called synchronously.
+Public methods are replaced as well, in any version. `Predict.aforward`: an LM that has no asynchronous side cannot be
+awaited; here the predictor then does on a thread what it does when it is called synchronously. `Tool.acall` and
+`Tool.__call__`, in runs: a tool that cancels itself fails, whatever module calls it, and does not end the program.
 
 Replaced, when the first stream is opened or graph is run, and once in a process: the name `anyio` in
 `dspy.clients.execution` and in `dspy.clients.lm` (LiteLLM's calls), and `sync_send_to_stream` in
@@ -21,7 +22,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import anyio
@@ -30,10 +31,14 @@ import dspy
 from anyio._core import _eventloop
 from anyio.lowlevel import EventLoopToken
 
+from agents.observations import contained
 from agents.streaming.sink import Sink
 
 TESTED = "3.4."
 """What the versions of DSPy start with that this was tested with."""
+
+RUN_SETTING = "agentcast_run"
+"""Key of the innermost bridge in DSPy's settings, which DSPy also carries into the threads of `dspy.Parallel`."""
 
 T = TypeVar("T")
 
@@ -48,7 +53,7 @@ _warned = False
 def install() -> bool:
     """Replace the names, if that was not yet done and DSPy is of a tested version; whether they are replaced now."""
     global _warned
-    _replace_aforward()
+    _replace_methods()
     from dspy.clients import execution, lm
     from dspy.streaming import messages
 
@@ -76,8 +81,10 @@ def reaches_stream() -> bool:
 
 
 @functools.cache
-def _replace_aforward() -> None:
+def _replace_methods() -> None:
     dspy.Predict.aforward = _on_a_thread_if_synchronous(dspy.Predict.aforward)
+    dspy.Tool.acall = _contained_awaited(dspy.Tool.acall)
+    dspy.Tool.__call__ = _contained(dspy.Tool.__call__)
 
 
 def _on_a_thread_if_synchronous(aforward: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,6 +99,32 @@ def _on_a_thread_if_synchronous(aforward: Callable[..., Any]) -> Callable[..., A
         return await call_in_thread(functools.partial(dspy.Predict.forward, predictor, **inputs), "LM call")
 
     return call
+
+
+def _contained_awaited(acall: Callable[..., Any]) -> Callable[..., Any]:
+    """`Tool.acall` that in a run does not end it; see `observations.contained`."""
+
+    @functools.wraps(acall)
+    async def call(tool: Any, /, **args: Any) -> Any:
+        with contained() if _in_run() else nullcontext():
+            return await acall(tool, **args)
+
+    return call
+
+
+def _contained(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`Tool.__call__` likewise."""
+
+    @functools.wraps(call)
+    def contained_call(tool: Any, /, **args: Any) -> Any:
+        with contained() if _in_run() else nullcontext():
+            return call(tool, **args)
+
+    return contained_call
+
+
+def _in_run() -> bool:
+    return dspy.settings.get(RUN_SETTING) is not None
 
 
 class _Anyio:

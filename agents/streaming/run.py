@@ -30,7 +30,7 @@ from agents.events import (
     ToolStart,
     Usage,
 )
-from agents.failures import cancels_itself, failure_of
+from agents.failures import failure_of, is_failure
 from agents.fields import Messages
 from agents.streaming.bridge import Bridge
 from agents.streaming.dspy_calls import can_stream, decides
@@ -282,7 +282,7 @@ def _shown(result: Any) -> Any:
 
 
 def _failure(error: BaseException, code: str = "error") -> Failure:
-    if not isinstance(error, Exception) and not cancels_itself(error):
+    if not is_failure(error):
         return Failure(code="cancelled", message="cancelled")
     if isinstance(error, AdapterParseError):
         fields = ", ".join(error.signature.output_fields)

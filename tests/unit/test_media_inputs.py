@@ -116,7 +116,7 @@ def test_at_any_depth(annotation: Any, given: Any, expected: Any):
 
 AROUND: dict[str, Any] = {
     "alone": lambda kind: kind,
-    "list": lambda kind: list[kind],
+    "list": lambda kind: list[kind],  # type: ignore[valid-type]
     "optional": lambda kind: kind | None,
 }
 
@@ -332,7 +332,7 @@ async def test_program_whose_types_cannot_be_told_is_given_what_there_is():
             return dspy.Prediction(answer="x")
 
     class Untyped(dspy.Module):  # type: ignore[misc]
-        def forward(self, a, b=2):  # type: ignore[no-untyped-def]
+        def forward(self, a, b=2):
             seen.append((a, b))
             return dspy.Prediction(answer="x")
 

@@ -31,7 +31,7 @@ from agents.react import guarded, react_agent
 from agents.streaming import run_program
 from agents.values import plain
 from tests.support.lms import chat, lm_of
-from tests.unit.test_react import FINISH, Heard, play, turn
+from tests.unit.test_react import ANSWER, FINISH, Heard, Script, play, turn
 
 pytestmark = pytest.mark.anyio
 
@@ -402,6 +402,30 @@ def test_tool_that_cancels_itself_has_failed_in_sync_code_too(name: str):
     (guard,) = guarded([dspy.Tool(function, name="look")])
     with dspy.context(allow_tool_async_sync_conversion=True):
         assert guard() == f"Tool look failed: {text}"
+
+
+@pytest.mark.parametrize("name", SELF_CANCELLING)
+@pytest.mark.parametrize("how", ["awaited", "in a thread"])
+async def test_tool_of_any_other_module_that_cancels_itself_has_failed(name: str, how: str):
+    function, text = SELF_CANCELLING[name]
+    tool = dspy.Tool(function, name="look")
+
+    class Sync(dspy.Module):  # type: ignore[misc]
+        def forward(self, question: str) -> Any:
+            try:
+                return tool()
+            except Exception as error:  # noqa: BLE001 -- as DSPy's own modules
+                return dspy.Prediction(answer=str(error) or type(error).__name__)
+
+    heard = Heard()
+    lm = Script(turn("t", "look", {}), FINISH, ANSWER).lm()
+    options = {"lm": lm, "adapter": dspy.ChatAdapter(), "allow_tool_async_sync_conversion": True}
+    with anyio.fail_after(10), dspy.context(**options):
+        program = Sync() if how == "in a thread" else dspy.ReAct("question -> answer", [tool])
+        outcome = await run_program(program, {"question": "q"}, heard)
+    assert outcome.prediction.answer == ("a" if how == "awaited" else text)
+    (end,) = heard.of(ToolEnd)
+    assert (end.error.code, end.error.message) == ("tool_error", text)
 
 
 @pytest.mark.parametrize("cancel", ["scope", "task", "timeout"])
