@@ -108,10 +108,10 @@ def module_contract(name: str, program: Any) -> Contract:
     """
     if isinstance(program, TypedProgram):
         return _graph_contract(name, program)
-    signature = _signature_of(program)
+    signature = signature_of(program)
     if signature is not None:
         return signature_contract(name, signature)
-    method = getattr(program, "aforward", None) or getattr(program, "forward", None)
+    method = _method(program, "aforward") or _method(program, "forward")
     if method is None:
         raise SchemaError(f"{type(program).__name__} has no forward method", "write one with typed parameters")
     where = f"{type(program).__name__}.{method.__name__}"
@@ -146,7 +146,16 @@ def _derived(model: type[BaseModel], attributes: dict[str, Any], history: Collec
     )
 
 
-def _signature_of(program: Any) -> Any:
+def _method(program: Any, name: str) -> Any:
+    """The method of that name, if there is one. DSPy logs a warning when somebody takes `forward` off a module."""
+    try:
+        return object.__getattribute__(program, name)
+    except AttributeError:
+        return None
+
+
+def signature_of(program: Any) -> Any:
+    """The signature that a program has, or None."""
     for holder in (program, getattr(program, "predict", None) if isinstance(program, dspy.ChainOfThought) else None):
         signature = getattr(holder, "signature", None)
         if isinstance(signature, type) and issubclass(signature, dspy.Signature):

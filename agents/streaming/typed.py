@@ -1,10 +1,11 @@
 """`stream_events`: a program's typed events, for who has no hub."""
 
 import functools
+import weakref
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from agents.contract import SchemaError, module_contract, read_inputs
+from agents.contract import Contract, SchemaError, module_contract, read_inputs, signature_of
 from agents.events import AgentEvent
 from agents.streaming.dspy_calls import is_async
 from agents.streaming.program import Outcome, run_program
@@ -36,11 +37,26 @@ def stream_events(
 
 
 def _read(program: Any, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    contract = _contract(program)
+    return dict(inputs) if contract is None else read_inputs(name, contract, inputs)
+
+
+_contracts: weakref.WeakKeyDictionary[Any, tuple[Any, Contract | None]] = weakref.WeakKeyDictionary()
+"""Program → its signature, and the contract made of it: making one takes milliseconds."""
+
+
+def _contract(program: Any) -> Contract | None:
+    """What `program` takes, or None: it cannot be told."""
+    signature = signature_of(program)
+    known = _contracts.get(program)
+    if known is not None and known[0] is signature:
+        return known[1]
     try:
-        contract = module_contract(name, program)
+        contract: Contract | None = module_contract(type(program).__name__, program)
     except SchemaError:
-        return dict(inputs)
-    return read_inputs(name, contract, inputs)
+        contract = None
+    _contracts[program] = signature, contract
+    return contract
 
 
 async def _play(

@@ -342,6 +342,14 @@ async def test_program_whose_types_cannot_be_told_is_given_what_there_is():
     assert seen == [{"any": marker}, (marker, 2)]
 
 
+async def test_signature_that_is_replaced_is_the_one_that_holds():
+    program = Seeing("title -> answer")
+    await outcome_of(program, {"title": "t"})
+    program.signature = program.signature.append("votes", dspy.InputField(), int)
+    await outcome_of(program, {"title": "t", "votes": "3"})
+    assert Seeing.seen == {"title": "t", "votes": 3}
+
+
 async def test_typed_modules_and_graphs_are_checked_too():
     class Doubler(dspy.Module):  # type: ignore[misc]
         async def aforward(self, number: int) -> Any:
