@@ -21,6 +21,7 @@ from agents.failures import is_failure
 from agents.values import COUNT_BYTES, plain
 
 _JSON_LISTS = (tuple, set, frozenset, deque)
+_TYPED_ITEMS = 100
 _MOST_ITEMS = COUNT_BYTES // 16 + 1
 """Items of a generator from which on the list of them is cut in any case."""
 
@@ -72,11 +73,17 @@ def observation(result: Any) -> Any:
             result = result.decode()
     if isinstance(result, Iterator):
         result = list(itertools.islice(result, _MOST_ITEMS))
-    if isinstance(result, list) and any(isinstance(item, CustomType) for item in result):
-        return [observation(item) for item in result]
+    if holds_types(result):
+        return [item if isinstance(item, CustomType) else plain(item, other=_text) for item in result]
     found = plain(result, other=_text)
     # A prompt shows a tuple as JSON, and a list of texts as a numbered one.
     return tuple(found) if isinstance(result, _JSON_LISTS) and isinstance(found, list) else found
+
+
+def holds_types(result: Any) -> bool:
+    """Whether `result` is a list, not a long one, with some of DSPy's own types in it: texts and images, say."""
+    is_short_list = isinstance(result, list | tuple) and len(result) <= _TYPED_ITEMS
+    return is_short_list and any(isinstance(item, CustomType) for item in result)
 
 
 async def _read(items: AsyncIterator[Any]) -> list[Any]:

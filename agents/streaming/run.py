@@ -32,6 +32,7 @@ from agents.events import (
 )
 from agents.failures import failure_of, is_failure
 from agents.fields import Messages
+from agents.observations import holds_types
 from agents.streaming.bridge import Bridge
 from agents.streaming.dspy_calls import can_stream, decides
 from agents.streaming.usage import Meter
@@ -278,7 +279,7 @@ def _shown(result: Any) -> Any:
     """Images and the like as the data that they hold, not as the text that stands for them in a prompt."""
     if isinstance(result, CustomType):
         return dict(result)
-    return [_shown(item) for item in result] if isinstance(result, list | tuple) else result
+    return [dict(item) if isinstance(item, CustomType) else item for item in result] if holds_types(result) else result
 
 
 def _failure(error: BaseException, code: str = "error") -> Failure:

@@ -270,6 +270,30 @@ async def test_list_that_contains_itself_and_endless_generator_are_bounded():
         assert max(map(len, script.prompts)) < 80_000
 
 
+def test_results_of_any_tool_can_be_told_of():
+    for make, _, _ in (*RESULTS.values(), (looped_list, None, None), (endless, None, None)):
+        event = ToolEnd(span="1", tool="look", duration=0, result=make())
+        assert len(orjson.dumps(event.wire())) < 70_000
+
+
+async def test_any_other_module_goes_on_after_any_result():
+    """As far as DSPy can show it: the events never end the run."""
+    for make in (looped_list, BrokenMapping, Broken, lambda: object.__new__(Partly), lambda: [Table()]):
+
+        class Calls(dspy.Module):  # type: ignore[misc]
+            def __init__(self, make: Any = make) -> None:
+                super().__init__()
+                self.tool = tool_of(make, "sync")
+
+            async def aforward(self) -> Any:
+                await self.tool.acall()
+                return dspy.Prediction(answer="a")
+
+        heard = Heard()
+        assert (await run_program(Calls(), {}, heard)).prediction.answer == "a"
+        assert len(heard.of(ToolEnd)) == 1
+
+
 async def test_generators_may_be_asynchronous_and_may_fail():
     async def agenerated() -> AsyncIterator[int]:
         yield 1
