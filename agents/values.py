@@ -74,18 +74,20 @@ def was_cut(value: Any) -> bool:
     return isinstance(value, str) and _MARK.search(value) is not None
 
 
-def plain(value: Any, limit: int = VALUE_BYTES, other: "Callable[[Any], str] | None" = None) -> Any:
+def plain(
+    value: Any, limit: int = VALUE_BYTES, other: Callable[[Any], str] | None = None, *, strict: bool = False
+) -> Any:
     """A copy of `value` as plain JSON data of at most `limit` bytes.
 
     Models, dataclasses, dates, enums, sets and bytes are converted; what has no JSON form becomes `<its type>`, never
     its `repr` (which may hold addresses or secrets), unless `other` gives a text for it. What raises when it is read
-    becomes `<its type>`, too. NaN and infinities, and integers beyond 64 bits, become text.
+    becomes `<its type>`, too, or if `strict` is raised. NaN and infinities, and integers beyond 64 bits, become text.
     Too much text is cut with a mark; any other value that is too large becomes
     `{"truncated": true, "bytes": n, "head": "…"}`.
     """
     if isinstance(value, str) and not isinstance(value, enum.Enum):
         return cut_text(value, limit)
-    walk = _Walk(max(limit, COUNT_BYTES), other or _name_type)
+    walk = _Walk(max(limit, COUNT_BYTES), other or _name_type, strict)
     try:
         copy = walk.copy(value, 0)
     except _Full:
@@ -120,9 +122,10 @@ class _Full(Exception):
 class _Walk:
     """One bounded copy. `used` counts a byte for each character and eight for each number, constant or item."""
 
-    def __init__(self, budget: int, other: Callable[[Any], str]) -> None:
+    def __init__(self, budget: int, other: Callable[[Any], str], strict: bool) -> None:
         self.budget = budget
         self._other = other
+        self._strict = strict
         self.used = 0
         self._texts: list[str] = []
 
@@ -152,11 +155,18 @@ class _Walk:
             return self._number(value)
         if depth >= _MAX_DEPTH:
             return self._text("…")
+        return self._object(value, depth)
+
+    def _object(self, value: Any, depth: int) -> Any:
+        """Anything whose methods have to be called, which may do whatever they like."""
         try:
             return self._container(value, depth)
         except _Full:
             raise
-        except Exception:  # noqa: BLE001 -- a value may be of any class, and its methods may do anything
+        except Exception as error:  # noqa: BLE001 -- see above
+            contains_itself = isinstance(value, BaseModel) and isinstance(error, ValueError)
+            if self._strict and not contains_itself:
+                raise
             return self._text(_name_type(value))
 
     def _number(self, value: int | float) -> Any:
@@ -172,7 +182,7 @@ class _Walk:
 
     def _container(self, value: Any, depth: int) -> Any:
         if isinstance(value, BaseModel):
-            dumped = value.model_dump(mode="json", fallback=self._other, warnings=False)  # fails if it contains itself
+            dumped = value.model_dump(mode="json", fallback=self._other, warnings=False)
             return self.copy(dumped, depth)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
