@@ -163,7 +163,7 @@ class _Walk:
             return self._container(value, depth)
         except _Full:
             raise
-        except Exception as error:  # noqa: BLE001 -- see above
+        except Exception as error:
             contains_itself = isinstance(value, BaseModel) and isinstance(error, ValueError)
             if self._strict and not contains_itself:
                 raise
