@@ -6,6 +6,7 @@ scope in a different task" somewhere else. It is given a `Task` and an `Emitter`
 Nothing here may know how events travel (`channel`), what DSPy is (`streaming`), or that there is a server.
 """
 
+import asyncio
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -123,6 +124,8 @@ def public_message(error: BaseException) -> str:
         return cut_text(redact(_text(error)) or type(error).__name__)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, asyncio.CancelledError):
+        return "something that it waited for was cancelled"
     return type(error).__name__
 
 

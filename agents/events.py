@@ -19,6 +19,7 @@ Id = Annotated[str, Field(min_length=1, max_length=128)]
 Name = Annotated[str, AfterValidator(lambda text: cut_text(text, NAME_BYTES))]
 Text = Annotated[str, AfterValidator(cut_text)]
 Value = Annotated[Any, BeforeValidator(plain)]
+Result = Annotated[Any, BeforeValidator(lambda value: plain(value, strict=True))]
 Fields = Annotated[dict[str, Any], BeforeValidator(lambda fields: plain_fields(dict(fields)))]
 FieldNames = Annotated[tuple[Name, ...], AfterValidator(lambda names: names[:100])]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -255,7 +256,7 @@ class CancelRequested(_Fact):
 
 class RunEnd(_Fact):
     event: Literal["run_end"] = "run_end"
-    result: Value = None
+    result: Result = None
     usage: Usage | None = None
     duration: Seconds
 

@@ -6,12 +6,15 @@ texts are ours. Of the provider's own, only what it says about a request that it
 This module must not know runs, streams or how calls are made.
 """
 
+import asyncio
 import contextlib
+import math
 import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import anyio
 from dspy.utils.exceptions import (
     ContextWindowExceededError,
     LMAuthError,
@@ -81,6 +84,21 @@ def failure_of(error: BaseException) -> RunFailure:
     code = lm_code(error)
     model = redact(_USER_IN_URL.sub("", str(error.model or "the model")))
     return RunFailure(code=code, message=f"{model}: {_TEXTS[code](error)}", retryable=code in RETRYABLE, node=node)
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether `error`, just raised here, is a failure of what raised it, and not the end of the run.
+
+    So is a cancellation that nobody has asked this task for: that of a library's own timeout, or of other work that
+    was waited for. And so is `sys.exit()`.
+    """
+    if not isinstance(error, asyncio.CancelledError):
+        return isinstance(error, Exception | SystemExit)
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # in a thread, which no cancellation reaches
+        return True
+    return task is None or not (task.cancelling() or anyio.current_effective_deadline() == -math.inf)
 
 
 def lm_code(error: LMError) -> str:

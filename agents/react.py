@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import dspy
 from anyio.lowlevel import checkpoint
-from dspy.adapters.types.base_type import Type as CustomType
 from dspy.adapters.utils import format_field_value
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError
 from pydantic import PrivateAttr, ValidationError
@@ -27,9 +26,11 @@ from pydantic.fields import FieldInfo
 from agents.base import ToolError, public_message
 from agents.current import emit_event, status
 from agents.events import StepLimit
+from agents.history import told_as_text
 from agents.mcp import TOOLS_AT_ONCE, McpServer, told_apart
+from agents.observations import observed
 from agents.threads import unblocking
-from agents.values import cut_text, plain
+from agents.values import cut_text
 
 DEFAULT_MAX_ITERS = 12
 MAX_MISREAD = 3
@@ -39,6 +40,8 @@ TURN_FIELDS = ("next_thought", "next_tool_name", "next_tool_args")
 
 _log = logging.getLogger(__name__)
 _TEXT_FIELD = FieldInfo(annotation=str)
+_LISTS_OF_NO_TEXTS = (TypeError, AttributeError)
+"""What DSPy raises for lists like [1, 2], since it takes every list for one of texts."""
 
 
 def react_agent(
@@ -146,12 +149,30 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
             extended = self._extended = made_of, await _extended(self.tools, self.react.signature, listings)
         return extended[1]
 
+    def _call_with_potential_trajectory_truncation(self, module: Any, trajectory: Any, **inputs: Any) -> Any:
+        return super()._call_with_potential_trajectory_truncation(module, trajectory, **self._told(module, inputs))
+
+    async def _async_call_with_potential_trajectory_truncation(
+        self, module: Any, trajectory: Any, **inputs: Any
+    ) -> Any:
+        told = self._told(module, inputs)
+        return await super()._async_call_with_potential_trajectory_truncation(module, trajectory, **told)
+
+    def _told(self, module: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs` for `module`, in which a conversation is text where the module is a step of the loop: DSPy would
+        show of it what fits a step's fields, and thus no answers."""
+        return told_as_text(inputs, self.signature, module.signature) if module is self.react else inputs
+
     def _format_trajectory(self, trajectory: dict[str, Any]) -> Any:
         """As DSPy's own does it for the Chat adapter, without building a signature of all fields for each step: that
         was two thirds of the time of a step."""
         adapter = dspy.settings.adapter
         if adapter is not None and type(adapter) is not dspy.ChatAdapter:
-            return super()._format_trajectory(trajectory)
+            try:
+                return super()._format_trajectory(trajectory)
+            except _LISTS_OF_NO_TEXTS:
+                texts = {name: _section_text(value) for name, value in trajectory.items() if type(value) is list}
+                return super()._format_trajectory(trajectory | texts)
         sections = (f"[[ ## {name} ## ]]\n{_section_text(value)}" for name, value in trajectory.items())
         return "\n\n".join(sections).strip()
 
@@ -192,7 +213,12 @@ async def _recover(tools: Mapping[str, Any], error: Exception) -> tuple[str, str
 
 
 def _section_text(value: Any) -> Any:
-    return value if type(value) is str else format_field_value(_TEXT_FIELD, value)
+    if type(value) is str:
+        return value
+    try:
+        return format_field_value(_TEXT_FIELD, value)
+    except _LISTS_OF_NO_TEXTS:
+        return format_field_value(_TEXT_FIELD, tuple(value))  # as JSON
 
 
 def _section(reply: str, name: str) -> str:
@@ -262,8 +288,9 @@ class GuardedTool(dspy.Tool):  # type: ignore[misc]
     _parameters: inspect.Signature | None = PrivateAttr(default=None)
 
     def __init__(self, plain_tool: Any) -> None:
+        observing = plain_tool.model_copy(update={"func": observed(plain_tool.func)})
         super().__init__(
-            func=unblocking(plain_tool.func, f"tool {plain_tool.name}"),
+            func=unblocking(observing.func, f"tool {plain_tool.name}"),
             name=plain_tool.name,
             desc=plain_tool.desc,
             args=plain_tool.args,
@@ -271,7 +298,7 @@ class GuardedTool(dspy.Tool):  # type: ignore[misc]
             arg_desc=plain_tool.arg_desc,
         )
         self.has_kwargs = plain_tool.has_kwargs
-        self._plain = plain_tool
+        self._plain = observing
         with contextlib.suppress(ValueError):  # some built-in functions have none
             self._parameters = inspect.signature(plain_tool.func)
 
@@ -283,14 +310,14 @@ class GuardedTool(dspy.Tool):  # type: ignore[misc]
     async def acall(self, /, **args: Any) -> Any:
         try:
             self._refuse_reserved(args)
-            return _observation(await super().acall(**args))
+            return await super().acall(**args)
         except Exception as error:  # noqa: BLE001 -- whatever a tool raises is for the model to deal with
             return self._failure(error)
 
     def __call__(self, /, **args: Any) -> Any:
         try:
             self._refuse_reserved(args)
-            return _observation(self._plain(**args))
+            return self._plain(**args)
         except Exception as error:  # noqa: BLE001 -- as above
             return self._failure(error)
 
@@ -345,10 +372,3 @@ def _unknown_tool(name: str, known: list[str]) -> GuardedTool:
         raise ToolError(f"there is no such tool; next_tool_name must be one of {', '.join(known)}")
 
     return GuardedTool(dspy.Tool(refuse, name=name, desc="", args={}))
-
-
-def _observation(result: Any) -> Any:
-    """A result as plain data of bounded size: it goes into every prompt that follows."""
-    if isinstance(result, CustomType):
-        return result
-    return cut_text(result) if isinstance(result, str) else plain(result)

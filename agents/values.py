@@ -13,8 +13,10 @@ import decimal
 import enum
 import ipaddress
 import math
+import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import orjson
@@ -31,11 +33,12 @@ COUNT_BYTES = 4 * VALUE_BYTES
 take the time that the bound is there to save."""
 
 HEAD_CHARS = 1_000
+_MARK = re.compile(r"… \[cut, \d+ characters in all\]\Z")
 _MAX_DEPTH = 64
 _INT64 = 2**63
 _ITEM = 8
 
-_KEYS = (str, int, float, bool, type(None), enum.Enum, datetime.date)
+_KEYS = (str, int, float, bool, type(None), datetime.date)
 _ATOMS = (
     datetime.date,
     datetime.time,
@@ -130,17 +133,25 @@ def cut_text(text: str, limit: int = VALUE_BYTES) -> str:
     return head + mark
 
 
-def plain(value: Any, limit: int = VALUE_BYTES) -> Any:
+def was_cut(value: Any) -> bool:
+    """Whether `value` is a text that `cut_text` has cut."""
+    return isinstance(value, str) and _MARK.search(value) is not None
+
+
+def plain(
+    value: Any, limit: int = VALUE_BYTES, other: Callable[[Any], str] | None = None, *, strict: bool = False
+) -> Any:
     """A copy of `value` as plain JSON data of at most `limit` bytes.
 
     Models, dataclasses, dates, enums, sets and bytes are converted; what has no JSON form becomes `<its type>`, never
-    its `repr` (which may hold addresses or secrets). NaN and infinities, and integers beyond 64 bits, become text.
+    its `repr` (which may hold addresses or secrets), unless `other` gives a text for it. What raises when it is read
+    becomes `<its type>`, too, or if `strict` is raised. NaN and infinities, and integers beyond 64 bits, become text.
     Too much text is cut with a mark; any other value that is too large becomes
     `{"truncated": true, "bytes": n, "head": "…"}`.
     """
     if isinstance(value, str) and not isinstance(value, enum.Enum):
         return cut_text(value, limit)
-    walk = _Walk(max(limit, COUNT_BYTES))
+    walk = _Walk(max(limit, COUNT_BYTES), other or _name_type, strict)
     try:
         copy = walk.copy(value, 0)
     except _Full:
@@ -175,8 +186,10 @@ class _Full(Exception):
 class _Walk:
     """One bounded copy. `used` counts a byte for each character and eight for each number, constant or item."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, other: Callable[[Any], str], strict: bool) -> None:
         self.budget = budget
+        self._other = other
+        self._strict = strict
         self.used = 0
         self._texts: list[str] = []
 
@@ -206,7 +219,19 @@ class _Walk:
             return self._number(value)
         if depth >= _MAX_DEPTH:
             return self._text("…")
-        return self._container(value, depth)
+        return self._object(value, depth)
+
+    def _object(self, value: Any, depth: int) -> Any:
+        """Anything whose methods have to be called, which may do whatever they like."""
+        try:
+            return self._container(value, depth)
+        except _Full:
+            raise
+        except Exception as error:
+            contains_itself = isinstance(value, BaseModel) and isinstance(error, ValueError)
+            if self._strict and not contains_itself:
+                raise
+            return self._text(_name_type(value))
 
     def _number(self, value: int | float) -> Any:
         if isinstance(value, float):
@@ -221,26 +246,24 @@ class _Walk:
 
     def _container(self, value: Any, depth: int) -> Any:
         if isinstance(value, BaseModel):
-            try:
-                value = value.model_dump(mode="json", fallback=_name_type, warnings=False)
-            except ValueError:  # it contains itself
-                return self._text(_name_type(value))
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            dumped = value.model_dump(mode="json", fallback=self._other, warnings=False)
+            return self.copy(dumped, depth)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         if isinstance(value, Mapping):
             return self._mapping(value, depth)
-        if isinstance(value, list | tuple | set | frozenset):
+        if isinstance(value, list | tuple | set | frozenset | deque):
             return self._items(value, depth)
         if isinstance(value, bytes | bytearray | memoryview):
             return self._text(f"<{len(value)} bytes>")
         if isinstance(value, _ATOMS):
             return self._text(str(value))
-        return self._text(_name_type(value))
+        return self._text(self._other(value))
 
     def _mapping(self, value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
         result = {}
         for key, item in value.items():
-            name = self._text(str(key) if isinstance(key, _KEYS) else _name_type(key))
+            name = self._text(_key(key))
             result[name] = self.copy(item, depth + 1)
         return result
 
@@ -250,6 +273,15 @@ class _Walk:
             self._use(_ITEM)
             result.append(self.copy(item, depth + 1))
         return result
+
+
+def _key(key: Any) -> str:
+    """A key's text, as pydantic has it."""
+    if isinstance(key, enum.Enum):
+        return _key(key.value)
+    if isinstance(key, tuple):
+        return ",".join(map(_key, key))
+    return str(key) if isinstance(key, _KEYS) else _name_type(key)
 
 
 def _name_type(value: Any) -> str:

@@ -10,12 +10,12 @@ import dspy
 from pydantic import BaseModel
 
 from agents.base import DEFAULT_MAX_CONCURRENT, DEFAULT_TIMEOUT, Agent, AgentSpec
+from agents.contract import SchemaError, function_call, module_contract, signature_contract
 from agents.llm import ModelError, as_model, make_lm
 from agents.mcp import McpServer
 from agents.react import DEFAULT_MAX_ITERS, ReAct, react_agent
 from agents.registry.errors import RegistryError
 from agents.registry.hosting import FunctionAgent, ProgramAgent
-from agents.registry.schema import SchemaError, function_call, module_contract, signature_contract
 from agents.streaming.dspy_calls import missing_runtime
 from agents.transpiler import Program
 
@@ -69,8 +69,9 @@ class Registry:
         """Add a `dspy.Module` as an agent.
 
         What it takes and gives is told by the models of a compiled graph, by its signature, or by `signature`, or by
-        the typed parameters of its `aforward` or `forward`; `input_model` replaces what it takes. An input field
-        `history` of type `str` is filled with the earlier turns of the run's thread and is not asked for. `messages`
+        the typed parameters of its `aforward` or `forward`; `input_model` replaces what it takes. Input fields
+        of type `dspy.History`, and one named `history` of type `str`, are filled with the earlier turns of the run's
+        thread and are not asked for. `messages`
         are the output fields that stream as text; `None`: all. `timeout` is in seconds; `max_concurrent` are runs at
         once in one process. `lm` is the agent's language model, a string as `AGENTCAST_LM` takes it or a `dspy.LM`,
         where its predictors have none.
@@ -91,7 +92,8 @@ class Registry:
             name, lambda: module_contract(name, program) if given is None else signature_contract(name, given)
         )
         if input_model is not None:
-            contract = replace(contract, input_model=input_model)
+            filled = {key: kind for key, kind in contract.history.items() if key not in input_model.model_fields}
+            contract = replace(contract, input_model=input_model, history=filled)
         if messages is None and isinstance(program, ReAct):
             messages = program.message_fields
         spec = _spec(

@@ -3,23 +3,21 @@
 They hold nothing of a run, so any number of runs of one agent may go on at once (G8).
 """
 
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import dspy
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from agents.base import AgentSpec, Emitter, Task, Turn
+from agents.base import AgentSpec, Emitter, Task
+from agents.contract import Call, Contract
 from agents.current import emitting
+from agents.history import history_messages, history_text
 from agents.llm import RunModels
 from agents.react import servers_of
-from agents.registry.schema import HISTORY, Call, Contract
 from agents.streaming import MODELS_SETTING, replace_methods, run_program
-from agents.values import cut_text, plain
-
-HISTORY_TURNS = 20
-HISTORY_VALUE_BYTES = 4 * 1024
+from agents.values import plain
 
 
 class ProgramAgent:
@@ -44,11 +42,14 @@ class ProgramAgent:
 
     async def run(self, task: Task, emit: Emitter) -> Any:
         inputs = _fields(task.input)
-        if self._contract.takes_history:
-            inputs[HISTORY] = history_text(task.history)
+        for name, kind in self._contract.history.items():
+            inputs[name] = history_text(task.history) if kind is str else self._history(task)
         with _hosted(emit, self.lm):
             outcome = await run_program(self.program, inputs, emit, messages=self._messages, name=self.spec.name)
         return self._result(outcome.prediction)
+
+    def _history(self, task: Task) -> Any:
+        return history_messages(task.history, self.program, self.spec.input_model)
 
     def _result(self, prediction: Any) -> Any:
         outputs, result = self._contract.outputs, self._contract.result
@@ -74,6 +75,8 @@ class FunctionAgent:
     async def run(self, task: Task, emit: Emitter) -> Any:
         call = self._call
         arguments: dict[str, Any] = {call.whole: task.input} if call.whole else _fields(task.input)
+        for name in call.history:
+            arguments[name] = history_messages(task.history, None, self.spec.input_model)
         if call.emit:
             arguments[call.emit] = emit
         if call.task:
@@ -103,22 +106,6 @@ def _hosted(emit: Emitter, lm: Any) -> Iterator[None]:
     settings = {MODELS_SETTING: RunModels(), "trace": []}
     with emitting(emit), dspy.context(**settings, **({} if lm is None else {"lm": lm})):
         yield
-
-
-def history_text(turns: Iterable[Turn]) -> str:
-    """Earlier turns as text: a line for each named value, an empty line between turns, the last ones only."""
-    return "\n\n".join(
-        "\n".join([*_lines(turn.input, "input"), *_lines(turn.result, "result")])
-        for turn in list(turns)[-HISTORY_TURNS:]
-    )
-
-
-def _lines(value: Any, name: str) -> list[str]:
-    named = value if isinstance(value, Mapping) else {name: value}
-    return [
-        f"{key}: {cut_text(item if isinstance(item, str) else str(item), HISTORY_VALUE_BYTES)}"
-        for key, item in named.items()
-    ]
 
 
 def _fields(model: BaseModel) -> dict[str, Any]:

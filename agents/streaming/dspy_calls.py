@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from types import FrameType
 from typing import Any
 
@@ -28,10 +28,26 @@ LINGER = 2.0
 def is_async(program: Any) -> bool:
     """Whether `program` has an `aforward` that does what its `forward` does: one that is not inherited from a class
     above the one that defines its `forward`."""
-    for namespace in (vars(program), *map(vars, type(program).__mro__)):
-        if "aforward" in namespace:
+    return _comes_first(program, {"aforward"}, {"forward"})
+
+
+def can_be_awaited(lm: Any) -> bool:
+    """Whether awaiting `lm` does what calling it does: whether it has an asynchronous side, and one that is no older
+    than its synchronous one. What is no `dspy.BaseLM` is taken to have one."""
+    if not isinstance(lm, dspy.BaseLM):
+        return True
+    engine = getattr(lm, "engine", None)
+    if engine is not None and not isinstance(engine, str) and getattr(lm, "_async_engine_spec", None) is None:
+        return False
+    return _comes_first(lm, {"aforward", "acall"}, {"forward", "__call__"})
+
+
+def _comes_first(instance: Any, asynchronous: Set[str], synchronous: Set[str]) -> bool:
+    """Whether one of the `asynchronous` methods is defined no higher up among the classes than the `synchronous`."""
+    for namespace in (vars(instance), *map(vars, type(instance).__mro__)):
+        if not asynchronous.isdisjoint(namespace):
             return True
-        if "forward" in namespace:
+        if not synchronous.isdisjoint(namespace):
             return False
     return False
 

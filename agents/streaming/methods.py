@@ -1,15 +1,19 @@
 """Methods of DSPy that do something else in a run, whatever program they are called in.
 
-- `Tool.acall` calls a synchronous function on the event loop; in a run it calls it on a thread (G3).
+- `Tool.acall` calls a synchronous function on the event loop; in a run it calls it on a thread (G3). There, as in
+  `Tool.__call__`, a tool that cancels itself fails, and does not end the run.
 - `RLM.aforward` runs code, and what that calls, on the event loop; in a run it does all its work on a thread (G3).
 - `BestOfN.forward` and `Refine.forward` count failed attempts on the module, those of all its calls together; in a run
   they count on a copy.
 - `Predict.forward` and `aforward` call the LM that the predictor has, or DSPy's settings; in an agent's run they call
-  what `MODELS_SETTING` makes of it, so that nobody's predictors need to be changed.
+  what `MODELS_SETTING` makes of it, so that nobody's predictors need to be changed. And `aforward` cannot await an LM
+  that has no asynchronous side; it then does on a thread what `forward` does, outside of runs, too.
 
-They are public methods, replaced when the first run begins, once in a process. Outside of runs they do what DSPy does.
+They are public methods, replaced when the first run begins, once in a process. What else is called outside of runs does
+what DSPy does.
 """
 
+import contextlib
 import copy
 import functools
 import threading
@@ -18,7 +22,8 @@ from typing import Any
 
 import dspy
 
-from agents.streaming.dspy_calls import call_in_thread
+from agents.observations import contained
+from agents.streaming.dspy_calls import call_in_thread, can_be_awaited
 from agents.threads import is_async_callable, unblocking
 
 RUN_SETTING = "agentcast_run"
@@ -39,7 +44,8 @@ def replace_methods() -> None:
 
 @functools.cache
 def _replace() -> None:
-    dspy.Tool.acall = _on_a_thread(dspy.Tool.acall)
+    dspy.Tool.acall = _awaited_tool(dspy.Tool.acall)
+    dspy.Tool.__call__ = _called_tool(dspy.Tool.__call__)
     dspy.RLM.aforward = _all_on_a_thread(dspy.RLM.aforward)
     dspy.BestOfN.forward = _on_a_copy(dspy.BestOfN.forward)
     dspy.Refine.forward = _on_a_copy(dspy.Refine.forward)
@@ -51,15 +57,29 @@ def _in_run() -> bool:
     return dspy.settings.get(RUN_SETTING) is not None or dspy.settings.get(EMITTER_SETTING) is not None
 
 
-def _on_a_thread(acall: Callable[..., Any]) -> Callable[..., Any]:
-    """`Tool.acall` that in a run calls a synchronous function on a thread."""
+def _awaited_tool(acall: Callable[..., Any]) -> Callable[..., Any]:
+    """`Tool.acall`."""
 
     @functools.wraps(acall)
     async def call(tool: Any, /, **args: Any) -> Any:
-        if _in_run() and not is_async_callable(tool.func):
+        if not _in_run():
+            return await acall(tool, **args)
+        if not is_async_callable(tool.func):
             function, tool = tool.func, tool.model_copy()
             tool.func = unblocking(function, f"tool {tool.name}")
-        return await acall(tool, **args)
+        with contained():
+            return await acall(tool, **args)
+
+    return call
+
+
+def _called_tool(tool_call: Callable[..., Any]) -> Callable[..., Any]:
+    """`Tool.__call__`."""
+
+    @functools.wraps(tool_call)
+    def call(tool: Any, /, **args: Any) -> Any:
+        with contained() if _in_run() else contextlib.nullcontext():
+            return tool_call(tool, **args)
 
     return call
 
@@ -98,11 +118,15 @@ def _with_model(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_model_awaited(aforward: Callable[..., Any]) -> Callable[..., Any]:
-    """`Predict.aforward` likewise."""
+    """`Predict.aforward` likewise; an LM that cannot be awaited is called on a thread."""
 
     @functools.wraps(aforward)
     async def call(predictor: Any, /, **inputs: Any) -> Any:
-        return await aforward(predictor, **_modelled(predictor, inputs))
+        given = _modelled(predictor, inputs)
+        lm = given.get("lm", predictor.lm) or dspy.settings.lm
+        if can_be_awaited(lm) and can_be_awaited(getattr(dspy.settings.adapter, "extraction_model", None)):
+            return await aforward(predictor, **given)
+        return await call_in_thread(functools.partial(dspy.Predict.forward, predictor, **inputs), "LM call")
 
     return call
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import dspy
+from dspy.adapters.types.base_type import Type as CustomType
 from dspy.utils.callback import ACTIVE_CALL_ID
 from dspy.utils.exceptions import AdapterParseError, LMError
 
@@ -29,8 +30,9 @@ from agents.events import (
     ToolStart,
     Usage,
 )
-from agents.failures import failure_of
+from agents.failures import failure_of, is_failure
 from agents.fields import Messages
+from agents.observations import holds_types
 from agents.streaming.bridge import Bridge
 from agents.streaming.dspy_calls import can_stream, decides
 from agents.streaming.usage import Meter
@@ -242,7 +244,7 @@ class Run(Bridge):
         if call is None:
             return
         error = None if exception is None else _failure(exception, "tool_error")
-        end = ToolEnd(span=call.span, tool=call.name, duration=_since(call), result=outputs, error=error)
+        end = ToolEnd(span=call.span, tool=call.name, duration=_since(call), result=_shown(outputs), error=error)
         self.tell([end], exception)
 
     # -- What they share -------------------------------------------------------------------------------------------
@@ -279,8 +281,15 @@ def _display_name(path: str) -> str:
     return re.sub(r"^(steps\[[^]]*\]\.?)+", "", path.removeprefix("self."))
 
 
+def _shown(result: Any) -> Any:
+    """Images and the like as the data that they hold, not as the text that stands for them in a prompt."""
+    if isinstance(result, CustomType):
+        return dict(result)
+    return [dict(item) if isinstance(item, CustomType) else item for item in result] if holds_types(result) else result
+
+
 def _failure(error: BaseException, code: str = "error") -> Failure:
-    if not isinstance(error, Exception):
+    if not is_failure(error):
         return Failure(code="cancelled", message="cancelled")
     if isinstance(error, AdapterParseError):
         fields = ", ".join(error.signature.output_fields)

@@ -1,9 +1,11 @@
 """`stream_events`: a program's typed events, for who has no hub."""
 
 import functools
+import weakref
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from agents.contract import Contract, SchemaError, module_contract, read_inputs, signature_of
 from agents.events import AgentEvent
 from agents.streaming.dspy_calls import is_async
 from agents.streaming.program import Outcome, run_program
@@ -24,10 +26,37 @@ def stream_events(
 ) -> EventStream:
     """Call the `dspy.Module` `program` with `inputs`, streaming what happens in it: the events that a hub shows.
 
-    `messages` names the output fields to show, by default all. `name` is the program's own, by default its class's.
+    Inputs are checked and converted as a hub does it, unless the program's types cannot be told. `messages` names the
+    output fields to show, by default all. `name` is the program's own, by default its class's.
+
+    :raises ValueError: an input is missing or wrong, or there is none of that name; it names each.
     """
-    play = functools.partial(_play, program, dict(inputs), messages, name)
-    return EventStream(play, name or type(program).__name__, threaded=not is_async(program))
+    shown_name = name or type(program).__name__
+    play = functools.partial(_play, program, _read(program, shown_name, inputs), messages, name)
+    return EventStream(play, shown_name, threaded=not is_async(program))
+
+
+def _read(program: Any, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    contract = _contract(program)
+    return dict(inputs) if contract is None else read_inputs(name, contract, inputs)
+
+
+_contracts: weakref.WeakKeyDictionary[Any, tuple[Any, Contract | None]] = weakref.WeakKeyDictionary()
+"""Program → its signature, and the contract made of it: making one takes milliseconds."""
+
+
+def _contract(program: Any) -> Contract | None:
+    """What `program` takes, or None: it cannot be told."""
+    signature = signature_of(program)
+    known = _contracts.get(program)
+    if known is not None and known[0] is signature:
+        return known[1]
+    try:
+        contract: Contract | None = module_contract(type(program).__name__, program)
+    except SchemaError:
+        contract = None
+    _contracts[program] = signature, contract
+    return contract
 
 
 async def _play(

@@ -24,7 +24,7 @@ from agents.graph.errors import (
 )
 from agents.graph.flow import Flow, Step
 from agents.graph.state import State, View
-from agents.streaming import NodeSpan, node_span, tell_step_limit
+from agents.streaming import NodeSpan, node_span, replace_methods, tell_step_limit
 from agents.threads import unblocking
 from agents.transpiler.asking import asker, parts_of, retries_of
 from agents.transpiler.attempts import settle
@@ -50,6 +50,7 @@ class Play:
 
         :raises Exception: what the first node to fail raised, as it is; the others are cancelled.
         """
+        replace_methods()
         async with anyio.create_task_group() as group:
             self._group = group
             self._start(self._flow.begin())

@@ -690,7 +690,13 @@ async def cancelled_inside(_: Any) -> Any:
     await work
 
 
-@pytest.mark.parametrize("where", ["function", "function with a timeout", "module", "router"])
+def cancelled_in_a_thread(_: Any) -> Any:
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize(
+    "where", ["function", "function with a timeout", "function in a thread", "module", "model", "router"]
+)
 async def test_cancellation_that_comes_from_inside_of_a_node_is_an_error(where: str):
     class Module(dspy.Module):  # type: ignore[misc]
         async def aforward(self, **_: Any) -> Any:
@@ -699,13 +705,18 @@ async def test_cancellation_that_comes_from_inside_of_a_node_is_an_error(where: 
     work: dict[str, Any] = {"fn": lambda _: {}} if where == "router" else {"fn": cancelled_inside}
     if where == "module":
         work = {"module": Module()}
+    elif where == "model":
+        work = {}
+    elif where == "function in a thread":
+        work = {"fn": cancelled_in_a_thread}
     graph = graph_of(StatefulNode("a", Topic, Empty, **work, timeout=60 if "timeout" in where else None), edges=[])
     graph.add_conditional_edges("a", cancelled_inside if where == "router" else lambda _: "x", {"x": END})
     program = AgentTranspiler.compile(graph)
-    with anyio.fail_after(10), pytest.raises(NodeCancelled) as error:
-        await program.aforward(topic="x")
+    with Script(forever=cancelled_inside).use():
+        with anyio.fail_after(10), pytest.raises(NodeCancelled) as error:
+            await program.aforward(topic="x")
+        events = await events_of(program.astream(topic="x"))
     assert error.value.node == "a"
-    events = await events_of(program.astream(topic="x"))
     text = "node 'a': something that it waited for was cancelled"
     assert events[-2] == {"event": "error", "node": "a", "error": text}
     assert isinstance(events[-1]["exception"], NodeCancelled)

@@ -1,25 +1,30 @@
-"""Input models and JSON Schemas of agents, derived from DSPy signatures and from typed functions.
+"""What programs and functions take and give: input models and JSON Schemas, out of DSPy signatures and of types.
+
+Input that earlier turns of a thread fill is not asked for: fields of type `dspy.History`, and `history` of type `str`.
 
 This module must not know registries or runs.
 """
 
 import inspect
+import types
 import typing
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Protocol, get_args, get_origin, runtime_checkable
 
 import dspy
+import orjson
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, create_model
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 
-from agents.base import Emitter, Task
-from agents.transpiler import Program
+from agents.base import Emitter, Task, public_message
+from agents.inputs import RejectedInput, read_input
+from agents.media import MediaModel, holds_media
 
 HISTORY = "history"
-"""The input field, of type `str`, that earlier turns of the thread fill instead of whoever starts a run."""
+"""The name of an input field of type `str` that earlier turns fill."""
 
 
 class SchemaError(Exception):
@@ -41,8 +46,30 @@ class Contract:
     result: TypeAdapter[Any] | None = None
     """Serialiser of the result as a whole, for a compiled graph that has a model of it."""
     output_schema: Mapping[str, Any] = field(default_factory=dict)
-    takes_history: bool = False
+    history: Mapping[str, type] = field(default_factory=dict)
+    """The fields that earlier turns fill, each `dspy.History` or `str`."""
     graph: Mapping[str, Any] | None = None
+
+
+class _Input(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=False)
+
+
+class _MediaInput(MediaModel, _Input):
+    pass
+
+
+@runtime_checkable
+class TypedProgram(Protocol):
+    """A program that has models of what it takes and gives: a compiled graph."""
+
+    @property
+    def input_model(self) -> type[BaseModel]: ...
+
+    @property
+    def output_model(self) -> type[BaseModel] | None: ...
+
+    def describe(self) -> dict[str, Any]: ...
 
 
 def input_model(name: str, fields: Mapping[str, tuple[Any, Any]]) -> type[BaseModel]:
@@ -51,12 +78,12 @@ def input_model(name: str, fields: Mapping[str, tuple[Any, Any]]) -> type[BaseMo
     :raises SchemaError: a type is none that pydantic can check, or a name is none that a field can have.
     """
     title = "".join(part.capitalize() for part in name.split("_")) + "Input"
-    config = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=False, title=title)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a field may well be called "schema" or "copy"
             definitions: dict[str, Any] = dict(fields)
-            model: type[BaseModel] = create_model(title, __config__=config, **definitions)
+            base = _MediaInput if any(holds_media(annotation) for annotation, _ in fields.values()) else _Input
+            model: type[BaseModel] = create_model(title, __base__=base, **definitions)
             model.model_json_schema()
     except Exception as error:
         raise SchemaError(
@@ -70,18 +97,16 @@ def signature_contract(name: str, signature: Any) -> Contract:
 
     :raises SchemaError: a field's type has no JSON Schema.
     """
-    inputs = dict(signature.input_fields)
-    takes_history = HISTORY in inputs and inputs[HISTORY].annotation is str
-    if takes_history:
-        del inputs[HISTORY]
-    fields = {key: (_constrained(info), _field(key, info)) for key, info in inputs.items()}
+    inputs = signature.input_fields
+    history = _history({key: info.annotation for key, info in inputs.items()})
+    fields = {key: (_constrained(info), _field(key, info)) for key, info in inputs.items() if key not in history}
     outputs = {key: TypeAdapter(info.annotation) for key, info in signature.output_fields.items()}
     try:
         schema = _outputs_schema(signature.output_fields, outputs)
     except Exception as error:
         problem = f"its outputs make no JSON Schema: {_first_line(error)}"
         raise SchemaError(problem, "use types that pydantic knows") from error
-    return Contract(input_model(name, fields), outputs, output_schema=schema, takes_history=takes_history)
+    return Contract(input_model(name, fields), outputs, output_schema=schema, history=history)
 
 
 def module_contract(name: str, program: Any) -> Contract:
@@ -90,25 +115,24 @@ def module_contract(name: str, program: Any) -> Contract:
 
     :raises SchemaError: it has neither.
     """
-    if isinstance(program, Program):
+    if isinstance(program, TypedProgram):
         return _graph_contract(name, program)
     if isinstance(program, dspy.BestOfN | dspy.Refine):  # they take and give what the module inside does
         return module_contract(name, program.module)
-    signature = _signature_of(program)
+    signature = signature_of(program)
     if signature is not None:
         return signature_contract(name, signature)
-    method = getattr(program, "aforward", None) or getattr(program, "forward", None)
+    method = _method(program, "aforward") or _method(program, "forward")
     if method is None:
         raise SchemaError(f"{type(program).__name__} has no forward method", "write one with typed parameters")
     where = f"{type(program).__name__}.{method.__name__}"
-    fields = dict(parameter_fields(method, where, "pass signature=…"))
-    takes_history = HISTORY in fields and fields[HISTORY][0] is str
-    if takes_history:
-        del fields[HISTORY]
-    return Contract(input_model(name, fields), takes_history=takes_history, output_schema={"type": "object"})
+    fields = parameter_fields(method, where, "pass signature=…")
+    history = _history({key: hint for key, (hint, _) in fields.items()})
+    asked = {key: each for key, each in fields.items() if key not in history}
+    return Contract(input_model(name, asked), history=history, output_schema={"type": "object"})
 
 
-def _graph_contract(name: str, program: Program[Any]) -> Contract:
+def _graph_contract(name: str, program: TypedProgram) -> Contract:
     taken, given = program.input_model, program.output_model
     result = None if given is None else TypeAdapter[Any](given)
     try:
@@ -117,13 +141,32 @@ def _graph_contract(name: str, program: Program[Any]) -> Contract:
     except Exception as error:
         problem = f"its models make no JSON Schema: {_first_line(error)}"
         raise SchemaError(problem, "use types that pydantic knows") from error
-    strict = type(
-        taken.__name__, (taken,), {"__module__": taken.__module__, "model_config": ConfigDict(extra="forbid")}
+    history = [key for key, info in taken.model_fields.items() if is_history(info.annotation)]
+    strict = _derived(taken, {"model_config": ConfigDict(extra="forbid")}, history)
+    filled = dict.fromkeys(history, dspy.History)
+    return Contract(strict, result=result, output_schema=schema, history=filled, graph=program.describe())
+
+
+def _derived(model: type[BaseModel], attributes: dict[str, Any], history: Collection[str] = ()) -> type[BaseModel]:
+    """A subclass of `model` whose input takes media as JSON has them, without the fields `history`."""
+    unasked = dict.fromkeys(history, ClassVar[dspy.History])
+    empty = {key: dspy.History(messages=[]) for key in history}
+    bases = (MediaModel, model) if holds_media(model) else (model,)
+    return type(
+        model.__name__, bases, {"__module__": model.__module__, "__annotations__": unasked, **empty, **attributes}
     )
-    return Contract(strict, result=result, output_schema=schema, graph=program.describe())
 
 
-def _signature_of(program: Any) -> Any:
+def _method(program: Any, name: str) -> Any:
+    """The method of that name, if there is one. DSPy logs a warning when somebody takes `forward` off a module."""
+    try:
+        return object.__getattribute__(program, name)
+    except AttributeError:
+        return None
+
+
+def signature_of(program: Any) -> Any:
+    """The signature that a program has, or None."""
     if isinstance(program, dspy.MultiChainComparison):
         return _comparison(program)
     for holder in (program, getattr(program, "predict", None) if isinstance(program, dspy.ChainOfThought) else None):
@@ -143,6 +186,57 @@ def _comparison(program: Any) -> Any:
     return signature.append("completions", attempts, list[dict[str, Any]])
 
 
+def read_inputs(name: str, contract: Contract, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that `inputs`, given in Python, make for the program called `name`. What earlier turns fill may be
+    given, too; otherwise there are none.
+
+    :raises ValueError: they do not fit the contract; it names each field.
+    """
+    history = {key: inputs.get(key, "" if kind is str else {"messages": []}) for key, kind in contract.history.items()}
+    asked = {key: value for key, value in inputs.items() if key not in history}
+    try:
+        model = _read(contract.input_model, asked)
+        filled: dict[str, Any] = {
+            key: TypeAdapter[Any](kind).validate_python(history[key]) for key, kind in contract.history.items()
+        }
+    except (RejectedInput, ValueError) as error:
+        problem = public_message(error) if isinstance(error, ValueError) else str(error)
+        raise ValueError(f"invalid input for {name}: {problem}") from error
+    return {**filled, **{key: getattr(model, key) for key in type(model).model_fields}}
+
+
+def _read(model: type[BaseModel], asked: dict[str, Any]) -> BaseModel:
+    """JSON data are read as a hub reads them; what holds objects is validated as it is."""
+    try:
+        orjson.dumps(asked, option=_NO_OBJECTS)
+    except TypeError:
+        return model.model_validate(asked, by_alias=True, by_name=True)
+    return read_input(model, asked)
+
+
+_NO_OBJECTS = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
+
+
+# -- History -------------------------------------------------------------------------------------------------------
+
+
+def is_history(annotation: Any) -> bool:
+    """Whether a field is a `dspy.History`, perhaps an optional one."""
+    parts = get_args(annotation) if get_origin(annotation) in (Annotated, *_UNIONS) else ()
+    return annotation is dspy.History or any(map(is_history, parts))
+
+
+_UNIONS = (typing.Union, types.UnionType)
+
+
+def _history(hints: Mapping[str, Any]) -> dict[str, type]:
+    return {
+        key: str if hint is str else dspy.History
+        for key, hint in hints.items()
+        if is_history(hint) or (key == HISTORY and hint is str)
+    }
+
+
 # -- Functions -----------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +249,8 @@ class Call:
     """The parameter that takes the input model itself; `None`: one parameter takes each of its fields."""
     emit: str | None
     task: str | None
+    history: Collection[str]
+    """The parameters that take the earlier turns, as a `dspy.History`."""
     result: TypeAdapter[Any] | None
     """Validates and serialises what the function returns; `None`: it declares no type."""
     output_schema: Mapping[str, Any]
@@ -168,14 +264,18 @@ def function_call(name: str, function: Callable[..., Any]) -> Call:
     """
     hints = _hints(function)
     special = {kind: next((key for key, hint in hints.items() if hint is kind), None) for kind in (Emitter, Task)}
-    fields = parameter_fields(function, f"{function.__name__}()", "annotate it", skip=set(special.values()))
+    history = [key for key, hint in hints.items() if key != "return" and is_history(hint)]
+    skip = {*special.values(), *history}
+    fields = parameter_fields(function, f"{function.__name__}()", "annotate it", skip=skip)
     whole = None
     if len(fields) == 1:
         (key, (hint, _)), *_ = fields.items()
         whole = key if isinstance(hint, type) and issubclass(hint, BaseModel) else None
     model = hints[whole] if whole else input_model(name, fields)
+    if whole and holds_media(model):
+        model = _derived(model, {})
     result, schema = _result(function, hints)
-    return Call(model, whole, special[Emitter], special[Task], result, schema)
+    return Call(model, whole, special[Emitter], special[Task], history, result, schema)
 
 
 def parameter_fields(

@@ -1,0 +1,109 @@
+"""What a language model is shown of what a tool did: data of bounded size, which goes into every prompt that follows.
+
+A prompt shows it as DSPy would, save where DSPy fails, or shows what belongs to the process and not to the result:
+memory addresses, paths, secrets (G9). Reading a result never fails, whatever its class does.
+
+This module must not know what a tool is, or who calls it.
+"""
+
+import contextlib
+import inspect
+import itertools
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+from dspy.adapters.types.base_type import Type as CustomType
+
+from agents.base import ToolError, public_message, redact
+from agents.failures import is_failure
+from agents.threads import is_async_callable
+from agents.values import COUNT_BYTES, plain
+
+_JSON_LISTS = (tuple, set, frozenset, deque)
+_TYPED_ITEMS = 100
+_MOST_ITEMS = COUNT_BYTES // 16 + 1
+"""Items of a generator from which on the list of them is cut in any case."""
+
+
+def observed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, but what it returns, now or when awaited, is an observation. An iterator is read, as far as can be
+    shown.
+
+    :raises ToolError: something that it waited for was cancelled, or it wanted to end the process.
+    """
+
+    async def awaited(result: Any) -> Any:
+        with contained():
+            result = await (_read(result) if isinstance(result, AsyncIterator) else result)
+            return observation(result)
+
+    def call(**args: Any) -> Any:
+        with contained():
+            result = function(**args)
+            is_later = inspect.isawaitable(result) or isinstance(result, AsyncIterator)
+            return awaited(result) if is_later else observation(result)
+
+    async def acall(**args: Any) -> Any:
+        return await awaited(function(**args))
+
+    return acall if is_async_callable(function) else call
+
+
+@contextlib.contextmanager
+def contained() -> Iterator[None]:
+    """Make a `ToolError` of a failure that would end the run, as it is no `Exception`; see `failures.is_failure`."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        if is_failure(error):
+            raise ToolError(public_message(error)) from error
+        raise
+
+
+def observation(result: Any) -> Any:
+    """`result` as plain data. DSPy's own types, such as `dspy.Image`, stay what they are, in a list, too."""
+    if isinstance(result, CustomType):
+        return result
+    if isinstance(result, bytes | bytearray):
+        with contextlib.suppress(UnicodeDecodeError):
+            result = result.decode()
+    if isinstance(result, Iterator):
+        result = list(itertools.islice(result, _MOST_ITEMS))
+    if holds_types(result):
+        return [item if isinstance(item, CustomType) else plain(item, other=_text) for item in result]
+    found = plain(result, other=_text)
+    # A prompt shows a tuple as JSON, and a list of texts as a numbered one.
+    return tuple(found) if isinstance(result, _JSON_LISTS) and isinstance(found, list) else found
+
+
+def holds_types(result: Any) -> bool:
+    """Whether `result` is a list, not a long one, with some of DSPy's own types in it: texts and images, say."""
+    is_short_list = isinstance(result, list | tuple) and len(result) <= _TYPED_ITEMS
+    return is_short_list and any(isinstance(item, CustomType) for item in result)
+
+
+async def _read(items: AsyncIterator[Any]) -> list[Any]:
+    found: list[Any] = []
+    async for item in items:
+        found.append(item)
+        if len(found) == _MOST_ITEMS:
+            break
+    return found
+
+
+def _text(value: Any) -> str:
+    """What `value` says of itself. Its type if that is nothing, or if it is a description in angle brackets."""
+    name = f"<{type(value).__name__}>"
+    if isinstance(value, BaseException):
+        return public_message(value)
+    if isinstance(value, os.PathLike):
+        return name
+    try:
+        text = str(value)
+        return name if text.startswith("<") and text == repr(value) else redact(text)
+    except Exception:  # noqa: BLE001 -- whatever its class does
+        return name
