@@ -15,12 +15,18 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from dspy.adapters.types.base_type import Type as CustomType
+from dspy.adapters.utils import format_field_value
+from pydantic.fields import FieldInfo
 
 from agents.base import ToolError, public_message, redact
 from agents.failures import is_failure
 from agents.threads import is_async_callable
 from agents.values import COUNT_BYTES, plain
 
+LISTS_OF_NO_TEXTS = (TypeError, AttributeError)
+"""What DSPy raises for lists like [1, 2], since it takes every list for one of texts."""
+
+_TEXT_FIELD = FieldInfo(annotation=str)
 _JSON_LISTS = (tuple, set, frozenset, deque)
 _TYPED_ITEMS = 100
 _MOST_ITEMS = COUNT_BYTES // 16 + 1
@@ -78,6 +84,26 @@ def observation(result: Any) -> Any:
     found = plain(result, other=_text)
     # A prompt shows a tuple as JSON, and a list of texts as a numbered one.
     return tuple(found) if isinstance(result, _JSON_LISTS) and isinstance(found, list) else found
+
+
+def showable(result: Any) -> Any:
+    """`result`, if DSPy can show it, else the text of its observation."""
+    if not isinstance(result, Iterator):  # DSPy would read it to its end, which there may not be
+        with contextlib.suppress(Exception):  # as its class does
+            format_field_value(_TEXT_FIELD, result)
+            return result
+    found = observation(result)
+    return found if isinstance(found, CustomType) else prompt_text(found)
+
+
+def prompt_text(value: Any) -> Any:
+    """The text of an observation in a prompt, as DSPy writes it in a field of text."""
+    if type(value) is str:
+        return value
+    try:
+        return format_field_value(_TEXT_FIELD, value)
+    except LISTS_OF_NO_TEXTS:
+        return format_field_value(_TEXT_FIELD, tuple(value))  # as JSON
 
 
 def holds_types(result: Any) -> bool:

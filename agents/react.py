@@ -18,17 +18,15 @@ from typing import Any, Literal
 
 import dspy
 from anyio.lowlevel import checkpoint
-from dspy.adapters.utils import format_field_value
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError
 from pydantic import PrivateAttr, ValidationError
-from pydantic.fields import FieldInfo
 
 from agents.base import ToolError, public_message
 from agents.current import emit_event, status
 from agents.events import StepLimit
 from agents.history import told_as_text
 from agents.mcp import TOOLS_AT_ONCE, McpServer, told_apart
-from agents.observations import observed
+from agents.observations import LISTS_OF_NO_TEXTS, observed, prompt_text
 from agents.threads import unblocking
 from agents.values import cut_text
 
@@ -39,9 +37,6 @@ FINISH = "finish"
 TURN_FIELDS = ("next_thought", "next_tool_name", "next_tool_args")
 
 _log = logging.getLogger(__name__)
-_TEXT_FIELD = FieldInfo(annotation=str)
-_LISTS_OF_NO_TEXTS = (TypeError, AttributeError)
-"""What DSPy raises for lists like [1, 2], since it takes every list for one of texts."""
 
 
 def react_agent(
@@ -170,10 +165,10 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
         if adapter is not None and type(adapter) is not dspy.ChatAdapter:
             try:
                 return super()._format_trajectory(trajectory)
-            except _LISTS_OF_NO_TEXTS:
-                texts = {name: _section_text(value) for name, value in trajectory.items() if type(value) is list}
+            except LISTS_OF_NO_TEXTS:
+                texts = {name: prompt_text(value) for name, value in trajectory.items() if type(value) is list}
                 return super()._format_trajectory(trajectory | texts)
-        sections = (f"[[ ## {name} ## ]]\n{_section_text(value)}" for name, value in trajectory.items())
+        sections = (f"[[ ## {name} ## ]]\n{prompt_text(value)}" for name, value in trajectory.items())
         return "\n\n".join(sections).strip()
 
 
@@ -210,15 +205,6 @@ async def _recover(tools: Mapping[str, Any], error: Exception) -> tuple[str, str
     options = ", ".join(tools)
     problem = f"next_tool_name must be one of {options}" if not name else "next_tool_args must be a JSON object"
     return thought, name or "none", {}, f"Your reply could not be read: {problem}."
-
-
-def _section_text(value: Any) -> Any:
-    if type(value) is str:
-        return value
-    try:
-        return format_field_value(_TEXT_FIELD, value)
-    except _LISTS_OF_NO_TEXTS:
-        return format_field_value(_TEXT_FIELD, tuple(value))  # as JSON
 
 
 def _section(reply: str, name: str) -> str:

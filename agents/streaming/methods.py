@@ -1,7 +1,8 @@
 """Methods of DSPy that do something else in a run, whatever program they are called in.
 
 - `Tool.acall` calls a synchronous function on the event loop; in a run it calls it on a thread (G3). There, as in
-  `Tool.__call__`, a tool that cancels itself fails, and does not end the run.
+  `Tool.__call__`, a tool that cancels itself fails, and does not end the run. Where DSPy's own loops could not show a
+  result to the model, they get a text instead.
 - `RLM.aforward` runs code, and what that calls, on the event loop; in a run it does all its work on a thread (G3).
 - `BestOfN.forward` and `Refine.forward` count failed attempts on the module, those of all its calls together; in a run
   they count on a copy.
@@ -13,7 +14,6 @@ They are public methods, replaced when the first run begins, once in a process. 
 what DSPy does.
 """
 
-import contextlib
 import copy
 import functools
 import threading
@@ -22,7 +22,7 @@ from typing import Any
 
 import dspy
 
-from agents.observations import contained
+from agents.observations import contained, showable
 from agents.streaming.dspy_calls import call_in_thread, can_be_awaited
 from agents.threads import is_async_callable, unblocking
 
@@ -68,7 +68,7 @@ def _awaited_tool(acall: Callable[..., Any]) -> Callable[..., Any]:
             function, tool = tool.func, tool.model_copy()
             tool.func = unblocking(function, f"tool {tool.name}")
         with contained():
-            return await acall(tool, **args)
+            return _showable(tool, await acall(tool, **args))
 
     return call
 
@@ -78,10 +78,22 @@ def _called_tool(tool_call: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(tool_call)
     def call(tool: Any, /, **args: Any) -> Any:
-        with contained() if _in_run() else contextlib.nullcontext():
+        if not _in_run():
             return tool_call(tool, **args)
+        with contained():
+            return _showable(tool, tool_call(tool, **args))
 
     return call
+
+
+_LOOPS = (dspy.ReAct, dspy.ReActV2)
+_ENDS = ("finish", "submit")
+
+
+def _showable(tool: Any, result: Any) -> Any:
+    callers = dspy.settings.caller_modules or [None]
+    is_shown = type(tool) is dspy.Tool and isinstance(callers[-1], _LOOPS) and tool.name not in _ENDS
+    return showable(result) if is_shown else result
 
 
 def _all_on_a_thread(aforward: Callable[..., Any]) -> Callable[..., Any]:

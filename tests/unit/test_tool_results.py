@@ -294,6 +294,23 @@ async def test_any_other_module_goes_on_after_any_result():
         assert len(heard.of(ToolEnd)) == 1
 
 
+@pytest.mark.parametrize("name", [*RESULTS, "list in itself", "endless"])
+@pytest.mark.parametrize("loop", ["ReAct", "ReActV2"])
+async def test_dspys_own_loops_go_on_after_any_result(loop: str, name: str):
+    make: Any = {"list in itself": looped_list, "endless": endless}.get(name) or RESULTS[name][0]
+    tool = tool_of(make, "sync")
+    if loop == "ReAct":
+        agent: Any = dspy.ReAct("question -> answer", [tool])
+        replies = [turn("t", "look", {}), FINISH]
+    else:
+        agent = dspy.ReActV2("question -> answer", [tool])
+        calls = [{"name": "look", "args": {}}, {"name": "submit", "args": {"answer": "a"}}]
+        replies = [chat(next_thought="t", tool_calls=orjson.dumps({"tool_calls": [call]}).decode()) for call in calls]
+    prediction, heard, _ = await play(agent, *replies)
+    assert prediction.answer == "a"
+    assert [end.error for end in heard.of(ToolEnd) if end.tool == "look"] == [None]
+
+
 async def test_generators_may_be_asynchronous_and_may_fail():
     async def agenerated() -> AsyncIterator[int]:
         yield 1
