@@ -44,13 +44,10 @@ def replace_methods() -> None:
 
 @functools.cache
 def _replace() -> None:
-    dspy.Tool.acall = _awaited_tool(dspy.Tool.acall)
-    dspy.Tool.__call__ = _called_tool(dspy.Tool.__call__)
-    dspy.RLM.aforward = _all_on_a_thread(dspy.RLM.aforward)
-    dspy.BestOfN.forward = _on_a_copy(dspy.BestOfN.forward)
-    dspy.Refine.forward = _on_a_copy(dspy.Refine.forward)
-    dspy.Predict.forward = _with_model(dspy.Predict.forward)
-    dspy.Predict.aforward = _with_model_awaited(dspy.Predict.aforward)
+    for (kind, name), replacement in _REPLACEMENTS.items():
+        owner = getattr(dspy, kind, None)
+        if hasattr(owner, name):  # not all versions of DSPy have all modules
+            setattr(owner, name, replacement(getattr(owner, name)))
 
 
 def _in_run() -> bool:
@@ -86,7 +83,7 @@ def _called_tool(tool_call: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-_LOOPS = (dspy.ReAct, dspy.ReActV2)
+_LOOPS = tuple(getattr(dspy, kind) for kind in ("ReAct", "ReActV2") if hasattr(dspy, kind))
 _ENDS = ("finish", "submit")
 
 
@@ -149,3 +146,14 @@ def _modelled(predictor: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs
     lm = inputs.get("lm", predictor.lm) or dspy.settings.lm
     return inputs if lm is None else {**inputs, "lm": models(lm)}
+
+
+_REPLACEMENTS: dict[tuple[str, str], Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    ("Tool", "acall"): _awaited_tool,
+    ("Tool", "__call__"): _called_tool,
+    ("RLM", "aforward"): _all_on_a_thread,
+    ("BestOfN", "forward"): _on_a_copy,
+    ("Refine", "forward"): _on_a_copy,
+    ("Predict", "forward"): _with_model,
+    ("Predict", "aforward"): _with_model_awaited,
+}

@@ -70,6 +70,22 @@ print("ok")
     assert done.stdout == "ok\n", done.stderr
 
 
+def test_a_dspy_without_some_of_its_modules_is_used_all_the_same():
+    script = """
+import asyncio, dspy
+del dspy.RLM, dspy.ReActV2, dspy.Refine
+import agents.streaming as ours
+async def look():
+    return await dspy.Tool(lambda: 7, name="look", args={}).acall()
+async def main():
+    assert (await anext(ours.streamify(look)())).message.startswith("Calling tool look")
+asyncio.run(main())
+print("ok")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "ok\n", done.stderr
+
+
 @pytest.fixture
 def installed() -> None:
     assert patch.install()
