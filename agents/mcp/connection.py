@@ -19,6 +19,7 @@ from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 from agents.mcp.calls import Call
 from agents.mcp.sources import Source
 from agents.mcp.stdio import StdioLog
+from agents.mcp.words import clean_error
 
 PING_EVERY = 15.0
 """Seconds of idleness after which a server is asked whether it lives."""
@@ -99,6 +100,8 @@ class Connection:
             known = str(leaf)
         if known is None and self._ended:
             known = "it closed the connection"
+        if known is None and isinstance(leaf, MCPError):
+            known = f"it answered with an error: {clean_error(leaf.message) or leaf.code}"
         if known is None:
             known = f"it does not speak MCP ({type(leaf).__name__})"
         if self.log.rubbish:

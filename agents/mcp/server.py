@@ -20,7 +20,7 @@ from mcp_types import Tool
 from agents.base import ToolError
 from agents.current import current_emitter
 from agents.events import ToolProgress
-from agents.mcp.calls import Call
+from agents.mcp.calls import Call, sendable
 from agents.mcp.connection import Connection
 from agents.mcp.sources import Http, InProcess, Source, Stdio, is_address
 from agents.mcp.tools import McpTool, make_tools
@@ -115,10 +115,10 @@ class McpServer:
     async def call(self, tool: str, args: dict[str, Any]) -> Any:
         """Call a tool, telling the run that this happens in of its progress. Gives plain, bounded data.
 
-        :raises ToolError: it failed, took too long, or the server is not available.
+        :raises ToolError: it failed, took too long, its arguments cannot be sent, or the server is not available.
         """
         connection = await self._connected()
-        call = Call(tool, args, self._timeout)
+        call = Call(tool, sendable(args), self._timeout)
         emit, span = current_emitter(), current_span()
         connection.submit(call)
         try:
