@@ -21,6 +21,7 @@ import dspy
 from anyio.lowlevel import checkpoint
 from dspy.adapters.types.base_type import Type as CustomType
 from dspy.adapters.utils import format_field_value
+from dspy.utils.callback import with_callbacks
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError
 from pydantic import PrivateAttr, ValidationError
 from pydantic.fields import FieldInfo
@@ -28,7 +29,7 @@ from pydantic.fields import FieldInfo
 from agents.base import ToolError, public_message
 from agents.current import emit_event, status
 from agents.events import StepLimit
-from agents.mcp import TOOLS_AT_ONCE, McpServer, told_apart
+from agents.mcp import TOOLS_AT_ONCE, McpServer, McpTool, told_apart
 from agents.threads import in_thread
 from agents.values import cut_text, plain
 
@@ -283,8 +284,7 @@ class GuardedTool(dspy.Tool):  # type: ignore[misc]
 
     async def acall(self, /, **args: Any) -> Any:
         try:
-            self._refuse_reserved(args)
-            return _observation(await super().acall(**args))
+            return _observation(await self._run(args))
         except Exception as error:  # noqa: BLE001 -- whatever a tool raises is for the model to deal with
             return self._failure(error)
 
@@ -294,6 +294,19 @@ class GuardedTool(dspy.Tool):  # type: ignore[misc]
             return _observation(self._plain(**args))
         except Exception as error:  # noqa: BLE001 -- as above
             return self._failure(error)
+
+    @with_callbacks  # type: ignore[untyped-decorator]
+    async def _run(self, kwargs: dict[str, Any]) -> Any:
+        """The call. Its arguments are no keywords: `self` may be among them. Callbacks see them as DSPy's own."""
+        return await self.func(**self._validate_and_parse_args(**kwargs))
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}{self._plain.note if isinstance(self._plain, McpTool) else ''}"
+
+    def format_as_litellm_function_call(self) -> dict[str, Any]:
+        if isinstance(self._plain, McpTool):
+            return self._plain.format_as_litellm_function_call()
+        return super().format_as_litellm_function_call()  # type: ignore[no-any-return]
 
     def _refuse_reserved(self, args: dict[str, Any]) -> None:
         """Names that DSPy's own calls use up: with them, the call would fail before it is checked."""
@@ -307,7 +320,10 @@ class GuardedTool(dspy.Tool):  # type: ignore[misc]
         return f"Tool {self.name} failed: {public_message(error)}"
 
     def _validate_and_parse_args(self, /, **args: Any) -> dict[str, Any]:
-        """DSPy's own checks, argument by argument, so that the message can name the one that is wrong."""
+        """DSPy's own checks, argument by argument, so that the message can name the one that is wrong; those of an MCP
+        server's tool are its own."""
+        if isinstance(self._plain, McpTool):
+            return self._plain._validate_and_parse_args(**args)
         parsed: dict[str, Any] = {}
         for name, value in args.items():
             if name not in self.args and not self.has_kwargs:
