@@ -328,8 +328,8 @@ class GuardedTool(dspy.Tool):  # type: ignore[misc]
         for name, value in args.items():
             if name not in self.args and not self.has_kwargs:
                 raise ToolError(f"it has no argument {name!r}; it takes {', '.join(self.args) or 'none'}")
-            try:
-                parsed |= super()._validate_and_parse_args(**{name: value})
+            try:  # DSPy's own cannot be given a `self`
+                parsed |= {name: value} if name == "self" else super()._validate_and_parse_args(**{name: value})
             except ValidationError as error:
                 raise ToolError(f"argument {name!r}: {error.errors()[0]['msg']}") from error
         if self._parameters is not None:

@@ -51,11 +51,9 @@ def observation(result: CallToolResult, args: Any) -> Any:
 
 
 def _data(structured: Any, copy: str, limit: int) -> Any:
-    """`structured` in at most `limit` bytes; where it is larger, the beginning of its `copy`, a text, if there is one."""
+    """`structured` in at most `limit` bytes; if it is larger, the beginning of `copy`, the same as a text."""
     shown = _redacted(plain(structured, limit))
-    is_cut = (
-        isinstance(shown, dict) and shown.get("truncated") is True and shown.keys() == {"truncated", "bytes", "head"}
-    )
+    is_cut = isinstance(shown, dict) and shown.get("truncated") is True and "head" in shown
     return redact(cut_text(copy, limit)) if is_cut and copy else shown
 
 

@@ -6,11 +6,15 @@ from typing import Any
 
 import anyio
 import pytest
+from mcp.server.mcpserver import Context, MCPServer
+from mcp_types import CallToolResult
 
 from agents.base import ToolError
-from agents.mcp import McpServer
+from agents.events import ToolProgress
+from agents.mcp import McpServer, mcp_server, running
+from agents.react import react_agent
 from agents.values import text_bytes
-from tests.support.mcp import PATIENCE, raw
+from tests.support.mcp import PATIENCE, play, raw
 
 TRANSPORTS = pytest.mark.parametrize("kind", ["stdio", "http", "sse"])
 
@@ -305,8 +309,40 @@ async def test_arguments_that_json_cannot_carry_cost_their_own_call_only(kind: s
         with anyio.fail_after(PATIENCE):
             assert json.loads(await server.call("echo", {"a\ud83d": ["b\ude00c"]})) == {"a?": ["b?c"]}
             assert json.loads(await server.call("echo", {"a": 10**30})) == {"a": 10**30}
-            for wrong in ({"a": float("nan")}, {"a": [{"b": float("-inf")}]}, {"a": nested(2_00)}, {"a": object()}):
+            for wrong in ({"a": float("nan")}, {"a": [{"b": float("-inf")}]}, {"a": nested(200)}, {"a": object()}):
                 with pytest.raises(ToolError, match="arguments cannot be sent"):
                     await server.call("echo", wrong)
             assert await server.call("echo", {}) == "{}"
         assert server.status.state == "up"
+
+
+# -- A server in this process --------------------------------------------------------------------------------------
+
+
+async def test_odd_answers_of_a_server_object_end_their_calls():
+    mine = MCPServer("mine")
+
+    @mine.tool()
+    async def surrogate() -> str:
+        return "a\ud83d"
+
+    @mine.tool()
+    async def hollow() -> CallToolResult:
+        return CallToolResult.model_construct(content=None, structured_content={"a": 1})
+
+    @mine.tool()
+    async def progress(ctx: Context) -> str:
+        for number in (float("nan"), 1.0, float("inf")):
+            await ctx.report_progress(number, number)
+        return "told"
+
+    server = mcp_server("mine", server=mine, timeout=PATIENCE)
+    async with running(server):
+        assert await call_all(server, ["surrogate", "hollow", "progress"]) == {
+            "surrogate": "a?",
+            "hollow": "failed: its answer could not be read (ValidationError)",
+            "progress": "told",
+        }
+        with anyio.fail_after(PATIENCE):
+            played = await play(react_agent("question -> answer", [server]), [("progress", {})])
+    assert [(event.progress, event.total) for event in played.heard.of(ToolProgress)] == [(1.0, 1.0)]
