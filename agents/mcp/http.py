@@ -18,15 +18,17 @@ from agents.mcp.oversize import Bounded, Lines, Oversize
 _BOM = b"\xef\xbb\xbf"
 
 
-def bounded(response: httpx2.Response) -> httpx2.AsyncByteStream:
+def bounded(response: httpx2.Response) -> Any:
     """The body of `response` as the SDK is to see it."""
     kind = response.headers.get("content-type", "").lower()
+    if response.headers.get("content-encoding", "identity") != "identity":  # which we do not ask for
+        return _Body(_Document(None), response.stream) if kind.startswith("application/json") else response.stream
     requests = _requests(response.request)
     if kind.startswith("text/event-stream"):
         return _Body(_Events(requests), response.stream)
     if kind.startswith("application/json"):
         return _Body(_Document(requests if response.is_success else None), response.stream)
-    return response.stream  # type: ignore[return-value]  # a response that came from a server is read asynchronously
+    return response.stream
 
 
 def _requests(request: httpx2.Request) -> dict[RequestId, str]:
@@ -56,7 +58,8 @@ class _Body(httpx2.AsyncByteStream):
 
 
 class _Document:
-    """A body that is one message. That of an error, which may be anything, is only bounded: `requests` is `None`."""
+    """A body that is one message. Without `requests` it may be anything, an error page or compressed, and is only
+    bounded."""
 
     def __init__(self, requests: dict[RequestId, str] | None) -> None:
         self._requests = requests

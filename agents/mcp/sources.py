@@ -18,6 +18,7 @@ from mcp.client.streamable_http import streamable_http_client
 
 from agents.base import is_secret_name, keep_secret, url_passwords
 from agents.mcp.http import bounded
+from agents.mcp.oversize import MAX_BYTES
 from agents.mcp.stdio import StdioLog, stdio_transport
 
 CONNECT_TIMEOUT = 30.0
@@ -99,7 +100,7 @@ class Http:
         headers = {**self.headers, "Accept-Encoding": "identity"}
         timeout = httpx2.Timeout(CONNECT_TIMEOUT, read=None)
         async with httpx2.AsyncClient(headers=headers, timeout=timeout, event_hooks={"response": [answered]}) as http:
-            async with streamable_http_client(self.url, http_client=http, max_sse_event_size=None) as streams:
+            async with streamable_http_client(self.url, http_client=http, max_sse_event_size=2 * MAX_BYTES) as streams:
                 yield streams
 
     def explain(self, error: BaseException, log: StdioLog) -> str | None:

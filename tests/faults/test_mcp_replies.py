@@ -250,6 +250,12 @@ async def test_body_without_an_answer_ends_the_call(kind: str, tmp_path: Path):
         assert all(error.startswith("failed: ") for error in got.values())
 
 
+@pytest.mark.parametrize("kind", ["http --gzip", "sse --gzip"])
+async def test_body_that_is_compressed_against_our_wish_is_read_all_the_same(kind: str, tmp_path: Path):
+    async with raw(kind, tmp_path / "script", replies={"good": GOOD}) as server:
+        assert await call_all(server, ["good"]) == {"good": "good"}
+
+
 @TRANSPORTS
 async def test_large_answer_is_cut_whatever_it_is(kind: str, tmp_path: Path):
     large = "x" * 5_000_000

@@ -13,7 +13,7 @@ from agents.mcp import mcp_server, running
 from agents.mcp.server import MAX_PROBLEMS
 from agents.react import react_agent
 from tests.support.log import Log
-from tests.support.mcp import PATIENCE, Move, play, raw
+from tests.support.mcp import PATIENCE, Move, play, raw, until
 
 TRANSPORTS = pytest.mark.parametrize("kind", ["stdio", "http"])
 TEXT = {"type": "string"}
@@ -117,6 +117,20 @@ async def test_only_some_of_many_bad_entries_are_named(tmp_path: Path):
     async with raw("stdio", tmp_path / "script", tools=[{}] * 500) as server:
         assert len(server.status.problems) == MAX_PROBLEMS + 1
         assert server.status.problems[-1] == f"and {500 - MAX_PROBLEMS} more of this kind"
+
+
+async def test_server_that_cannot_list_its_tools_again_keeps_those_it_has(tmp_path: Path, log: Log):
+    changed = '{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}'
+    done = '{"jsonrpc":"2.0","id":$ID,"result":{"content":[]}}'
+    tools = [{"name": "forget", "inputSchema": {"type": "object"}}]
+    async with raw("stdio", tmp_path / "script", tools=tools, replies={"forget": f"{changed}\n{done}"}) as server:
+        before = server.tools
+        with anyio.fail_after(PATIENCE):
+            assert await server.call("forget", {}) == ""
+            await until(lambda: any("does not list its tools again: Method not found" in line for line in log.lines))
+            assert await server.call("echo", {"a": 1}) == '{"a": 1}'
+        assert server.tools is before
+        assert server.status.state == "up"
 
 
 async def test_server_object_with_odd_schemas():

@@ -54,14 +54,15 @@ async def legacy_http() -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def raw(kind: str, file: Path, **script: Any) -> AsyncIterator[McpServer]:
-    """The server of `mcp_raw`, running, with `script` in `file`; `kind` is `stdio`, `http` or `sse`."""
+    """The server of `mcp_raw`, running, with `script` in `file`; `kind` is `stdio`, or what it is given as options,
+    such as `http` or `sse --gzip`."""
     file.write_text(json.dumps({"tools": [], "replies": {}, **script}))  # noqa: ASYNC240
     if kind == "stdio":
         server = mcp_server("raw", command=sys.executable, args=["-P", RAW, str(file)], timeout=PATIENCE)
         async with running(server):
             yield server
     else:
-        async with _over_http(RAW, str(file), f"--{kind}") as (url, _):
+        async with _over_http(RAW, str(file), *f"--{kind}".split()) as (url, _):
             server = mcp_server("raw", url=url, timeout=PATIENCE)
             async with running(server):
                 yield server

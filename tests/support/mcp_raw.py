@@ -4,11 +4,13 @@
 
 FILE is JSON: `tools` is what `tools/list` lists, `replies` maps the name of a tool to what is sent when it is called,
 as text of which each character is a byte, `$ID` standing for the id of the request; `results` maps a method to its
-result. A tool without a reply gives its arguments as JSON text, `received` what the client has answered to requests.
-With `--http` or `--sse` it prints its port and answers with a JSON body or with a stream of events: a reply of several
-lines is several events. It knows nothing of the project, nor of the SDK.
+result. A tool without a reply gives its arguments as JSON text, `received` what the client has answered to requests;
+with `forget` it no longer knows `tools/list`. With `--http` or `--sse` it prints its port and answers with a JSON body
+or with a stream of events: a reply of several lines is several events. With `--gzip` the body is compressed, whatever
+the client accepts. It knows nothing of the project, nor of the SDK.
 """
 
+import gzip
 import json
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +34,8 @@ def answer(message: dict[str, Any]) -> bytes:
     method, params = message["method"], message.get("params", {})
     reply: dict[str, Any] = {"jsonrpc": "2.0", "id": message["id"]}
     if method == "tools/call":
+        if params["name"] == "forget":
+            RESULTS.pop("tools/list")
         if (raw := SCRIPT["replies"].get(params["name"])) is not None:
             return str(raw).replace("$ID", json.dumps(message["id"])).encode("latin-1")
         given = RECEIVED if params["name"] == "received" else params.get("arguments", {})
@@ -71,6 +75,9 @@ class OverHttp(BaseHTTPRequestHandler):
 
     def _send(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)
+        if "--gzip" in sys.argv:
+            body = gzip.compress(body)
+            self.send_header("Content-Encoding", "gzip")
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

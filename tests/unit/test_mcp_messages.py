@@ -155,6 +155,15 @@ def test_listing_names_what_it_leaves_out():
     ]
 
 
+def test_tool_that_the_sdk_will_leave_out_is_named():
+    schema = {"type": "object", "properties": {"a": {"type": "string", "x-mcp-header": "not a token"}}}
+    listing = fitted("tools/list", {"tools": [{"name": "a", "inputSchema": schema}]})
+    assert listing is not None
+    [(name, reason)] = listing["_meta"][LEFT_OUT]
+    assert name == "a"
+    assert reason.startswith("tool 'a' is left out: property 'a': x-mcp-header")
+
+
 def test_schema_that_the_sdk_rejects_goes_along():
     odd = {"properties": {"a": 5}, "required": "a", "$schema": 4, "x": 1}
     listing = fitted("tools/list", {"tools": [{"name": "a", "inputSchema": odd, "annotations": 5, "description": 7}]})
