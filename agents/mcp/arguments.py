@@ -7,6 +7,7 @@ Schemas come from others and may be anything. Arguments are checked against the 
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 from jsonschema.exceptions import best_match
@@ -29,7 +30,7 @@ class Arguments:
         self.problem: str | None = None
         """Why they are not checked, or not wholly."""
         found = dict(_found(self.schema, self.schema, set()))
-        required = _required(self.schema, self.schema, set())
+        required = _required(self.schema, self.schema, {})
         self._required = required
         self._optional = {name for name, arg in found.items() if name not in required and "default" not in arg}
         self.shown: dict[str, Any] = plain_fields(
@@ -61,7 +62,7 @@ class Arguments:
             if converted == args:
                 break
             args = converted
-        raise ToolError("; ".join(_told(errors, list(self.shown))))
+        raise ToolError("; ".join(_explained(errors, list(self.shown))))
 
     def _errors(self, args: dict[str, Any]) -> list[Any]:
         try:
@@ -72,7 +73,7 @@ class Arguments:
 
     def _converted(self, args: dict[str, Any], errors: Iterable[Any]) -> dict[str, Any]:
         """A copy of `args` in which wrong texts are replaced by what they hold."""
-        copy: dict[str, Any] = json.loads(json.dumps(args))
+        copy = deepcopy(args)
         for error in errors:
             *path, last = error.absolute_path or [None]
             place: Any = copy
@@ -131,19 +132,19 @@ def _parts(schema: Any, root: dict[str, Any], seen: set[int]) -> Iterator[dict[s
         yield from _parts(part, root, seen)
 
 
-def _required(schema: Any, root: dict[str, Any], seen: set[int]) -> set[str]:
-    """The arguments that have to be there, whatever the others are."""
-    if not isinstance(schema, dict) or id(schema) in seen or len(seen) > MAX_DEPTH:
+def _required(schema: Any, root: dict[str, Any], known: dict[int, set[str]]) -> set[str]:
+    """The arguments that have to be there, whatever the others are. `known` holds what was found of other parts."""
+    if not isinstance(schema, dict) or len(known) > MAX_DEPTH:
         return set()
-    seen = seen | {id(schema)}
-    own = schema.get("required")
-    names = {name for name in own if isinstance(name, str)} if isinstance(own, list) else set()
-    for part in [_target(schema, root), *_alternatives(schema, "allOf")]:
-        names |= _required(part, root, seen)
-    for key in ("anyOf", "oneOf"):
-        if ways := [_required(part, root, seen) for part in _alternatives(schema, key)]:
-            names |= set.intersection(*ways)
-    return names
+    if id(schema) not in known:
+        own = schema.get("required")
+        names = known[id(schema)] = {name for name in own if isinstance(name, str)} if isinstance(own, list) else set()
+        for part in [_target(schema, root), *_alternatives(schema, "allOf")]:
+            names |= _required(part, root, known)
+        for key in ("anyOf", "oneOf"):
+            if ways := [_required(part, root, known) for part in _alternatives(schema, key)]:
+                names |= set.intersection(*ways)
+    return known[id(schema)]
 
 
 def _alternatives(schema: dict[str, Any], *keys: str) -> list[Any]:
@@ -203,20 +204,20 @@ def _meant(text: str, types: set[str]) -> Any:
     return value if any(isinstance(value, kind) and names & types for kind, names in kinds) else None
 
 
-def _told(errors: Iterable[Any], names: list[str]) -> list[str]:
-    """What a model is told of `errors`; those of whole arguments first."""
+def _explained(errors: Iterable[Any], names: list[str]) -> list[str]:
+    """The first of `errors` as sentences for a model, missing arguments first."""
     missing: dict[str, None] = {}
-    told: dict[str, None] = {}
+    others: dict[str, None] = {}
     for error in errors:
         at_root = not error.absolute_path
         if at_root and error.validator == "required":
             missing.update((f"missing a required argument: {name!r}", None) for name in _missing(error))
         elif error.validator == "additionalProperties" and len(error.absolute_path) == 1:
-            told[f"it has no argument {error.absolute_path[0]!r}; it takes {', '.join(names) or 'none'}"] = None
+            others[f"it has no argument {error.absolute_path[0]!r}; it takes {', '.join(names) or 'none'}"] = None
         else:
             leaf = best_match([error])
-            told[f"{_place(leaf.absolute_path)}{said(leaf)}"] = None
-    return [cut_text(text, 2 * ERROR_CHARS) for text in [*missing, *told][:3]]
+            others[f"{_place(leaf.absolute_path)}{said(leaf)}"] = None
+    return [cut_text(text, 2 * ERROR_CHARS) for text in [*missing, *others][:3]]
 
 
 def _missing(error: Any) -> list[str]:

@@ -187,7 +187,7 @@ class McpServer:
         async def listed(tools: Sequence[Tool], left_out: Sequence[str]) -> None:
             nonlocal up_since
             self.tools = await make_tools(self, tools)
-            self._tell_problems(left_out)
+            self._note_problems(left_out)
             if up_since is None:
                 up_since = anyio.current_time()
                 _log.info("MCP server %s is up, with %d tools", self.name, len(self.tools))
@@ -204,12 +204,12 @@ class McpServer:
             _log.debug("MCP server %s", self.name, exc_info=error)
         return up_since is not None and anyio.current_time() - up_since >= STEADY_AFTER
 
-    def _tell_problems(self, left_out: Sequence[str]) -> None:
+    def _note_problems(self, left_out: Sequence[str]) -> None:
         unchecked = [(tool.name, tool.problem) for tool in self.tools if tool.problem]
-        told = [*left_out, *(f"the arguments of tool {name!r} are not checked: {why}" for name, why in unchecked)]
-        if len(told) > MAX_PROBLEMS:
-            told[MAX_PROBLEMS:] = [f"and {len(told) - MAX_PROBLEMS} more of this kind"]
-        problems = tuple(redact(cut_text(problem, PROBLEM_BYTES)) for problem in told)
+        found = [*left_out, *(f"the arguments of tool {name!r} are not checked: {why}" for name, why in unchecked)]
+        if len(found) > MAX_PROBLEMS:
+            found[MAX_PROBLEMS:] = [f"and {len(found) - MAX_PROBLEMS} more of this kind"]
+        problems = tuple(redact(cut_text(problem, PROBLEM_BYTES)) for problem in found)
         for problem in problems:
             if problem not in self._problems:
                 _log.warning("MCP server %s: %s", self.name, problem)

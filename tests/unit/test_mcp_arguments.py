@@ -289,6 +289,13 @@ HOSTILE: dict[str, tuple[Any, dict[str, Any]]] = {
         ),
         {"a": 1},
     ),
+    "doubling at the root": (
+        {
+            "$ref": "#/$defs/0",
+            "$defs": {"40": {}, **{str(n): {"allOf": [{"$ref": f"#/$defs/{n + 1}"}] * 2} for n in range(40)}},
+        },
+        {"a": 1},
+    ),
     "circle": (schema(properties={"a": {"$ref": "#/$defs/a"}}, **{"$defs": {"a": {"$ref": "#/$defs/a"}}}), {"a": 1}),
     "another dialect inside": (
         schema(
@@ -377,6 +384,17 @@ def test_text_that_holds_what_is_wanted_is_taken_for_it(arg: Any, given: Any, se
 def test_nothing_else_is_converted(arg: Any, given: Any):
     with pytest.raises(ToolError, match="argument 'a': "):
         Arguments(schema(properties={"a": arg}, required=["a"])).fit({"a": given})
+
+
+def test_value_that_is_no_json_is_refused_like_any_other():
+    with pytest.raises(ToolError, match=r"argument 'a': .* is not of type 'integer'"):
+        Arguments(schema(properties={"a": INTEGER})).fit({"a": object()})
+
+
+def test_required_by_every_alternative_is_required():
+    ways = [{"$ref": "#/$defs/A"}, {"required": ["a", "b"]}, {"$ref": "#/$defs/A"}]
+    given = schema(properties={"a": {}, "b": {}}, oneOf=ways, **{"$defs": {"A": {"required": ["a"]}}})
+    assert Arguments(given).shown == {"a": {}, "b": {"anyOf": [{}, {"type": "null"}], "default": None}}
 
 
 def test_null_for_what_may_be_left_out_is_left_out():
