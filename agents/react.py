@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import dspy
 from anyio.lowlevel import checkpoint
+from dspy.utils.callback import with_callbacks
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError
 from pydantic import PrivateAttr, ValidationError
 
@@ -25,7 +26,7 @@ from agents.base import ToolError, public_message
 from agents.current import emit_event, status
 from agents.events import StepLimit
 from agents.history import told_as_text
-from agents.mcp import TOOLS_AT_ONCE, McpServer, told_apart
+from agents.mcp import TOOLS_AT_ONCE, McpServer, McpTool, told_apart
 from agents.observations import LISTS_OF_NO_TEXTS, observed, prompt_text
 from agents.threads import unblocking
 from agents.values import cut_text
@@ -295,8 +296,7 @@ class GuardedTool(dspy.Tool):  # type: ignore[misc]
 
     async def acall(self, /, **args: Any) -> Any:
         try:
-            self._refuse_reserved(args)
-            return await super().acall(**args)
+            return await self._run(args)
         except Exception as error:  # noqa: BLE001 -- whatever a tool raises is for the model to deal with
             return self._failure(error)
 
@@ -306,6 +306,19 @@ class GuardedTool(dspy.Tool):  # type: ignore[misc]
             return self._plain(**args)
         except Exception as error:  # noqa: BLE001 -- as above
             return self._failure(error)
+
+    @with_callbacks  # type: ignore[untyped-decorator]
+    async def _run(self, kwargs: dict[str, Any]) -> Any:
+        """The call. Its arguments are no keywords: `self` may be among them. Callbacks see them as DSPy's own."""
+        return await self.func(**self._validate_and_parse_args(**kwargs))
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}{self._plain.note if isinstance(self._plain, McpTool) else ''}"
+
+    def format_as_litellm_function_call(self) -> dict[str, Any]:
+        if isinstance(self._plain, McpTool):
+            return self._plain.format_as_litellm_function_call()
+        return super().format_as_litellm_function_call()  # type: ignore[no-any-return]
 
     def _refuse_reserved(self, args: dict[str, Any]) -> None:
         """Names that DSPy's own calls use up: with them, the call would fail before it is checked."""
@@ -319,13 +332,16 @@ class GuardedTool(dspy.Tool):  # type: ignore[misc]
         return f"Tool {self.name} failed: {public_message(error)}"
 
     def _validate_and_parse_args(self, /, **args: Any) -> dict[str, Any]:
-        """DSPy's own checks, argument by argument, so that the message can name the one that is wrong."""
+        """DSPy's own checks, argument by argument, so that the message can name the one that is wrong; those of an MCP
+        server's tool are its own."""
+        if isinstance(self._plain, McpTool):
+            return self._plain._validate_and_parse_args(**args)
         parsed: dict[str, Any] = {}
         for name, value in args.items():
             if name not in self.args and not self.has_kwargs:
                 raise ToolError(f"it has no argument {name!r}; it takes {', '.join(self.args) or 'none'}")
-            try:
-                parsed |= super()._validate_and_parse_args(**{name: value})
+            try:  # DSPy's own cannot be given a `self`
+                parsed |= {name: value} if name == "self" else super()._validate_and_parse_args(**{name: value})
             except ValidationError as error:
                 raise ToolError(f"argument {name!r}: {error.errors()[0]['msg']}") from error
         if self._parameters is not None:

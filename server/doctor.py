@@ -31,7 +31,8 @@ CALL_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check has found. `ok` None: there was nothing to check. `remedy`: what to do, of a failure."""
+    """What one check has found. `ok` None: there was nothing to check, or it is worth knowing. `remedy`: what to do, of
+    a failure."""
 
     subject: str
     ok: bool | None
@@ -171,6 +172,8 @@ async def _mcp(settings: Settings, registry: Registry) -> AsyncIterator[Finding]
         name = f"{status.name} ({status.kind})"
         if status.state == "up":
             yield Finding("mcp", True, f"{name} has {status.tools} tools")
+            for problem in status.problems:
+                yield Finding("mcp", None, f"{status.name}: {problem}")
         else:
             remedy = "mend what describes it, or start it where it runs; until then its agents are not available"
             yield Finding("mcp", False, f"{name}: {status.reason or 'it did not start in time'}", remedy)

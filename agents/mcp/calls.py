@@ -6,6 +6,7 @@ call in a task and context of its own (G8). Nothing in here waits for a run: pro
 thinned out, the oldest first.
 """
 
+import math
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
@@ -17,13 +18,15 @@ from mcp_types import CONNECTION_CLOSED, INTERNAL_ERROR, INVALID_PARAMS, METHOD_
 
 from agents.base import ToolError, redact
 from agents.mcp.words import clean_error
-from agents.values import cut_text
+from agents.values import clean_text, cut_text
 
 LOST = "the connection to its server was lost"
 WAITING_PROGRESS = 256
 """Notifications of progress that wait for one run."""
 PROGRESS_BYTES = 4 * 1024
 """Size of a message of progress."""
+MAX_DEPTH = 100
+"""Levels of nesting in the arguments of a call. The SDK writes no more than 200."""
 _ABOUT_THE_CALL = (INVALID_PARAMS, METHOD_NOT_FOUND, INTERNAL_ERROR)
 """Errors by which a server shows that it lives. Others may mean that it has forgotten its session."""
 
@@ -99,6 +102,9 @@ class Call:
 
     async def _on_progress(self, progress: float, total: float | None, message: str | None) -> None:
         # The SDK starts a task for each notification: whatever came before this line could put them out of order.
+        if not math.isfinite(progress):
+            return
+        total = total if total is None or math.isfinite(total) else None
         text = None if message is None else redact(cut_text(message, PROGRESS_BYTES))
         self._progress.append(Progress(progress, total, text))
         self._news.set()
@@ -111,6 +117,27 @@ class Call:
         if not self._ended:
             self._result, self._failure = result, failure
             self._news.set()
+
+
+def sendable(value: Any, depth: int = 0) -> Any:
+    """A copy of the arguments of a call, without lone surrogates.
+
+    What JSON cannot carry has to be found here: on its way out it would end the connection, and every call with it.
+
+    :raises ToolError: there is something else in them that cannot be sent.
+    """
+    if depth > MAX_DEPTH:
+        raise ToolError("the arguments cannot be sent: they are nested too deeply")
+    if isinstance(value, str):
+        return clean_text(value)
+    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, list | tuple):
+        return [sendable(item, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return {clean_text(str(name)): sendable(item, depth + 1) for name, item in value.items()}
+    shown = str(value) if isinstance(value, float) else type(value).__name__
+    raise ToolError(f"the arguments cannot be sent: JSON has no {shown}")
 
 
 def _told(error: MCPError) -> str:

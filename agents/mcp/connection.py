@@ -17,8 +17,10 @@ from mcp_types import METHOD_NOT_FOUND, Implementation, Tool, ToolListChangedNot
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
 from agents.mcp.calls import Call
+from agents.mcp.results import LEFT_OUT
 from agents.mcp.sources import Source
 from agents.mcp.stdio import StdioLog
+from agents.mcp.words import clean_error
 
 PING_EVERY = 15.0
 """Seconds of idleness after which a server is asked whether it lives."""
@@ -28,6 +30,10 @@ MAX_TOOLS = 2_000
 
 _CLIENT = Implementation(name="agentcast", version="1")
 _log = logging.getLogger(__name__)
+
+
+Listed = Callable[[list[Tool], list[str]], Awaitable[None]]
+"""Takes the tools of a listing, and what of it could not be used."""
 
 
 class Lost(Exception):
@@ -47,9 +53,7 @@ class Connection:
         self._stale = anyio.Event()
         self._ended = False
 
-    async def run(
-        self, within: float, listed: Callable[[list[Tool]], Awaitable[None]], lost: Callable[[], None]
-    ) -> None:
+    async def run(self, within: float, listed: Listed, lost: Callable[[], None]) -> None:
         """Connect within `within` seconds and serve until the connection is lost. `listed` is given the tools, at first
         and whenever they have changed; `lost` is called as soon as no more calls can be made, while the server's
         process, say, is still to be ended.
@@ -67,7 +71,7 @@ class Connection:
                     # Structured content goes to a model and a page, not to code: checking it against a schema, on the
                     # event loop, would take seconds for a large one (G3).
                     client.session.validate_tool_result = _unchecked  # type: ignore[method-assign]
-                    await listed(await _tools(client))
+                    await listed(*await _tools(client))
                     starting.deadline = float("inf")
                     try:
                         await self._serve(client, listed)
@@ -99,6 +103,8 @@ class Connection:
             known = str(leaf)
         if known is None and self._ended:
             known = "it closed the connection"
+        if known is None and isinstance(leaf, MCPError):
+            known = f"it answered with an error: {clean_error(leaf.message) or leaf.code}"
         if known is None:
             known = f"it does not speak MCP ({type(leaf).__name__})"
         if self.log.rubbish:
@@ -107,7 +113,7 @@ class Connection:
 
     # -- Inside ----------------------------------------------------------------------------------------------------
 
-    async def _serve(self, client: Client, listed: Callable[[list[Tool]], Awaitable[None]]) -> None:
+    async def _serve(self, client: Client, listed: Listed) -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._take_calls, client, tasks)
             tasks.start_soon(self._watch, client)
@@ -115,7 +121,11 @@ class Connection:
             while True:
                 await self._stale.wait()
                 self._stale = anyio.Event()
-                await listed(await _tools(client))
+                try:
+                    await listed(*await _tools(client))
+                except MCPError as error:  # it has those that it had; `_watch` finds out whether it lives
+                    _log.warning("MCP server %s does not list its tools again: %s", self._name, error.message)
+                    self._doubt.set()
 
     async def _take_calls(self, client: Client, tasks: TaskGroup) -> None:
         async for call in self._arriving:
@@ -177,17 +187,22 @@ class Connection:
         self._doubt.set()
 
 
-async def _tools(client: Client) -> list[Tool]:
+async def _tools(client: Client) -> tuple[list[Tool], list[str]]:
+    """All that `client` lists, and what of it could not be used."""
     tools: list[Tool] = []
+    left_out: list[str] = []
+    cursors: set[str | None] = set()
     cursor: str | None = None
-    while True:
+    while cursor not in cursors:
+        cursors.add(cursor)
         page = await client.list_tools(cursor=cursor)
         tools += page.tools
-        if len(tools) > MAX_TOOLS:
+        names = {tool.name for tool in page.tools}
+        left_out += [reason for name, reason in (page.meta or {}).get(LEFT_OUT, ()) if name not in names]
+        if len(tools) > MAX_TOOLS or len(cursors) > MAX_TOOLS:
             raise Lost(f"it has more than {MAX_TOOLS} tools")
-        if not page.next_cursor or page.next_cursor == cursor:
-            return tools
-        cursor = page.next_cursor
+        cursor = page.next_cursor or None
+    return tools, left_out
 
 
 async def _unchecked(name: str, result: Any) -> None:

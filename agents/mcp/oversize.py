@@ -4,14 +4,14 @@ To parse 20 MB of JSON takes the event loop half a second, on whatever thread it
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import jiter
 import orjson
-from mcp_types import JSONRPCResponse
+from mcp_types import JSONRPCResponse, RequestId
 
 from agents.values import VALUE_BYTES, cut_text
 
@@ -20,6 +20,10 @@ MAX_BYTES = 4 * 1024 * 1024
 HEAD_BYTES = 2 * VALUE_BYTES
 TAIL_BYTES = 256
 
+BLANK = b" \t\r\n\0\xef\xbb\xbf"
+"""What may stand around a message: blanks, NUL bytes, a byte order mark."""
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 _ID_AT_END = re.compile(rb'"id"\s*:\s*(-?\d+|"[^"\\]*")\s*(?:,\s*"jsonrpc"\s*:\s*"2\.0"\s*)?\}\s*\Z')
 
 
@@ -74,28 +78,44 @@ class Lines:
         self._line.add(data[start:])
 
 
-def salvage(message: Oversize) -> JSONRPCResponse | None:
-    """The beginning of the result that `message` holds, as a message; `None` if it answers nothing."""
-    head: Any = {}
-    with suppress(ValueError):
-        head = jiter.from_json(message.head, partial_mode="trailing-strings")
-    if not isinstance(head, dict) or "method" in head:
+def completed(head: bytes) -> Any:
+    """The document that begins with `head`, as far as it goes; `None` if it cannot be read."""
+    for text in (head, _SURROGATE.sub(rb"\\ufffd", head.decode(errors="replace").encode())):
+        with suppress(ValueError):
+            return jiter.from_json(text, partial_mode="trailing-strings")
+    return None
+
+
+def salvage(message: Oversize, answered: RequestId | None = None) -> JSONRPCResponse | None:
+    """The beginning of the result that `message` holds, as a message; `None` if it answers nothing.
+
+    `answered` is the id of the request that it answers, where that is known.
+    """
+    head = completed(message.head.lstrip(BLANK))
+    head = head if isinstance(head, dict) else {}
+    if "method" in head:
         return None
-    id = head.get("id")
+    id = head.get("id") if answered is None else answered
     if id is None and (match := _ID_AT_END.search(message.tail)):
         id = orjson.loads(match[1])
     if not isinstance(id, int | str):
         return None
-    result = head.get("result")
-    result = result if isinstance(result, dict) else {}
-    content = result.get("content")
-    blocks = content if isinstance(content, list) else []
-    texts = [block["text"] for block in blocks if isinstance(block, dict) and isinstance(block.get("text"), str)]
     mark = f"… [cut, the result has {message.size:,} bytes]"
-    text = cut_text("\n".join(texts), VALUE_BYTES - 2 * len(mark.encode())).partition("… [cut, ")[0]
+    text = cut_text("\n".join(_texts(head)), VALUE_BYTES - 2 * len(mark.encode())).partition("… [cut, ")[0]
+    result = head.get("result")
     cut = {
         "content": [{"type": "text", "text": text + mark}],
-        "isError": bool(result.get("isError")),
+        "isError": bool(head.get("error")) or (isinstance(result, dict) and bool(result.get("isError"))),
         "resultType": "complete",
     }
     return JSONRPCResponse(jsonrpc="2.0", id=id, result=cut)
+
+
+def _texts(head: Mapping[str, Any]) -> list[str]:
+    """The texts in a result, or what an error says."""
+    error, result = head.get("error"), head.get("result")
+    if isinstance(error, dict):
+        return [str(error.get("message", ""))]
+    content = result.get("content") if isinstance(result, dict) else None
+    blocks = content if isinstance(content, list) else []
+    return [block["text"] for block in blocks if isinstance(block, dict) and isinstance(block.get("text"), str)]

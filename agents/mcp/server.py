@@ -17,15 +17,16 @@ import anyio
 from anyio.lowlevel import EventLoopToken, current_token
 from mcp_types import Tool
 
-from agents.base import ToolError
+from agents.base import ToolError, redact
 from agents.current import current_emitter
 from agents.events import ToolProgress
-from agents.mcp.calls import Call
+from agents.mcp.calls import Call, sendable
 from agents.mcp.connection import Connection
 from agents.mcp.sources import Http, InProcess, Source, Stdio, is_address
 from agents.mcp.tools import McpTool, make_tools
 from agents.mcp.words import observation
 from agents.streaming import current_span
+from agents.values import cut_text
 
 CALL_TIMEOUT = 120.0
 START_TIMEOUT = 30.0
@@ -34,6 +35,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds between attempts to start: the first pause; each is twice the one before, up to the longest."""
 STEADY_AFTER = 30.0
 """Seconds after which a connection counts as good, so that the pauses begin anew."""
+MAX_PROBLEMS, PROBLEM_BYTES = 20, 1_000
+"""Entries of a listing that are named as unusable, and the size of what is said of one."""
 RETRY_PATIENCE = 10.0
 """Seconds that a run waits for a server whose newest start has failed."""
 
@@ -49,13 +52,15 @@ class McpUnavailable(ToolError):
 
 @dataclass(frozen=True, slots=True)
 class ServerStatus:
-    """How a server stands. `reason` says why it is down, fit for clients."""
+    """How a server stands. `reason` says why it is down, fit for clients; `problems` what of its tools cannot be used,
+    or not be checked."""
 
     name: str
     kind: str
     state: State
     reason: str | None
     tools: int
+    problems: tuple[str, ...] = ()
 
 
 class McpServer:
@@ -69,6 +74,7 @@ class McpServer:
         self._timeout = timeout
         self._state: State = "stopped"
         self._reason: str | None = None
+        self._problems: tuple[str, ...] = ()
         self._connection: Connection | None = None
         self._loop: EventLoopToken | None = None
         self._keeper = anyio.Lock()
@@ -92,7 +98,7 @@ class McpServer:
 
     @property
     def status(self) -> ServerStatus:
-        return ServerStatus(self.name, self.kind, self._state, self._reason, len(self.tools))
+        return ServerStatus(self.name, self.kind, self._state, self._reason, len(self.tools), self._problems)
 
     @property
     def unavailable(self) -> str | None:
@@ -115,10 +121,10 @@ class McpServer:
     async def call(self, tool: str, args: dict[str, Any]) -> Any:
         """Call a tool, telling the run that this happens in of its progress. Gives plain, bounded data.
 
-        :raises ToolError: it failed, took too long, or the server is not available.
+        :raises ToolError: it failed, took too long, its arguments cannot be sent, or the server is not available.
         """
         connection = await self._connected()
-        call = Call(tool, args, self._timeout)
+        call = Call(tool, sendable(args), self._timeout)
         emit, span = current_emitter(), current_span()
         connection.submit(call)
         try:
@@ -158,6 +164,7 @@ class McpServer:
                 await self._live(self._source)
             finally:
                 self._state, self._reason, self._connection, self.tools = "stopped", None, None, ()
+                self._problems = ()
                 self._settled = anyio.Event()
 
     async def tried(self) -> None:
@@ -177,9 +184,10 @@ class McpServer:
         connection = Connection(self.name, source)
         up_since: float | None = None
 
-        async def listed(tools: Sequence[Tool]) -> None:
+        async def listed(tools: Sequence[Tool], left_out: Sequence[str]) -> None:
             nonlocal up_since
             self.tools = await make_tools(self, tools)
+            self._note_problems(left_out)
             if up_since is None:
                 up_since = anyio.current_time()
                 _log.info("MCP server %s is up, with %d tools", self.name, len(self.tools))
@@ -195,6 +203,17 @@ class McpServer:
             self._lose(connection.reason(error), was_up=up_since is not None)
             _log.debug("MCP server %s", self.name, exc_info=error)
         return up_since is not None and anyio.current_time() - up_since >= STEADY_AFTER
+
+    def _note_problems(self, left_out: Sequence[str]) -> None:
+        unchecked = [(tool.name, tool.problem) for tool in self.tools if tool.problem]
+        found = [*left_out, *(f"the arguments of tool {name!r} are not checked: {why}" for name, why in unchecked)]
+        if len(found) > MAX_PROBLEMS:
+            found[MAX_PROBLEMS:] = [f"and {len(found) - MAX_PROBLEMS} more of this kind"]
+        problems = tuple(redact(cut_text(problem, PROBLEM_BYTES)) for problem in found)
+        for problem in problems:
+            if problem not in self._problems:
+                _log.warning("MCP server %s: %s", self.name, problem)
+        self._problems = problems
 
     def _lose(self, reason: str, *, was_up: bool) -> None:
         if was_up:

@@ -17,7 +17,8 @@ import httpx2
 from mcp.client.streamable_http import streamable_http_client
 
 from agents.base import is_secret_name, keep_secret, url_passwords
-from agents.mcp.oversize import MAX_BYTES, Bounded, Oversize, salvage
+from agents.mcp.http import bounded
+from agents.mcp.oversize import MAX_BYTES
 from agents.mcp.stdio import StdioLog, stdio_transport
 
 CONNECT_TIMEOUT = 30.0
@@ -92,14 +93,14 @@ class Http:
 
         async def answered(response: httpx2.Response) -> None:
             log.http_status = response.status_code if response.status_code >= 400 else None
-            if response.headers.get("content-type", "").startswith("application/json"):
-                response.stream = _Bounded(response.stream)
+            response.stream = bounded(response)
 
-        # Compressed bodies could not be cut. A call has its own time limit, so there is none for reading.
+        # Compressed bodies could not be cut. A call has its own time limit, so there is none for reading; `bounded`
+        # limits events.
         headers = {**self.headers, "Accept-Encoding": "identity"}
         timeout = httpx2.Timeout(CONNECT_TIMEOUT, read=None)
         async with httpx2.AsyncClient(headers=headers, timeout=timeout, event_hooks={"response": [answered]}) as http:
-            async with streamable_http_client(self.url, http_client=http, max_sse_event_size=MAX_BYTES) as streams:
+            async with streamable_http_client(self.url, http_client=http, max_sse_event_size=2 * MAX_BYTES) as streams:
                 yield streams
 
     def explain(self, error: BaseException, log: StdioLog) -> str | None:
@@ -111,27 +112,6 @@ class Http:
         if log.http_status in (401, 403):
             return f"it refuses us (HTTP {log.http_status}): check its token and headers"
         return None if log.http_status is None else f"it answers with HTTP {log.http_status}"
-
-
-class _Bounded(httpx2.AsyncByteStream):
-    """The body of a response that is one message; of one that is too large, a message with its beginning."""
-
-    def __init__(self, body: Any) -> None:
-        self._body = body
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        whole = Bounded()
-        async for data in self._body:
-            whole.add(data)
-        body = whole.take()
-        if isinstance(body, Oversize):
-            message = salvage(body)
-            yield b"null" if message is None else message.model_dump_json(by_alias=True, exclude_unset=True).encode()
-        else:
-            yield body
-
-    async def aclose(self) -> None:
-        await self._body.aclose()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The stdio transport: a server's process, its lines as messages, and its end.
 
-Unlike the SDK's own it bounds what it holds (see `oversize`). What is no message is dropped and counted, stderr goes to
-the log at debug, and the whole process group is ended with the connection. This module must not know what the messages
-mean.
+Unlike the SDK's own it bounds what it holds (see `oversize`) and reads leniently (see `messages`). What is no message
+is dropped and counted, stderr goes to the log at debug, and the whole process group is ended with the connection. This
+module must not know what the messages mean.
 """
 
 import logging
@@ -17,10 +17,12 @@ from anyio.lowlevel import checkpoint
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from mcp.client.stdio import get_default_environment
 from mcp.os.posix.utilities import terminate_posix_process_tree
+from mcp.shared.dispatcher import coerce_request_id
 from mcp.shared.message import SessionMessage
-from mcp_types import JSONRPCMessage, jsonrpc_message_adapter
+from mcp_types import JSONRPCMessage, JSONRPCNotification, JSONRPCRequest, RequestId, jsonrpc_message_adapter
 
-from agents.mcp.oversize import Lines, Oversize, salvage
+from agents.mcp.messages import is_answer, read
+from agents.mcp.oversize import BLANK, Lines, Oversize
 from agents.mcp.words import last_error_line
 
 EXIT_PATIENCE = 2.0
@@ -88,10 +90,11 @@ async def stdio_transport(
     )
     arrived, incoming = anyio.create_memory_object_stream[SessionMessage | Exception](0)
     outgoing, leaving = anyio.create_memory_object_stream[SessionMessage](0)
+    requests: dict[RequestId, str] = {}
     with arrived, incoming, outgoing, leaving:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_read, process, arrived, ended, log)
-            tasks.start_soon(_write, process, leaving, arrived)
+            tasks.start_soon(_read, process, arrived, requests, ended, log)
+            tasks.start_soon(_write, process, leaving, arrived, requests)
             tasks.start_soon(_listen, process, log)
             try:
                 yield incoming, outgoing
@@ -109,15 +112,16 @@ async def stdio_transport(
 async def _read(
     process: Process,
     arrived: MemoryObjectSendStream[SessionMessage | Exception],
+    requests: dict[RequestId, str],
     ended: Callable[[], None],
     log: StdioLog,
 ) -> None:
+    """Hand on what the server says. `requests` are those that wait for an answer, with their methods."""
     lines = Lines()
     with arrived:
         async for data in _chunks(process.stdout):
             for line in lines.feed(data):
-                message = salvage(line) if isinstance(line, Oversize) else _parsed(line, log)
-                if message is not None:
+                for message in _messages(line, requests, log):
                     with suppress(*_BROKEN):  # nobody listens any more; read on all the same
                         await arrived.send(SessionMessage(message))
     if not log.ending:
@@ -126,15 +130,32 @@ async def _read(
             log.exit_code = await _exit_code(process)
 
 
+def _messages(line: bytes | Oversize, requests: dict[RequestId, str], log: StdioLog) -> list[JSONRPCMessage]:
+    found = read(line, requests)
+    if not found and isinstance(line, bytes) and line.strip(BLANK) and b'"jsonrpc"' not in line:
+        log.drop(line)
+    for message in found:
+        if is_answer(message):
+            requests.pop(message["id"], None)
+    return [jsonrpc_message_adapter.validate_python(message, by_name=False) for message in found]
+
+
 async def _write(
     process: Process,
     leaving: MemoryObjectReceiveStream[SessionMessage],
     arrived: MemoryObjectSendStream[SessionMessage | Exception],
+    requests: dict[RequestId, str],
 ) -> None:
     assert process.stdin is not None  # noqa: S101 -- it was opened with pipes
     try:
-        async for message in leaving:
-            text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
+        async for item in leaving:
+            message = item.message
+            match message:
+                case JSONRPCRequest():
+                    requests[coerce_request_id(message.id)] = message.method
+                case JSONRPCNotification(method="notifications/cancelled", params={"requestId": id}):
+                    requests.pop(coerce_request_id(id), None)
+            text = message.model_dump_json(by_alias=True, exclude_unset=True)
             await process.stdin.send(text.encode() + b"\n")
     except _BROKEN:
         arrived.close()  # whoever waits for an answer learns that there is none
@@ -161,16 +182,6 @@ async def _chunks(stream: ByteReceiveStream | None) -> AsyncIterator[bytes]:
         while True:
             yield await stream.receive()
             await checkpoint()  # a flood must not keep the others from the loop
-
-
-def _parsed(line: bytes, log: StdioLog) -> JSONRPCMessage | None:
-    if not line.strip():
-        return None
-    if line.lstrip()[:1] == b"{":
-        with suppress(ValueError):
-            return jsonrpc_message_adapter.validate_json(line, by_name=False)
-    log.drop(line)
-    return None
 
 
 async def _end(process: Process) -> None:

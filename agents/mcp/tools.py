@@ -3,24 +3,26 @@
 This module must not know connections: a tool has somebody who calls it.
 """
 
-import inspect
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import dspy
-from anyio.lowlevel import checkpoint
-from dspy.adapters.types.tool import convert_input_schema_to_tool_args
+from anyio import CapacityLimiter
+from dspy.utils.callback import with_callbacks
 from mcp_types import Tool
 from pydantic import PrivateAttr
 
+from agents.mcp.arguments import Arguments
+from agents.mcp.results import SCHEMA
+from agents.threads import in_thread
 from agents.values import cut_text
 
 DESCRIPTION_BYTES = 4 * 1024
 NAME_CHARS = 128
 TOOLS_AT_ONCE = 20
-"""Tools that are made before the event loop has its turn."""
+"""Tools that are put into a prompt before the event loop has its turn."""
 
 _ODD = re.compile(r"[^\w./-]+")
 
@@ -34,30 +36,64 @@ class Caller(Protocol):
 
 
 class McpTool(dspy.Tool):  # type: ignore[misc]  # dspy is untyped
-    """A tool of the MCP server called `server`."""
+    """A tool of the MCP server called `server`. Its arguments may have any names, and go by its own schema."""
 
     _server: str = PrivateAttr()
+    _arguments: Arguments = PrivateAttr()
 
     def __init__(self, caller: Caller, tool: Tool) -> None:
-        args, optional = _arguments(tool.input_schema)
+        arguments = Arguments((tool.meta or {}).get(SCHEMA, tool.input_schema))
         super().__init__(
-            func=_call(caller, tool.name, args, optional),
+            func=_call(caller, tool.name),
             name=_ODD.sub("_", tool.name)[:NAME_CHARS],
             desc=cut_text(tool.description or tool.title or "", DESCRIPTION_BYTES),
-            args=args,
-            arg_types=dict.fromkeys(args, Any),  # the server checks them better than a conversion could
+            args=arguments.shown,
+            arg_types=dict.fromkeys(arguments.shown, Any),
         )
-        # An open schema takes more than it names; the server knows.
-        self.has_kwargs = bool(tool.input_schema.get("additionalProperties"))
         self._server = caller.name
+        self._arguments = arguments
 
     @property
     def server(self) -> str:
         return self._server
 
+    @property
+    def problem(self) -> str | None:
+        """Why its arguments are not checked, if they are not."""
+        return self._arguments.problem
+
+    @property
+    def note(self) -> str:
+        """What its schema says of its arguments beside `args`, as a sentence for a prompt; it may be empty."""
+        rest = self._arguments.rest
+        return f" This JSON Schema applies to them as well: {rest}." if rest else ""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Its schema, as an API for tool calls takes it."""
+        return {"type": "object", **self._arguments.schema}
+
     def named(self, name: str) -> "McpTool":
         """The same tool under another name."""
         return self.model_copy(update={"name": name})  # type: ignore[no-any-return]
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}{self.note}"
+
+    def format_as_litellm_function_call(self) -> dict[str, Any]:
+        function = {"name": self.name, "description": self.desc or "", "parameters": self.parameters}
+        return {"type": "function", "function": function}
+
+    async def acall(self, /, **args: Any) -> Any:
+        return await self._run(args)
+
+    @with_callbacks  # type: ignore[untyped-decorator]
+    async def _run(self, kwargs: dict[str, Any]) -> Any:
+        """The call. Its arguments are no keywords: `self` may be among them. Callbacks see them as DSPy's own."""
+        return await self.func(**self._validate_and_parse_args(**kwargs))
+
+    def _validate_and_parse_args(self, /, **args: Any) -> dict[str, Any]:
+        return self._arguments.fit(args)
 
 
 def told_apart(own: Collection[str], listings: Sequence[Sequence[McpTool]]) -> list[McpTool]:
@@ -78,53 +114,22 @@ def told_apart(own: Collection[str], listings: Sequence[Sequence[McpTool]]) -> l
 
 
 async def make_tools(caller: Caller, tools: Sequence[Tool]) -> tuple[McpTool, ...]:
-    """The tools of `caller`; of several with one name, the first. One whose schema cannot be read takes anything."""
-    made: dict[str, McpTool] = {}
-    for number, tool in enumerate(tools):
-        if number % TOOLS_AT_ONCE == 0:
-            await checkpoint()
-        if tool.name not in made:
-            made[tool.name] = _made(caller, tool)
-    return tuple(made.values())
+    """The tools of `caller`; of several with one name, the first.
 
-
-def _made(caller: Caller, tool: Tool) -> McpTool:
-    try:
-        return McpTool(caller, tool)
-    except Exception:  # noqa: BLE001 -- schemas come from others, and may be anything
-        return McpTool(caller, tool.model_copy(update={"input_schema": {"additionalProperties": True}}))
-
-
-def _arguments(schema: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
-    """The JSON Schema of each argument, and those that may be left out without having a default.
-
-    These are given one, null, since a prompt shows schemas alone and could not tell which arguments are needed.
+    They are made in a thread, since it takes milliseconds to check a schema (G3).
     """
-    described, _, _ = convert_input_schema_to_tool_args(dict(schema))
-    # A title is but the name once more.
-    args = {name: {key: arg[key] for key in arg if key != "title"} for name, arg in described.items()}
-    required = schema.get("required", ())
-    optional = frozenset(name for name, arg in args.items() if name not in required and "default" not in arg)
-    for name in optional:
-        args[name] = {"anyOf": [args[name], {"type": "null"}], "default": None}
-    return args, optional
+    first: dict[str, Tool] = {}
+    for tool in tools:
+        first.setdefault(tool.name, tool)
+
+    def make() -> tuple[McpTool, ...]:
+        return tuple(McpTool(caller, tool) for tool in first.values())
+
+    return await in_thread(make, f"the list of tools of {caller.name}", limiter=CapacityLimiter(1))
 
 
-def _call(caller: Caller, tool: str, args: Mapping[str, Any], optional: frozenset[str]) -> Any:
+def _call(caller: Caller, tool: str) -> Any:
     async def call(**given: Any) -> Any:
-        return await caller.call(
-            tool, {name: value for name, value in given.items() if value is not None or name not in optional}
-        )
+        return await caller.call(tool, given)
 
-    call.__signature__ = _signature(args)  # type: ignore[attr-defined]  # what a missing argument is told by
     return call
-
-
-def _signature(args: Mapping[str, Any]) -> inspect.Signature:
-    parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=arg.get("default", inspect.Parameter.empty))
-        for name, arg in args.items()
-        if name.isidentifier()
-    ]
-    rest = inspect.Parameter("__others", inspect.Parameter.VAR_KEYWORD)
-    return inspect.Signature([*parameters, rest])

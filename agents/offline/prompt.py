@@ -20,7 +20,9 @@ MAX_VALUE = 60_000
 _FIELD = re.compile(r"^\d+\. `(\w+)` \((.+?)\):[ ]?(.*)$")
 _NOTE = re.compile(r"^\{(\w+)\}\s+# note: the value you produce (.*)$", re.M)
 _TOOL = re.compile(
-    r"^\(\d+\) (\S+?)(?:, whose description is <desc>(.*)</desc>)?\. It takes arguments (\{.*\})\.$", re.M
+    r"^\(\d+\) (\S+?)(?:, whose description is <desc>(.*)</desc>)?\. It takes arguments (\{.*?\})\."
+    r"(?: This JSON Schema applies to them as well: .*)?$",
+    re.M,
 )
 _STEP = re.compile(r"^\[\[ ## (thought|tool_name|tool_args|observation)_(\d+) ## \]\]$", re.M)
 _OBJECTIVE = "In adhering to this structure, your objective is:"

@@ -1,5 +1,6 @@
 """`agentcast doctor`: what it finds, what it says to do, and what it never prints (G9)."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import anyio
 import pytest
 
 from tests.support.lms import chat
+from tests.support.mcp import RAW
 from tests.support.openai import Hang, Provider, Refuse, Say, provider
 from tests.support.process import ROOT, environment, serve
 from tests.support.redis import running_redis
@@ -71,6 +73,21 @@ async def test_mcp_servers_are_tried(tmp_path: Path) -> None:
     code, lines = await doctor("--mcp-config", str(config))
     assert code == 1
     assert f"✗ mcp         {config}: mcpServers.files.cmd: this key is not known" in lines
+
+
+async def test_tools_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    script, config = tmp_path / "script", tmp_path / "mcp.json"
+    script.write_text(json.dumps({"replies": {}, "tools": [{}, {"name": "a"}, {"name": "b", "inputSchema": {}}]}))
+    config.write_text(
+        json.dumps({"mcpServers": {"raw": {"command": sys.executable, "args": ["-P", RAW, str(script)]}}})
+    )
+    code, lines = await doctor("--mcp-config", str(config))
+    assert code == 0
+    at = lines.index("✓ mcp         raw (stdio) has 2 tools")
+    assert lines[at + 1 : at + 3] == [
+        "– mcp         raw: entry 1 of its list of tools is left out: it has no name",
+        "– mcp         raw: the arguments of tool 'a' are not checked: it has no inputSchema",
+    ]
 
 
 async def test_every_model_is_called_once(monkeypatch: pytest.MonkeyPatch, key: None) -> None:

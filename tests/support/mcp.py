@@ -13,12 +13,13 @@ from anyio.streams.text import TextReceiveStream
 
 from agents.current import emitting
 from agents.events import AgentEvent
-from agents.mcp import McpServer, mcp_server
+from agents.mcp import McpServer, mcp_server, running
 from agents.streaming import run_program
 from tests.support.lms import chat, lm_of
 
 FAULTY = str(Path(__file__).with_name("mcp_faulty.py"))
 LEGACY = str(Path(__file__).with_name("mcp_legacy.py"))
+RAW = str(Path(__file__).with_name("mcp_raw.py"))
 PATIENCE = 40
 """Seconds for what takes one second on an idle machine."""
 
@@ -52,8 +53,26 @@ async def legacy_http() -> AsyncIterator[str]:
 
 
 @asynccontextmanager
+async def raw(kind: str, file: Path, **script: Any) -> AsyncIterator[McpServer]:
+    """The server of `mcp_raw`, running, with `script` in `file`; `kind` is `stdio`, or what it is given as options,
+    such as `http` or `sse --gzip`."""
+    file.write_text(json.dumps({"tools": [], "replies": {}, **script}))  # noqa: ASYNC240
+    if kind == "stdio":
+        server = mcp_server("raw", command=sys.executable, args=["-P", RAW, str(file)], timeout=PATIENCE)
+        async with running(server):
+            yield server
+    else:
+        async with _over_http(RAW, str(file), *f"--{kind}".split()) as (url, _):
+            server = mcp_server("raw", url=url, timeout=PATIENCE)
+            async with running(server):
+                yield server
+
+
+@asynccontextmanager
 async def _over_http(script: str, *options: str) -> AsyncIterator[tuple[str, Any]]:
-    async with await anyio.open_process([sys.executable, "-P", script, "--http", *options], stderr=None) as process:
+    if not {"--http", "--sse"} & set(options):
+        options = ("--http", *options)
+    async with await anyio.open_process([sys.executable, "-P", script, *options], stderr=None) as process:
         try:
             assert process.stdout is not None
             with anyio.fail_after(PATIENCE):

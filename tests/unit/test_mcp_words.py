@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mcp_types import CallToolResult, TextContent
+from mcp_types import CallToolResult, ImageContent, TextContent
 
 from agents import base
 from agents.base import ToolError, keep_secret, redact
@@ -47,6 +47,91 @@ def test_result_is_the_data_and_no_part_of_it_twice_or_lost(given: CallToolResul
     assert observation(given, {}) == expected
 
 
+DATA = {"name": "Ünal", "n": [1, 2.0, None, True], "deep": {"a": {"b": []}}}
+LONG = "line of a text\n" * 4_000
+ROWS = [{"id": number, "name": f"row {number}"} for number in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (result(json.dumps(DATA), structured=DATA), DATA),
+        (result(json.dumps(DATA, indent=4, sort_keys=True), structured=DATA), DATA),
+        (result(json.dumps(DATA, ensure_ascii=False, separators=(",", ":")), structured=DATA), DATA),
+        (result(f"\n{json.dumps(DATA)}\n\n", structured=DATA), DATA),
+        (result('{"a": 1.0, "b": 2}', structured={"b": 2.0, "a": 1}), {"a": 1, "b": 2.0}),
+        (result(json.dumps({"result": DATA}), structured={"result": DATA}), DATA),
+        (result(json.dumps({"result": DATA}), structured=DATA), DATA),
+        (result(json.dumps(DATA), structured={"data": DATA}), {"data": DATA}),
+        (result("found", structured={"result": "found"}), "found"),
+        (result(" found\n", structured={"result": "found"}), "found"),
+        (result("found", structured={"text": "found"}), {"text": "found"}),
+        (result("found", structured={"data": {"answer": "found"}}), {"data": {"answer": "found"}}),
+        (result('{"answer": "found"}', structured={"data": {"answer": "found"}}), {"data": {"answer": "found"}}),
+        (result('"found"', structured={"result": "found"}), "found"),
+        (result('{"a": 1}', structured={"result": '{"a": 1}'}), '{"a": 1}'),
+        (result("one", "two", structured={"result": ["one", "two"]}), ["one", "two"]),
+        (result("one", "two", structured={"result": "one\ntwo"}), "one\ntwo"),
+        (result("one\n", " two", structured={"lines": ["one", "two"]}), {"lines": ["one", "two"]}),
+        (result(*map(json.dumps, ROWS), structured={"result": ROWS}), ROWS),
+        (result(*(json.dumps(row, indent=2) for row in ROWS), structured={"rows": ROWS}), {"rows": ROWS}),
+        (result(json.dumps(ROWS), structured={"result": ROWS}), ROWS),
+        (result("\n".join(map(json.dumps, ROWS)), structured={"result": ROWS}), ROWS),
+        (result(json.dumps(ROWS[0]), structured={"result": ROWS[:1]}), ROWS[:1]),
+        (result("[]", structured={"result": []}), []),
+        (result("true", structured={"result": True}), True),
+        (result("null", structured={"result": None}), None),
+        (result("3.0", structured={"result": 3}), 3),
+        (result("a\ud83d", structured={"result": "a\ud83d"}), "a?"),
+        (result(LONG, structured={"result": LONG}), LONG),
+        (result(LONG, structured={"text": LONG}), {"text": LONG}),
+        (result(json.dumps({"text": LONG}, indent=1), structured={"text": LONG}), {"text": LONG}),
+    ],
+)
+def test_text_that_the_structure_holds_stands_once(given: CallToolResult, expected: Any):
+    assert observation(given, {}) == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "structured"),
+    [
+        (["3 items"], {"items": [1, 2, 3]}),
+        (["found it"], {"result": "found"}),
+        (['{"a": 1}'], {"b": 1}),
+        (['{"a": 1, "b": 2}'], {"a": 1}),
+        (['{"a": 1}'], {"a": 1, "b": 2}),
+        (["1"], {"a": 1, "b": 1}),
+        (["1"], {"result": True}),
+        (["one"], {"result": ["one", "two"]}),
+        (["one", "two"], {"result": ["two", "one"]}),
+        (["[1, 2"], {"result": [1, 2]}),
+    ],
+)
+def test_text_that_says_something_else_stands_beside_the_structure(texts: list[str], structured: Any):
+    shown = observation(result(*texts, structured=structured), {})
+    data = structured.get("result", structured)
+    assert shown == {"text": "\n".join(texts), "data": data}
+
+
+def test_only_what_the_structure_does_not_hold_stands_beside_it():
+    image = ImageContent(type="image", data="QUJD", mime_type="image/png")
+    given = result(json.dumps(DATA), structured=DATA)
+    given.content.append(image)
+    assert observation(given, {}) == {"text": "[image, image/png, 3 bytes]", "data": DATA}
+    assert observation(result("Found one:", json.dumps(DATA), structured=DATA), {}) == {
+        "text": "Found one:",
+        "data": DATA,
+    }
+
+
+def test_large_data_is_shown_as_its_text_and_takes_all_the_room():
+    rows = {"rows": [[number, f"row {number}"] for number in range(20_000)]}
+    shown = observation(result(json.dumps(rows), structured=rows), {})
+    assert shown.startswith('{"rows": [[0, "row 0"], [1, "row 1"]')
+    assert VALUE_BYTES * 0.9 < text_bytes(shown) <= VALUE_BYTES
+    assert text_bytes(observation(result("y" * 10**6, structured={"result": "y" * 10**6}), {})) > VALUE_BYTES * 0.9
+
+
 @pytest.mark.parametrize("structured", [None, {"result": "x" * 10**6}, {"rows": list(range(10**5))}])
 def test_large_result_is_cut(structured: Any):
     shown = observation(result("y" * 10**6, structured=structured), {})
@@ -61,6 +146,13 @@ def test_secrets_in_results_and_errors_are_redacted():
     assert observation(result(json.dumps(given)), {}) == json.dumps(shown)
     with pytest.raises(ToolError, match=r"^denied for \[redacted\]$"):
         observation(result("denied for tok-0123456789", is_error=True), {})
+
+
+def test_error_without_a_text_says_what_its_structure_says():
+    with pytest.raises(ToolError, match=r'^\{"reason":"full"\}$'):
+        observation(result(structured={"reason": "full"}, is_error=True), {})
+    with pytest.raises(ToolError, match=r"^it gave no reason$"):
+        observation(result(" ", is_error=True), {})
 
 
 def test_longer_secret_hides_the_one_in_it():

@@ -157,6 +157,17 @@ async def test_wrong_arguments_are_named_to_the_model(args: dict[str, Any], text
     assert prediction.trajectory["observation_0"].startswith(text)
 
 
+async def test_argument_may_be_called_as_the_first_parameter_of_a_method_is():
+    def odd(self: str, instance: int) -> str:
+        """Odd."""
+        return f"{self} {instance}"
+
+    args = {"self": "x", "instance": 3}
+    prediction, heard, _ = await play(react_agent("question -> answer", [odd]), turn("t", "odd", args), FINISH)
+    assert prediction.trajectory["observation_0"] == "x 3"
+    assert [event.args for event in heard.events if isinstance(event, ToolStart)] == [args]
+
+
 async def test_unknown_tool_is_an_observation_that_names_the_tools():
     agent = react_agent("question -> answer", [look])
     prediction, heard, _ = await play(agent, turn("hm", "google", {"q": "x"}), FINISH)
