@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple, Union
 from uuid import UUID
 
 import dspy
-import jsonschema  # type: ignore[import-untyped]
+import jsonschema
 import orjson
 import pytest
 from pydantic import (
