@@ -376,13 +376,12 @@ class Client:
         assert not line.leaving
         assert not line.due, f"never came: {line.due}"
         for held in line.held.values():
-            for run in self.world.runs:
+            runs = [run for run in self.world.runs if run.id not in held.over]  # what is over was whole when it ended
+            for run in runs:
                 if run.id in held.listed or (run.index >= held.held_at and run.matches(held.to)):
                     self._check_run(run, full=held.detail == "full")
-            if "run" not in held.to:
-                for run in self.world.runs[self.owed[_key(held.to)] :]:
-                    if run.matches(held.to):
-                        self._check_run(run, full=False)
+                elif "run" not in held.to and run.index >= self.owed[_key(held.to)] and run.matches(held.to):
+                    self._check_run(run, full=False)
 
     def _check_run(self, run: Run, *, full: bool) -> None:
         known = self.known.get(run.id)
