@@ -295,7 +295,10 @@ class Hub:
             rule = self._rules.pop((outbox, subscription), None)
             if rule is not None:
                 rule.backlog.clear()
-        for follower in outbox.close():
+        followers = outbox.close()
+        if outbox.broken:
+            followers = [follower for follower, topic in self._followed.items() if topic.followers[follower] is outbox]
+        for follower in followers:
             self._drop(follower)
 
     def _drop(self, follower: Follower) -> None:

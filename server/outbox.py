@@ -98,6 +98,8 @@ class Outbox:
         self.followers: dict[str, Follower] = {}
         self.subscriptions: dict[str, bool] = {}
         """Subscription → whether it is to a single run, and so ends with it."""
+        self.broken = False
+        """Whether it failed, so that what it says of its followers may be wrong."""
         self.feed_read = 0
         """The number of the hub's newest read of the feed."""
         self.ended: dict[str, int] = {}
@@ -288,6 +290,7 @@ class Outbox:
 
     def fail(self, error: Exception) -> None:
         """Something of this connection broke: it ends, and nobody else is to notice."""
+        self.broken = True
         if self._fail is None:
             self.cut()
         else:
