@@ -81,6 +81,7 @@ class Connections:
         while True:
             await anyio.sleep(TICK)
             now, degraded = monotonic(), self._degraded()
+            self.hub.wake()  # a read of the feed lets connections forget runs that have ended
             for connection in list(self._open):
                 try:
                     connection.tick(now, degraded)

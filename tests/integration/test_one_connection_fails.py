@@ -131,6 +131,14 @@ async def test_a_command_that_breaks_its_session_ends_its_connection_only(
         await other.end(await other.start("talker"))
 
 
+async def test_runs_that_have_ended_are_forgotten_though_nothing_is_announced(log: Log) -> None:
+    async with open_hub(talker) as hub, hub.client() as client:
+        await client.follow_all()
+        await client.end(*[await client.start("talker") for _ in range(5)])
+        outbox = connection_of(hub, client)._outbox
+        await until(lambda: not outbox.ended)
+
+
 async def test_a_connection_that_breaks_while_it_is_closed_holds_up_no_shutdown(log: Log) -> None:
     log.expect(BROKE)
     async with open_hub(talker) as hub, hub.client() as other, hub.client() as victim:
