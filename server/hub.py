@@ -52,7 +52,8 @@ class Join:
             self.hub.add_follower(self.outbox, topic, follower)
         if self.rule is not None:
             self.rule.ready = True
-            self.hub.wake()
+            if self.rule.backlog or self.rule.joined is not None:
+                self.hub.wake()
 
 
 class Hub:

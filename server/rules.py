@@ -51,9 +51,9 @@ class Rule:
     @property
     def next(self) -> Announcement | None:
         """What is to be applied next, if it is time for it."""
-        if not self.ready or self.joined is not None:
+        if not self.ready or self.joined is not None or not self.backlog:
             return None
-        return next(iter(self.backlog.values()), None)
+        return next(iter(self.backlog.values()))
 
     def add(self, entry: Announcement) -> None:
         if entry.run not in self.backlog:
@@ -114,7 +114,8 @@ class FeedReader:
             self.position = entries[-1].position
         by_outbox: dict[Outbox, list[Rule]] = {}
         for rule in self._rules.values():
-            by_outbox.setdefault(rule.outbox, []).append(rule)
+            if entries or rule.joined is not None or rule.outbox.ended:
+                by_outbox.setdefault(rule.outbox, []).append(rule)
         for outbox, rules in by_outbox.items():
             try:
                 self._hand_out(outbox, rules, entries, ready)
