@@ -112,6 +112,8 @@ class Client:
             return
         if line.asked or line.complete:
             since = "known" if since in ("start", "ahead") else since
+        if self._unsure():
+            since = "none"
         named = {} if since == "none" else {run: known.copy() for run, known in self.known.items()}
         for run, known in named.items():
             if since == "start":
@@ -127,6 +129,13 @@ class Client:
         asked.alone = not line.asked
         asked.exclusive = since in ("start", "ahead")
         line.asked[self._send(command)] = asked
+
+    def _unsure(self) -> bool:
+        """Whether some run was left, or is about to be, that an open-ended subscription may or may not cover yet. So
+        nobody can tell from outside whether a position in it means anything."""
+        line = self._line()
+        left = line.leaving or line.replaceable & line.last.keys()
+        return bool(left) and any("run" not in held.to for held in line.held.values())
 
     def start(self, agent: str, detail: str) -> None:
         if self._exclusive():
@@ -212,8 +221,9 @@ class Client:
                 others = [other for other in line.held.values() if other is not held]
                 self._began(entry, asked, maybe_followed=any(self._may_cover(other, run) for other in others))
             elif run not in maybe_full:
-                assert asked.started or entry["recovered"] == (run not in raised), entry
-                if run in raised:
+                followed = run not in line.replaceable
+                assert asked.started or not followed or entry["recovered"] == (run not in raised), entry
+                if not entry["recovered"]:
                     line.due.setdefault(run, "snapshot")
         if "run" not in asked.to:
             self._recovered(asked, result)
