@@ -357,7 +357,8 @@ class Client:
     def _is_wanted(self, run: str) -> None:
         line = self._line()
         assert run not in line.finished, f"{run} had ended"
-        assert any(self._may_cover(held, run) for held in line.held.values()), f"nobody asked for {run}"
+        wanted = run in line.complete or any(self._may_cover(held, run) for held in line.held.values())
+        assert wanted, f"nobody asked for {run}"
 
     # -- What the client may expect --------------------------------------------------------------------------------
 
