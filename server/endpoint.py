@@ -4,15 +4,19 @@ Each connection costs one task, its reader. Writing needs none: what is queued i
 write at the end of it, and goes on when the transport has room again. Pulling for followers that are behind happens
 in a task that lives only while there are any. One ticker serves the heartbeats, feed positions and slow clients of all
 connections.
+
+What breaks on behalf of one connection, in its tasks, in the ticker, in a callback of the loop or in the hub, ends that
+connection with 1011 and nothing else.
 """
 
 import asyncio
 import contextvars
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from time import monotonic
+from typing import TypeVarTuple
 
 import anyio
 from anyio.abc import TaskGroup
@@ -33,6 +37,8 @@ DEGRADED_EVERY = 5.0
 """Seconds between two pings that say that the bus is away."""
 
 logger = logging.getLogger(__name__)
+
+Args = TypeVarTuple("Args")
 
 
 class Connections:
@@ -71,12 +77,16 @@ class Connections:
             self._gone.set()
 
     async def tick(self) -> None:
-        """Look after every connection once a second, until cancelled."""
+        """Call `tick` of every connection once a second, until cancelled."""
         while True:
             await anyio.sleep(TICK)
             now, degraded = monotonic(), self._degraded()
+            self.hub.wake()  # a read of the feed lets connections forget runs that have ended
             for connection in list(self._open):
-                connection.tick(now, degraded)
+                try:
+                    connection.tick(now, degraded)
+                except Exception as error:  # noqa: BLE001 -- the connection logs it
+                    connection.fail(error)
 
     async def close(self) -> None:
         """Close all connections, and those still to come, as `shutting_down`. Returns once all have been told."""
@@ -98,7 +108,7 @@ class Connection:
         self._hub = hub
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._outbox = Outbox(self._wake, self._pull, writer.abort)
+        self._outbox = Outbox(self._wake, self._pull, writer.abort, fail=self.fail)
         self._session = Session(secrets.token_hex(8), ANONYMOUS, hub, runs, self._outbox)
         self._commands = anyio.Semaphore(protocol.MAX_COMMANDS)
         self._room = anyio.Event()
@@ -126,9 +136,9 @@ class Connection:
         try:
             async with anyio.create_task_group() as self._tasks:
                 with self._reading:
-                    await self._read(self._tasks)
+                    await self._guarded(self._read, self._tasks)
                 if self._reason is not None:
-                    await self._say_goodbye(self._reason)
+                    await self._say_goodbye()
                 self._tasks.cancel_scope.cancel()
         finally:
             self._hub.disconnect(self._outbox)
@@ -139,6 +149,22 @@ class Connection:
         if self._reason is None:
             self._reason = reason
             self._reading.cancel()
+
+    def fail(self, error: Exception) -> None:
+        """Something of this connection broke: log it, and close the connection without sending what is queued."""
+        if self._reason is INTERNAL_ERROR:
+            return
+        logger.error("session %s is closed: something of it broke", self._session.id, exc_info=error)
+        self._reason = INTERNAL_ERROR
+        self._reading.cancel()
+        if self._moved is not None:
+            self._moved.set()
+
+    async def _guarded(self, work: Callable[[*Args], Awaitable[None]], *args: *Args) -> None:
+        try:
+            await work(*args)
+        except Exception as error:  # noqa: BLE001 -- `fail` logs it
+            self.fail(error)
 
     def tick(self, now: float, degraded: str | None = None) -> None:
         """Once a second: tell the feed's position, keep the connection alive, cut it if the client takes nothing."""
@@ -180,7 +206,7 @@ class Connection:
                 self._reason = BINARY_MESSAGE
                 return
             await self._commands.acquire()
-            tasks.start_soon(self._handle, text)
+            tasks.start_soon(self._guarded, self._handle, text)
 
     async def _handle(self, text: str) -> None:
         try:
@@ -199,9 +225,12 @@ class Connection:
 
     def _flush(self) -> None:
         self._flush_scheduled = False
-        while self._outbox and self._writer.writable:
-            self._writer.write(self._outbox.take())
-            self._sent_at = monotonic()
+        try:
+            while self._outbox and self._writer.writable and self._reason is not INTERNAL_ERROR:
+                self._writer.write(self._outbox.take())
+                self._sent_at = monotonic()
+        except Exception as error:  # noqa: BLE001 -- `fail` logs it; frames were lost, so none may follow
+            self.fail(error)
         if self._reading_paused and (self._writer.closed or not self._outbox.full):
             self._room.set()
         if self._moved is not None:
@@ -209,7 +238,7 @@ class Connection:
 
     def _pull(self) -> None:
         if not self._pulling and self._tasks is not None:
-            self._tasks.start_soon(self._catch_up)
+            self._tasks.start_soon(self._guarded, self._catch_up)
             self._pulling = True
 
     async def _catch_up(self) -> None:
@@ -222,19 +251,27 @@ class Connection:
         if self._outbox.is_behind and not self._outbox.full:
             self._pull()
 
-    async def _say_goodbye(self, reason: CloseReason) -> None:
+    async def _say_goodbye(self) -> None:
         """Close, after what is queued; on a shutdown, which has ended all runs, after what was still to be pulled."""
-        if reason is not SHUTTING_DOWN:
+        if self._reason is not SHUTTING_DOWN:
             self._hub.disconnect(self._outbox)
         with anyio.move_on_after(CLOSE_TIMEOUT):
             self._flush()
-            while (self._outbox or self._outbox.is_behind) and not self._writer.closed:
+            while self._has_more:
                 self._moved = anyio.Event()
                 await self._moved.wait()
-            with suppress(WebSocketDisconnect):  # the client was faster
-                await self._websocket.close(reason.code, reason.reason)
+            if self._reason is not None:
+                with suppress(WebSocketDisconnect):  # the client was faster
+                    await self._websocket.close(self._reason.code, self._reason.reason)
             return
         self._writer.abort()
+
+    @property
+    def _has_more(self) -> bool:
+        """Whether something is to be sent before the connection closes, and can be."""
+        if self._reason is INTERNAL_ERROR or self._writer.closed:
+            return False
+        return bool(self._outbox) or self._outbox.is_behind
 
 
 def _nothing() -> None:

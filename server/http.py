@@ -19,7 +19,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from agents.base import Agent, unavailable
+from agents.base import Agent, AgentSpec, unavailable
 from agents.llm import ModelInfo
 from server import protocol
 from server.bus.base import ACTIVE, Bus, Filter, RunInfo
@@ -65,6 +65,7 @@ class Api:
         self._runs = runs
         self._model = model
         self._ready = ready
+        self._described: dict[str, dict[str, Any]] = {}
 
     @property
     def routes(self) -> list[Route]:
@@ -84,9 +85,17 @@ class Api:
 
     async def _agents(self, request: Request) -> Any:
         return {
-            "agents": [_described(agent) for agent in self._runs.agents.values()],
+            "agents": [self._describe(agent) for agent in self._runs.agents.values()],
             "model": {"name": self._model.name, "offline": self._model.offline},
         }
+
+    def _describe(self, agent: Agent) -> dict[str, Any]:
+        """What is known of an agent: its spec, which stays as it is, and whether it can run just now."""
+        name, reason = agent.spec.name, unavailable(agent)
+        if name not in self._described:
+            self._described[name] = _described(agent.spec)
+        described = self._described[name] | {"available": reason is None}
+        return described if reason is None else described | {"reason": reason}
 
     async def _start(self, request: Request) -> Any:
         document = await _body(request)
@@ -199,20 +208,17 @@ def _filter(request: Request) -> Filter:
     )
 
 
-def _described(agent: Agent) -> dict[str, Any]:
-    spec = agent.spec
-    reason = unavailable(agent)
-    described = {
+def _described(spec: AgentSpec) -> dict[str, Any]:
+    """The listing of a spec; what is large in it is encoded already."""
+    described: dict[str, Any] = {
         "name": spec.name,
         "description": spec.description,
-        "input": spec.input_model.model_json_schema(),
-        "output": spec.output_schema,
+        "input": orjson.Fragment(orjson.dumps(spec.input_model.model_json_schema())),
+        "output": orjson.Fragment(orjson.dumps(spec.output_schema)),
         "timeout": spec.timeout,
         "max_concurrent": spec.max_concurrent,
-        "available": reason is None,
-        **({} if spec.graph is None else {"graph": spec.graph}),
     }
-    return described if reason is None else described | {"reason": reason}
+    return described if spec.graph is None else described | {"graph": orjson.Fragment(orjson.dumps(spec.graph))}
 
 
 def _listed(run: RunInfo) -> dict[str, Any]:

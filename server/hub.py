@@ -1,7 +1,11 @@
 """Who follows what: runs on one side, the outboxes of this process's clients on the other (G1, G2, G4).
 
 Joining has one order everywhere: confirmed subscribe → heads → reply → pull; whatever happens in between is in the log.
-The feed announces new runs, and the rules turn them into followers. What is kept of runs and rules is in `topics`.
+The feed announces new runs, and the rules turn them into followers. What is kept of runs and rules is in `topics` and
+`rules`.
+
+A follower belongs to one topic for good. A pull that comes back late acts on its own follower and topic, which may be
+done with by then, and never on those that the run has now.
 
 Nothing here knows sockets, commands or how a run is executed.
 """
@@ -23,11 +27,11 @@ from server.errors import NotFound, Unavailable
 from server.flight import SingleFlight
 from server.outbox import Follower, GapReason, Outbox
 from server.protocol import Detail, Position, To
-from server.topics import Rule, Topic
+from server.rules import MAX_LISTED, FeedReader, Rule
+from server.topics import Topic, told
 
 MAX_DISTANCE = 1_000
 """Events behind the head from which on a snapshot is sent instead of the log."""
-MAX_LISTED = 5_000
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +52,8 @@ class Join:
             self.hub.add_follower(self.outbox, topic, follower)
         if self.rule is not None:
             self.rule.ready = True
-            self.hub.wake()
+            if self.rule.backlog or self.rule.joined is not None:
+                self.hub.wake()
 
 
 class Hub:
@@ -57,8 +62,9 @@ class Hub:
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
         self._topics: dict[str, Topic] = {}
+        self._followed: dict[Follower, Topic] = {}
         self._rules: dict[tuple[Outbox, str], Rule] = {}
-        self._feed_position = ""
+        self._feed = FeedReader(bus, self._rules)
         self._news = anyio.Event()
         self._pages: SingleFlight[tuple[str, str, int], Page | None] = SingleFlight()
         self._states: SingleFlight[tuple[str, str], Snapshot] = SingleFlight()
@@ -72,7 +78,7 @@ class Hub:
                 await self._news.wait()
                 self._news = anyio.Event()
                 try:
-                    await self._read_feed()
+                    await self._feed.read()
                     await self._work_off()
                 except Unavailable:
                     await anyio.sleep(_jitter())
@@ -83,8 +89,7 @@ class Hub:
     async def _watch_feed(self) -> Subscription:
         while True:
             try:
-                subscription, self._feed_position = await self.bus.watch_feed(lambda _: self.wake())
-                return subscription
+                return await self._feed.watch(lambda _: self.wake())
             except Unavailable:
                 await anyio.sleep(_jitter())
 
@@ -119,7 +124,6 @@ class Hub:
                     join = await self._join_run(stack, outbox, subscription, principal, to.run, detail, since)
                 else:
                     rule = Rule(subscription, outbox, principal, to, detail)
-                    self._rules[outbox, subscription] = rule
                     join = await self._join_rule(stack, rule, since, feed)
                 yield join
         except BaseException:
@@ -141,15 +145,21 @@ class Hub:
             raise NotFound(f"there is no run {run[:64]!r}")
         topic = await stack.enter_async_context(self._pinned(run))
         follower = await self._place(outbox, topic, {subscription: detail}, since.get(run))
-        result = {"subscription": subscription, "runs": [_told(outbox, topic, follower)]}
+        result = {"subscription": subscription, "runs": [told(outbox, topic, follower)]}
         return Join(result, self, outbox, [(topic, follower)], None)
 
     async def _join_rule(
         self, stack: AsyncExitStack, rule: Rule, since: Mapping[str, Position], feed: str | None
     ) -> Join:
         result: dict[str, Any] = {"subscription": rule.subscription}
-        position = self._feed_position
+        self._rules[rule.outbox, rule.subscription] = rule
+        rule.outbox.feed_read, read_to = self._feed.reads, self._feed.position
         announced = None if feed is None else await self.bus.read_feed(feed)
+        if feed is None or announced is None:
+            position = await self._feed.end()
+        else:
+            position = announced[-1].position if announced else feed
+        rule.joined = position if position != read_to else None
         wanted = await self._wanted(rule, since, announced or ())
         started = {entry.run for entry in announced or ()}
         missing = [run for run in since if run not in wanted]
@@ -163,7 +173,7 @@ class Hub:
             except NotFound:
                 missing.append(run)
         known = await self.bus.info(missing)
-        result["runs"] = [_told(rule.outbox, topic, follower) for topic, follower in followers]
+        result["runs"] = [told(rule.outbox, topic, follower) for topic, follower in followers]
         result["missing"] = [run for run in missing if run not in known]
         result["feed"] = position
         if feed is not None:
@@ -209,6 +219,7 @@ class Hub:
         followed = outbox.follow(follower)
         if followed is follower:
             topic.followers[follower] = outbox
+            self._followed[follower] = topic
             if follower.epoch != topic.epoch:
                 outbox.lose(follower, "log_lost")
         return followed
@@ -254,17 +265,19 @@ class Hub:
 
     def _deliver(self, topic: Topic, news: Sequence[Frame] | Head | Gone) -> None:
         if isinstance(news, Gone):
-            for follower, outbox in list(topic.followers.items()):
-                self._give_up(follower, outbox)
+            topic.tell(self._give_up)
             return
         frames, last, ended = ((), news, news.ended) if isinstance(news, Head) else (news, news[-1], news[-1].terminal)
         if not topic.advance(last.epoch, last.seq, ended=ended):
             return
-        for follower, outbox in list(topic.followers.items()):
+
+        def deliver(follower: Follower, outbox: Outbox) -> None:
             outbox.deliver(follower, frames)
             if isinstance(news, Head):
                 outbox.expect_head(follower, topic.head)
             self._check_end(topic, follower, outbox)
+
+        topic.tell(deliver)
 
     # -- Leaving ---------------------------------------------------------------------------------------------------
 
@@ -272,20 +285,27 @@ class Hub:
         """End a subscription, if the connection has it: no frame that only it asked for is queued any more."""
         rule = self._rules.pop((outbox, subscription), None)
         while rule is not None and rule.backlog:
-            outbox.announce(rule.backlog.popleft().position, None)
+            rule.pop()
         if subscription in outbox.subscriptions:
             for follower in outbox.unsubscribe(subscription):
                 self._drop(follower)
 
     def disconnect(self, outbox: Outbox) -> None:
-        """The connection is gone."""
-        for subscription in list(outbox.subscriptions):
-            self.leave(outbox, subscription)
+        """The connection is gone, or broken."""
+        for subscription in outbox.subscriptions:
+            rule = self._rules.pop((outbox, subscription), None)
+            if rule is not None:
+                rule.backlog.clear()
+        followers = outbox.close()
+        if outbox.broken:
+            followers = [follower for follower, topic in self._followed.items() if topic.followers[follower] is outbox]
+        for follower in followers:
+            self._drop(follower)
 
     def _drop(self, follower: Follower) -> None:
-        topic = self._topics.get(follower.run)
+        topic = self._followed.pop(follower, None)
         if topic is not None:
-            topic.followers.pop(follower, None)
+            del topic.followers[follower]
             self._close_unused(topic)
 
     def _close_unused(self, topic: Topic) -> None:
@@ -304,7 +324,7 @@ class Hub:
         """Pull for the followers that are behind, in turn, until all are live or the queue is full."""
         while (follower := outbox.next_behind()) is not None:
             try:
-                await self._pull(outbox, self._topics[follower.run], follower)
+                await self._pull(outbox, self._followed[follower], follower)
             except NotFound:  # it ended so long ago that the bus has forgotten it
                 self._give_up(follower, outbox)
             except Unavailable:
@@ -313,9 +333,10 @@ class Hub:
 
     def _give_up(self, follower: Follower, outbox: Outbox) -> None:
         """The run is gone. No frame can say so, but the reply to a client that comes back does: `missing`."""
-        outbox.finish(follower)
-        self._drop(follower)
-        outbox.cut()
+        if not follower.done:
+            outbox.finish(follower)
+            self._drop(follower)
+            outbox.cut()
 
     async def _pull(self, outbox: Outbox, topic: Topic, follower: Follower) -> None:
         if follower.resync is None:
@@ -368,52 +389,38 @@ class Hub:
 
     # -- The feed --------------------------------------------------------------------------------------------------
 
-    async def _read_feed(self) -> None:
-        """Hand what the feed announced since last time to the rules."""
-        entries = await self.bus.read_feed(self._feed_position)
-        if entries is None:
-            logger.warning("the feed does not reach back to %s; listing the active runs instead", self._feed_position)
-            entries = await self._list_active()
-        for entry in entries:
-            self._feed_position = entry.position
-            for rule in self._rules.values():
-                rule.backlog.append(entry)
-                rule.outbox.expect(entry.position)
-
-    async def _list_active(self) -> list[Announcement]:
-        """Every active run, as if it were announced at the feed's position now."""
-        subscription, position = await self.bus.watch_feed(lambda _: None)
-        subscription.close()
-        self._feed_position = position
-        active = await self.bus.list(Filter(statuses=ACTIVE, limit=MAX_LISTED))
-        return [Announcement(position, run.run, run.epoch, run.agent, run.thread, run.principal) for run in active]
-
     async def _work_off(self) -> None:
-        """Turn what was announced into followers, in order."""
+        """Turn what was announced into followers, in order. What fails for one rule does not stop the others.
+
+        :raises Unavailable: some is left, since the bus is away.
+        """
+        away: Unavailable | None = None
         for rule in list(self._rules.values()):
-            while rule.ready and rule.backlog:
-                follower = await self._apply(rule, rule.backlog[0])
-                if rule.backlog:  # it was not left meanwhile
-                    rule.outbox.announce(rule.backlog.popleft().position, follower)
+            try:
+                while (entry := rule.next) is not None:
+                    follower = await self._apply(rule, entry)
+                    if rule.backlog:  # it was not left meanwhile
+                        rule.pop(follower)
+            except Unavailable as error:
+                away = error
+            except Exception as error:  # noqa: BLE001 -- the connection logs it
+                rule.ready = False
+                rule.outbox.fail(error)
+        if away is not None:
+            raise away
 
     async def _apply(self, rule: Rule, entry: Announcement) -> Follower | None:
         follower = None
-        if rule.matches(entry):
+        ended = rule.outbox.ended
+        if rule.matches(entry) and entry.run not in ended:
             try:
                 async with self._pinned(entry.run) as topic:
-                    if entry.run not in rule.outbox.ended:
+                    if entry.run not in ended:
                         new = Follower(entry.run, topic.epoch, 0, whole=True, wants={rule.subscription: rule.detail})
                         follower = self.add_follower(rule.outbox, topic, new)
             except NotFound:
                 logger.debug("run %s was forgotten before it could be followed", entry.run)
         return follower
-
-
-def _told(outbox: Outbox, topic: Topic, follower: Follower) -> dict[str, Any]:
-    """What the reply to `subscribe` says of one run."""
-    followed = outbox.followers.get(topic.run)
-    recovered = follower.resync is None if followed is None else followed.full or not follower.full
-    return {"run": topic.run, "epoch": topic.epoch, "seq": topic.head, "recovered": recovered}
 
 
 def _gap_before(follower: Follower, topic: Topic) -> GapReason | None:

@@ -24,7 +24,9 @@ QUEUE_BYTES = 1024 * 1024
 TAKE_BYTES = 256 * 1024
 MAX_FOLLOWED = 5_000
 """Runs that one connection may follow at once; one that lets more pile up is cut."""
-MAX_ENDED = 256
+MAX_ENDED = 10_000
+"""Ended runs that a connection keeps in mind while the feed lags, as many as the feed reaches back; one that needs more
+is cut."""
 
 GapReason = Literal["trimmed", "overflow", "log_lost"]
 
@@ -70,7 +72,7 @@ class Outbox:
     """The queue and the followers of one connection.
 
     `wake` is called when something was queued, `pull` when a follower fell behind, `cut` when the connection is past
-    saving. All three must return at once.
+    saving, and `fail` (by default `cut`) when something of it broke. All must return at once.
     """
 
     def __init__(
@@ -81,10 +83,12 @@ class Outbox:
         *,
         queue_frames: int = QUEUE_FRAMES,
         queue_bytes: int = QUEUE_BYTES,
+        fail: Callable[[Exception], None] | None = None,
     ) -> None:
         self._wake = wake
         self._pull = pull
         self.cut = cut
+        self._fail = fail
         self._queue_frames = queue_frames
         self._queue_bytes = queue_bytes
         self._queue: deque[bytes] = deque()
@@ -94,8 +98,13 @@ class Outbox:
         self.followers: dict[str, Follower] = {}
         self.subscriptions: dict[str, bool] = {}
         """Subscription → whether it is to a single run, and so ends with it."""
-        self.ended: dict[str, None] = {}
-        """The last runs whose end was queued: an announcement that comes late must not bring them again."""
+        self.broken = False
+        """Whether it failed, so that what it says of its followers may be wrong."""
+        self.feed_read = 0
+        """The number of the hub's newest read of the feed."""
+        self.ended: dict[str, int] = {}
+        """Runs whose end was queued → `feed_read` at that time. An announcement that is read later must not bring them
+        again; see `Hub`."""
 
     # -- The queue -------------------------------------------------------------------------------------------------
 
@@ -141,6 +150,8 @@ class Outbox:
             return
         if len(self.subscriptions) >= protocol.MAX_SUBSCRIPTIONS:
             raise TooMany(f"a connection may have {protocol.MAX_SUBSCRIPTIONS} subscriptions; end one of them first")
+        if not single and all(self.subscriptions.values()):
+            self.ended.clear()  # an open-ended subscription brings nothing that was announced before it
         self.subscriptions[subscription] = single
 
     def unsubscribe(self, subscription: str) -> list[Follower]:
@@ -152,6 +163,15 @@ class Outbox:
                 self.finish(follower)
                 dropped.append(follower)
         return dropped
+
+    def close(self) -> list[Follower]:
+        """End all subscriptions. Gives the followers, all of which are done."""
+        followers = list(self.followers.values())
+        for follower in followers:
+            follower.done, follower.live = True, False
+        for entries in (self.subscriptions, self.followers, self._behind, self._announced, self.ended):
+            entries.clear()
+        return followers
 
     def follow(self, new: Follower) -> Follower:
         """Follow a run, or widen the follower that there is: one position for each connection and run.
@@ -246,10 +266,18 @@ class Outbox:
 
     def end(self, follower: Follower) -> None:
         """The end of the run was queued."""
-        self.ended[follower.run] = None
+        self.finish(follower)
+        self.ended[follower.run] = self.feed_read
         if len(self.ended) > MAX_ENDED:
             del self.ended[next(iter(self.ended))]
-        self.finish(follower)
+            if not all(self.subscriptions.values()):
+                self.cut()
+
+    def forget_ended(self, read: int, waiting: Callable[[str], bool]) -> None:
+        """Forget the runs that ended before the feed read `read` began, except those whose announcement is `waiting`
+        to be applied."""
+        for run in [run for run, before in self.ended.items() if before < read and not waiting(run)]:
+            del self.ended[run]
 
     def finish(self, follower: Follower) -> None:
         """Nothing more is to be sent of the run; subscriptions to it alone end."""
@@ -259,6 +287,14 @@ class Outbox:
         for subscription in follower.wants:
             if self.subscriptions.get(subscription):
                 del self.subscriptions[subscription]
+
+    def fail(self, error: Exception) -> None:
+        """Something of this connection broke: it ends, and nobody else is to notice."""
+        self.broken = True
+        if self._fail is None:
+            self.cut()
+        else:
+            self._fail(error)
 
     # -- The feed --------------------------------------------------------------------------------------------------
 

@@ -92,6 +92,9 @@ class Session:
             self._hub.leave(self._outbox, subscription)
             raise
         result = {"run": created.run, "epoch": created.epoch, "subscription": subscription}
+        if subscription not in self._outbox.subscriptions:  # ended meanwhile, by its name or with the connection
+            self._reply(command, result)
+            return
         to, since = To(run=created.run), {created.run: Position(seq=0)}
         async with self._hub.join(self._outbox, subscription, self.principal, to, command.detail, since) as join:
             self._reply(command, result)

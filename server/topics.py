@@ -1,17 +1,16 @@
-"""What the hub keeps of the runs that are followed here, and of the open-ended subscriptions. Without I/O.
+"""What the hub keeps of the runs that are followed here. Without I/O.
 
-A `Topic` is one run that somebody of this process follows: the one bus subscription, the known head, the followers. A
-`Rule` is a subscription to everything, an agent or a thread, which turns what the feed announces into followers.
+A `Topic` is one run that somebody of this process follows: the one bus subscription, the known head, the followers.
 """
 
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import anyio
 
-from server.bus.base import Announcement, RunInfo, Subscription
+from server.bus.base import Subscription
 from server.outbox import Follower, Outbox
-from server.protocol import Detail, To
 
 
 @dataclass(slots=True, eq=False)
@@ -39,29 +38,22 @@ class Topic:
         if epoch != self.epoch:
             self.former.add(self.epoch)
             self.epoch, self.head, self.ended = epoch, head, False
-            for follower, outbox in self.followers.items():
-                outbox.lose(follower, "log_lost")
+            self.tell(lambda follower, outbox: outbox.lose(follower, "log_lost"))
         self.head = max(self.head, head)
         self.ended = self.ended or ended
         return True
 
+    def tell(self, do: Callable[[Follower, Outbox], None]) -> None:
+        """Call `do` for each follower. Where that breaks, it is that connection's end, and the others go on."""
+        for follower, outbox in list(self.followers.items()):
+            try:
+                do(follower, outbox)
+            except Exception as error:  # noqa: BLE001 -- the connection logs it
+                outbox.fail(error)
 
-@dataclass(slots=True, eq=False)
-class Rule:
-    """An open-ended subscription. What the feed announces waits in `backlog`, until the subscription is `ready` (its
-    reply was queued) and the hub has got to it."""
 
-    subscription: str
-    outbox: Outbox
-    principal: str
-    to: To
-    detail: Detail
-    ready: bool = False
-    backlog: deque[Announcement] = field(default_factory=deque)
-
-    def matches(self, run: Announcement | RunInfo) -> bool:
-        return run.principal == self.principal and (
-            self.to.all is True
-            or (self.to.agent is not None and self.to.agent == run.agent)
-            or (self.to.thread is not None and self.to.thread == run.thread)
-        )
+def told(outbox: Outbox, topic: Topic, follower: Follower) -> dict[str, Any]:
+    """What the reply to `subscribe` says of one run."""
+    followed = outbox.followers.get(topic.run)
+    recovered = follower.resync is None if followed is None else followed.full or not follower.full
+    return {"run": topic.run, "epoch": topic.epoch, "seq": topic.head, "recovered": recovered}

@@ -295,7 +295,8 @@ class Bus(Protocol):
         """Announce every run created from now on; with the feed's position now."""
 
     async def read_feed(self, after: str) -> Sequence[Announcement] | None:
-        """The announcements after a position; None if the feed does not reach back to it (or never had it)."""
+        """The announcements after a position, with all that were made before this was asked; None if the feed does not
+        reach back to it (or never had it)."""
 
     async def send_command(self, run: str, command: Mapping[str, Any]) -> None:
         """Have the run's owner, in whatever process, handle `command`; returns when it has.

@@ -272,7 +272,8 @@ class MemoryBus:
         self._handler = handler
 
         def remove() -> None:
-            self._handler = None
+            if self._handler is handler:
+                self._handler = None
 
         return Registration(remove)
 

@@ -112,6 +112,8 @@ class Client:
             return
         if line.asked or line.complete:
             since = "known" if since in ("start", "ahead") else since
+        if self._unsure():
+            since = "none"
         named = {} if since == "none" else {run: known.copy() for run, known in self.known.items()}
         for run, known in named.items():
             if since == "start":
@@ -127,6 +129,13 @@ class Client:
         asked.alone = not line.asked
         asked.exclusive = since in ("start", "ahead")
         line.asked[self._send(command)] = asked
+
+    def _unsure(self) -> bool:
+        """Whether some run was left, or is about to be, that an open-ended subscription may or may not cover yet. So
+        nobody can tell from outside whether a position in it means anything."""
+        line = self._line()
+        left = line.leaving or line.replaceable & line.last.keys()
+        return bool(left) and any("run" not in held.to for held in line.held.values())
 
     def start(self, agent: str, detail: str) -> None:
         if self._exclusive():
@@ -212,8 +221,9 @@ class Client:
                 others = [other for other in line.held.values() if other is not held]
                 self._began(entry, asked, maybe_followed=any(self._may_cover(other, run) for other in others))
             elif run not in maybe_full:
-                assert asked.started or entry["recovered"] == (run not in raised), entry
-                if run in raised:
+                followed = run not in line.replaceable
+                assert asked.started or not followed or entry["recovered"] == (run not in raised), entry
+                if not entry["recovered"]:
                     line.due.setdefault(run, "snapshot")
         if "run" not in asked.to:
             self._recovered(asked, result)
@@ -347,7 +357,8 @@ class Client:
     def _is_wanted(self, run: str) -> None:
         line = self._line()
         assert run not in line.finished, f"{run} had ended"
-        assert any(self._may_cover(held, run) for held in line.held.values()), f"nobody asked for {run}"
+        wanted = run in line.complete or any(self._may_cover(held, run) for held in line.held.values())
+        assert wanted, f"nobody asked for {run}"
 
     # -- What the client may expect --------------------------------------------------------------------------------
 
@@ -376,13 +387,12 @@ class Client:
         assert not line.leaving
         assert not line.due, f"never came: {line.due}"
         for held in line.held.values():
-            for run in self.world.runs:
+            runs = [run for run in self.world.runs if run.id not in held.over]  # what is over was whole when it ended
+            for run in runs:
                 if run.id in held.listed or (run.index >= held.held_at and run.matches(held.to)):
                     self._check_run(run, full=held.detail == "full")
-            if "run" not in held.to:
-                for run in self.world.runs[self.owed[_key(held.to)] :]:
-                    if run.matches(held.to):
-                        self._check_run(run, full=False)
+                elif "run" not in held.to and run.index >= self.owed[_key(held.to)] and run.matches(held.to):
+                    self._check_run(run, full=False)
 
     def _check_run(self, run: Run, *, full: bool) -> None:
         known = self.known.get(run.id)

@@ -23,6 +23,8 @@ LOG_EVENTS = 8
 MAX_DISTANCE = 12
 PAGE_EVENTS = 3
 MAX_ASKED = 4
+HELD_AFTER = 300
+"""Turns of the loop after which a client no longer waits for a reply before it goes on."""
 
 EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "600"))
 STEPS = 50
@@ -34,7 +36,12 @@ threads = st.sampled_from([None, "t"])
 kinds = st.lists(st.sampled_from(["status", "text", "tool", "close"]), min_size=1, max_size=6)
 endings = st.sampled_from([None, None, None, "end", "fail"])
 turns = st.integers(min_value=0, max_value=12)
+slowness = st.sampled_from([3, 3, 12, 60])
+"""Turns of the loop that an answer of the bus takes before and after it is given, at most."""
 targets = st.sampled_from(["run", "run", "run", "all", "all", "agent", "thread", "nowhere"])
+
+
+sinces = st.sampled_from(["known", "known", "none", "start", "ahead"])
 
 
 class Hub(RuleBasedStateMachine):
@@ -49,9 +56,16 @@ class Hub(RuleBasedStateMachine):
         self.patch.setattr(server.outbox, "TAKE_BYTES", 1)  # one frame at a time
         self.patch.setattr(server.bus.memory, "PAGE_EVENTS", PAGE_EVENTS)
 
-    @initialize(seed=st.integers(min_value=0, max_value=2**32), late=st.booleans(), flaky=st.booleans())
-    def begin(self, seed: int, late: bool, flaky: bool) -> None:
-        self.world = World(seed, late=late, flaky=flaky, log_events=LOG_EVENTS, queue_frames=QUEUE_FRAMES)
+    @initialize(
+        seed=st.integers(min_value=0, max_value=2**32),
+        late=st.booleans(),
+        flaky=st.booleans(),
+        most=slowness,
+        feed=slowness,
+    )
+    def begin(self, seed: int, late: bool, flaky: bool, most: int, feed: int) -> None:
+        limits = {"log_events": LOG_EVENTS, "queue_frames": QUEUE_FRAMES}
+        self.world = World(seed, late=late, flaky=flaky, most=most, feed=feed, **limits)
         self.clients = [Client(self.world, name) for name in ("one", "two")]
         self.world.do(self.world.create("ant", "t"))
 
@@ -111,7 +125,7 @@ class Hub(RuleBasedStateMachine):
         what=targets,
         which=pick,
         detail=details,
-        since=st.sampled_from(["known", "known", "none", "start", "ahead"]),
+        since=sinces,
         feed=st.booleans(),
         turns=turns,
     )
@@ -133,6 +147,30 @@ class Hub(RuleBasedStateMachine):
         asking = self._connected(client)
         if held := list(self._line(asking).held):
             asking.unsubscribe(held[which % len(held)])
+        self._turn(turns)
+
+    @rule(client=pick, what=targets, which=pick, detail=details, since=sinces, held=turns, gap=turns, turns=turns)
+    def remount(
+        self, client: int, what: str, which: int, detail: str, since: str, held: int, gap: int, turns: int
+    ) -> None:
+        """Subscribe, leave as soon as that can be done, and subscribe again before the hub has got over it."""
+        asking = self._connected(client)
+        line = self._line(asking)
+        before = set(line.held)
+        to = self._to(what, which)
+        if len(line.asked) < MAX_ASKED:
+            asking.subscribe(to, detail, since=since, feed=False)
+        for _ in range(HELD_AFTER):
+            asking.read(1)
+            if not line.asked:
+                break
+            self._turn(1)
+        self._turn(held)
+        for subscription in line.held.keys() - before:
+            asking.unsubscribe(subscription)
+        self._turn(gap)
+        if len(line.asked) < MAX_ASKED:
+            asking.subscribe(to, detail, since=since, feed=False)
         self._turn(turns)
 
     @rule(client=pick, count=st.integers(min_value=1, max_value=8))

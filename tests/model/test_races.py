@@ -1,111 +1,20 @@
 """Answers of the bus that come late: what the model test meets by chance, once each on purpose (G1, G2)."""
 
-from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar, cast
+from collections.abc import AsyncIterator, Collection
+from typing import Any
 
 import anyio
-import orjson
 import pytest
-from anyio.abc import TaskGroup
-from anyio.lowlevel import checkpoint
 
-from server.bus.base import Announcement, Filter, Page, RunInfo
-from server.bus.memory import MemoryBus
-from server.hub import Hub
-from tests.model.world import Connection, Run
-
-T = TypeVar("T")
-
-
-class HeldBus(MemoryBus):
-    """Answers at once, except to the questions that are held: their answers wait, and grow old."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._held: dict[str, anyio.Event] = {}
-        self._asked: dict[str, anyio.Event] = {}
-
-    def hold(self, question: str) -> None:
-        """Hold back every answer to `question` from now on."""
-        self._held[question], self._asked[question] = anyio.Event(), anyio.Event()
-
-    async def asked(self, question: str) -> None:
-        """Until an answer is being held back."""
-        await self._asked[question].wait()
-
-    def release(self, question: str) -> None:
-        self._held.pop(question).set()
-
-    async def _answer(self, question: str, answer: Awaitable[T]) -> T:
-        result = await answer
-        if question in self._held:
-            held = self._held[question]
-            self._asked[question].set()
-            await held.wait()
-        return result
-
-    async def info(self, runs: Collection[str]) -> dict[str, RunInfo]:
-        return await self._answer("info", super().info(runs))
-
-    async def read(self, run: str, epoch: str, after: int) -> Page | None:
-        return await self._answer("read", super().read(run, epoch, after))
-
-    async def list(self, filter: Filter) -> Sequence[RunInfo]:
-        return await self._answer("list", super().list(filter))
-
-    async def read_feed(self, after: str) -> Sequence[Announcement] | None:
-        return await self._answer("read_feed", super().read_feed(after))
-
-
-class Scene:
-    """A hub on such a bus, and one run."""
-
-    def __init__(self, bus: HeldBus, hub: Hub, tasks: TaskGroup) -> None:
-        self.bus = bus
-        self.run = Run(0, "ant", "t")
-        self._hub = hub
-        self._tasks = tasks
-        self._ids = 0
-
-    async def connect(self) -> Connection:
-        connection = Connection(self._hub, None, queue_frames=100)
-        await self._tasks.start(connection.serve)
-        return connection
-
-    async def subscribe(self, connection: Connection, **fields: Any) -> None:
-        self._ids += 1
-        command = {"op": "subscribe", "id": self._ids, "to": {"run": self.run.id}} | fields
-        await connection.send(command)
-
-    async def frames(self, connection: Connection) -> list[dict[str, Any]]:
-        """All that comes until nothing does any more."""
-        for _ in range(100):
-            await checkpoint()
-        return [cast(dict[str, Any], orjson.loads(data)) for data in connection.outbox.take()]
+from server.bus.base import RunInfo
+from tests.model.scene import Scene, brief, playing
+from tests.model.world import Run
 
 
 @pytest.fixture
 async def scene() -> AsyncIterator[Scene]:
     async with playing() as scene:
         yield scene
-
-
-@asynccontextmanager
-async def playing() -> AsyncIterator[Scene]:
-    bus = HeldBus()
-    hub = Hub(bus)
-    with anyio.fail_after(5):
-        async with anyio.create_task_group() as tasks:
-            await tasks.start(hub.run)
-            scene = Scene(bus, hub, tasks)
-            await scene.run.create(bus)
-            yield scene
-            tasks.cancel_scope.cancel()
-
-
-def brief(frames: Sequence[dict[str, Any]]) -> list[str]:
-    return [f"{frame['type']} {frame.get('seq', '')}".strip() for frame in frames]
 
 
 @pytest.mark.parametrize("ending", [[], ["end"]], ids=["the run goes on", "the run has ended"])

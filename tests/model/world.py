@@ -14,6 +14,7 @@ from anyio.lowlevel import checkpoint
 from agents.events import FULL_ONLY_EVENTS, TERMINAL_EVENTS
 from server.bus.base import (
     ACTIVE,
+    Announce,
     Announcement,
     Created,
     Deliver,
@@ -39,15 +40,18 @@ from server.state import RunState
 
 T = TypeVar("T")
 PRINCIPAL = "ann"
-AT_REST_AFTER = 3_000
+AT_REST_AFTER = 100_000
 
 
 class DawdlingBus(MemoryBus):
     """A bus that takes a few turns of the loop for each question, sometimes has no answer, and delivers late."""
 
-    def __init__(self, seed: int, *, late: bool, flaky: bool, log_events: int) -> None:
-        super().__init__(log_events=log_events)
+    def __init__(self, seed: int, *, late: bool, flaky: bool, most: int, feed: int, **options: Any) -> None:
+        """A question takes up to `most` turns before and after it is answered; one about the feed, up to `feed`."""
+        super().__init__(**options)
         self._random = random.Random(seed)
+        self._most = most
+        self._feed_most = feed
         self._late = late
         self._flaky = flaky
         self._post: deque[Callable[[], None]] = deque()
@@ -64,18 +68,19 @@ class DawdlingBus(MemoryBus):
             self._posted = anyio.Event()
             await self._posted.wait()
 
-    async def _dawdle(self, most: int = 3) -> None:
+    async def _dawdle(self, most: int) -> None:
         for _ in range(self._random.randint(0, most)):
             await checkpoint()
 
-    async def _ask(self, question: Coroutine[Any, Any, T]) -> T:
+    async def _ask(self, question: Coroutine[Any, Any, T], most: int | None = None) -> T:
+        most = self._most if most is None else most
         try:
-            await self._dawdle()
+            await self._dawdle(most)
         except BaseException:  # cancelled before it was asked
             question.close()
             raise
         answer = await question
-        await self._dawdle()
+        await self._dawdle(most)
         if self._flaky and not self.well and self._random.random() < 0.15:
             raise Unavailable("the bus is away")
         return answer
@@ -93,7 +98,16 @@ class DawdlingBus(MemoryBus):
         return await self._ask(super().list(filter))
 
     async def read_feed(self, after: str) -> Sequence[Announcement] | None:
-        return await self._ask(super().read_feed(after))
+        return await self._ask(super().read_feed(after), self._feed_most)
+
+    async def watch_feed(self, announce: Announce) -> tuple[Subscription, str]:
+        subscription, position = await super().watch_feed(announce)
+        try:
+            await self._ask(_nothing_async())
+        except BaseException:
+            subscription.close()
+            raise
+        return subscription, position
 
     async def subscribe(self, run: str, deliver: Deliver) -> Subscription:
         open = [True]
@@ -308,18 +322,18 @@ class Connection:
 class World:
     """A running hub and all runs. Coroutines are run in it one by one; its tasks stand still in between."""
 
-    def __init__(self, seed: int, *, late: bool, flaky: bool, log_events: int, queue_frames: int) -> None:
+    def __init__(self, seed: int, *, queue_frames: int, most: int = 3, feed: int = 3, **options: Any) -> None:
         self._queue_frames = queue_frames
         self._runner = asyncio.Runner()
         self._loop = self._runner.get_loop()
         self.runs: list[Run] = []
-        self.bus = self._runner.run(self._made_bus(seed, late, flaky, log_events))
+        self.bus = self._runner.run(self._made_bus(seed, most=most, feed=feed, **options))
         self._main = self._loop.create_task(self._serve())
         self.do(self.settle())
         self.bus.well = False
 
-    async def _made_bus(self, seed: int, late: bool, flaky: bool, log_events: int) -> DawdlingBus:
-        return DawdlingBus(seed, late=late, flaky=flaky, log_events=log_events)
+    async def _made_bus(self, seed: int, **options: Any) -> DawdlingBus:
+        return DawdlingBus(seed, **options)
 
     async def _serve(self) -> None:
         self.hub = Hub(self.bus)

@@ -4,6 +4,7 @@ A frame is its seq, flags and length (12 bytes, big endian), then its bytes; the
 `F<epoch> <frames>`, or `H<epoch> <seq>[ ended]` after a rebase.
 """
 
+import logging
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import orjson
 
 from server.bus.base import Announcement, Frame, Head, NewRun, RunInfo
+
+logger = logging.getLogger(__name__)
 
 INFO = ("agent", "principal", "thread", "epoch", "head", "status", "created", "ended")
 """The fields of a run's hash that `info` takes."""
@@ -45,8 +48,15 @@ def news(run: str, message: bytes) -> Sequence[Frame] | Head:
 
 
 def infos(runs: Sequence[str], answers: Sequence[Any]) -> dict[str, RunInfo]:
-    """What is known of each run by the answer to `HMGET … INFO`, unknown ones left out."""
-    return {run: info(run, answer) for run, answer in zip(runs, answers, strict=True) if answer[3] is not None}
+    """What is known of each run by the answer to `HMGET … INFO`; unknown ones are left out, and unreadable ones."""
+    known = {}
+    for run, answer in zip(runs, answers, strict=True):
+        if answer[3] is not None:
+            try:
+                known[run] = info(run, answer)
+            except ValueError:
+                logger.exception("what Redis holds of run %s cannot be read", run)
+    return known
 
 
 def info(run: str, answer: Sequence[bytes | None]) -> RunInfo:
@@ -74,7 +84,14 @@ def announced(number: str, document: bytes) -> Announcement:
 
 
 def announcements(entries: Sequence[Any]) -> list[Announcement]:
-    return [announced(id.decode().partition("-")[0], fields[3]) for id, fields in entries]
+    """The entries of the feed, without those that cannot be read."""
+    readable = []
+    for id, fields in entries:
+        try:
+            readable.append(announced(id.decode().partition("-")[0], fields[3]))
+        except (ValueError, TypeError, IndexError):
+            logger.exception("entry %s of the feed cannot be read", id)
+    return readable
 
 
 def entry_position(entry: Any) -> str:

@@ -47,7 +47,8 @@ class Commands:
         self._handler = handler
 
         def remove() -> None:
-            self._handler = None
+            if self._handler is handler:
+                self._handler = None
 
         return Registration(remove)
 
@@ -90,6 +91,8 @@ class Commands:
             await self._handle_here(run, {"op": "verify"})
         except CommandError as error:
             logger.info("run %s was not verified: %s", run, error)
+        except Exception:  # of this run; the others go on
+            logger.exception("run %s was not verified", run)
 
     async def _handle_here(self, run: str, command: Mapping[str, Any]) -> None:
         if self._handler is None:
@@ -105,25 +108,26 @@ class Commands:
                 self._answered.set()
                 self._answered = anyio.Event()
         elif self._tasks is not None:
-            self._tasks.start_soon(self._serve, document)
+            sender, number, run, command = (document[name] for name in ("from", "number", "run", "command"))
+            self._tasks.start_soon(self._serve, sender, number, run, command)
 
-    async def _serve(self, request: Mapping[str, Any]) -> None:
+    async def _serve(self, sender: str, number: int, run: str, command: Mapping[str, Any]) -> None:
         """Handle a command of another process and answer it."""
         answer = None
         self._handled += 1
         try:
             if self._handled > MAX_HANDLED:
                 raise Unavailable("the process that runs this run has too much to do; try again")
-            await self._handle_here(request["run"], request["command"])
+            await self._handle_here(run, command)
         except CommandError as error:
             answer = error.wire()
         except Exception:
-            logger.exception("a command to run %s failed", request["run"])
+            logger.exception("a command to run %s failed", run)
             answer = CommandError("something went wrong in the hub").wire()
         finally:
             self._handled -= 1
         try:
-            told = {"number": request["number"], "answer": answer}
-            await self._publish(self._keys.commands(request["from"]), orjson.dumps(told))
+            told = {"number": number, "answer": answer}
+            await self._publish(self._keys.commands(sender), orjson.dumps(told))
         except Unavailable as error:
-            logger.warning("a command to run %s was handled, but not answered: %s", request["run"], error)
+            logger.warning("a command to run %s was handled, but not answered: %s", run, error)

@@ -33,9 +33,14 @@ class Feed:
         """See `Bus.watch_feed`."""
         token = object()
         self._watchers[token] = announce
-        position = await self._end()
+        registration = Registration(lambda: self._watchers.pop(token, None))
+        try:
+            position = await self._end()
+        except BaseException:
+            registration.close()
+            raise
         self._position = self._position or position
-        return Registration(lambda: self._watchers.pop(token, None)), position
+        return registration, position
 
     async def read(self, after: str) -> Sequence[Announcement] | None:
         """See `Bus.read_feed`."""

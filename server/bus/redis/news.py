@@ -98,18 +98,20 @@ class News:
 
     async def _compare(self, followed: Sequence[_Followed]) -> None:
         runs = [item.run for item in followed]
+        asked = [(item, item.known) for item in followed]
         answers = await self._reads.calls([("HMGET", self._keys.run(run), *codec.INFO) for run in runs])
         infos = codec.infos(runs, answers)
         self.compared += len(runs)
         now = anyio.current_time()
-        for item in followed:
+        for item, known in asked:
+            if item.known != known:
+                continue  # news have come meanwhile, and the answer may be older than they are
             info = infos.get(item.run)
             if info is None:
                 item.missing_since = item.missing_since or now
                 if now - item.missing_since >= GONE_AFTER:
                     item.deliver(Gone(item.run))
                 continue
-            known = item.known
             item.hear((info.epoch, info.head), now)
             if item.known != known:
                 self.missed += known is not None
