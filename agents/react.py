@@ -38,6 +38,7 @@ FINISH = "finish"
 TURN_FIELDS = ("next_thought", "next_tool_name", "next_tool_args")
 
 _log = logging.getLogger(__name__)
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def react_agent(
@@ -345,10 +346,9 @@ class GuardedTool(dspy.Tool):  # type: ignore[misc]
             except ValidationError as error:
                 raise ToolError(f"argument {name!r}: {error.errors()[0]['msg']}") from error
         if self._parameters is not None:
-            try:
-                self._parameters.bind(**parsed)
-            except TypeError as error:  # says which argument is missing, and nothing else
-                raise ToolError(str(error)) from error
+            for name, parameter in self._parameters.parameters.items():
+                if name not in parsed and parameter.default is parameter.empty and parameter.kind in _NAMED:
+                    raise ToolError(f"missing a required argument: {name!r}")
         return parsed
 
 

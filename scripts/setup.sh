@@ -1,7 +1,8 @@
 #!/bin/sh
-# Sets up what `make` needs, and says what it is doing. Usage: scripts/setup.sh venv | tools | lock
+# Sets up what `make` needs, and says what it is doing. Usage: scripts/setup.sh venv | newest | tools | lock
 #
 #   venv    .venv with everything in requirements.lock and the project itself
+#   newest  the same in .venv-newest, for the newest installed Python that .venv does not have; no folder if there is none
 #   tools   the programs that the tests drive: a real redis-server and a real Chromium
 #   lock    requirements.lock anew, with the newest versions that pyproject.toml allows
 #
@@ -60,16 +61,63 @@ pip() {
     "$venv/bin/python" -m pip --disable-pip-version-check -qq "$@"
 }
 
+# fill_venv FOLDER
+fill_venv() {
+    say "Installing $(grep -c '==' requirements.lock) packages from requirements.lock (about a minute the first time) ..."
+    pip "$1" install -r requirements.lock
+    say "Installing agentcast itself ..."
+    pip "$1" install --no-build-isolation --no-deps -e .
+    say "Ready."
+}
+
 set_up_venv() {
     if ! .venv/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         say "Making a virtual environment in .venv ..."
         new_venv .venv
     fi
-    say "Installing $(grep -c '==' requirements.lock) packages from requirements.lock (about a minute the first time) ..."
-    pip .venv install -r requirements.lock
-    say "Installing agentcast itself ..."
-    pip .venv install --no-build-isolation --no-deps -e .
-    say "Ready."
+    fill_venv .venv
+}
+
+# The Pythons that may be there, as "MINOR PROGRAM", newest first: those in PATH, then those of pyenv, whose commands in
+# PATH run only for the versions that are switched on.
+list_pythons() {
+    versions=$(pyenv root 2>/dev/null || echo "$HOME/.pyenv")/versions
+    for minor in 14 13 12 11; do
+        command -v "python3.$minor" | sed "s/^/$minor /" || true
+        find "$versions" -path "*/3.$minor.*/bin/python3.$minor" 2>/dev/null | sort -rV | sed "s/^/$minor /"
+    done
+}
+
+# find_newest MINOR: the newest Python but 3.MINOR; only releases, with a GIL
+find_newest() {
+    list_pythons | while read -r minor program; do
+        if [ "$minor" != "$1" ] && "$program" -c 'import sys, sysconfig
+major, minor, _, level, _ = sys.version_info
+sys.exit((major, minor, level) != (3, int(sys.argv[1]), "final") or bool(sysconfig.get_config_var("Py_GIL_DISABLED")))
+' "$minor" 2>/dev/null; then
+            echo "$program"
+            break
+        fi
+    done
+}
+
+set_up_newest() {
+    version='import sys; print(*sys.version_info[:3], sep=".")'
+    PYTHON=$(find_newest "$(.venv/bin/python -c 'import sys; print(sys.version_info[1])')")
+    if [ -z "$PYTHON" ]; then
+        rm -rf .venv-newest
+        return
+    fi
+    wanted=$("$PYTHON" -c "$version")
+    if [ "$(.venv-newest/bin/python -c "$version" 2>/dev/null)" != "$wanted" ]; then
+        say "Making a virtual environment for Python $wanted in .venv-newest ..."
+        new_venv .venv-newest
+    fi
+    if [ .venv-newest/ready -nt requirements.lock ] && [ .venv-newest/ready -nt pyproject.toml ]; then
+        return
+    fi
+    fill_venv .venv-newest
+    touch .venv-newest/ready
 }
 
 find_chromium() { have chromium || have chromium-browser || have google-chrome || have google-chrome-stable; }
@@ -107,7 +155,8 @@ renew_lock() {
 
 case ${1-} in
     venv) set_up_venv ;;
+    newest) set_up_newest ;;
     tools) set_up_tools ;;
     lock) renew_lock ;;
-    *) sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

@@ -25,7 +25,7 @@ from tests.support.process import ServedHub
 from tests.support.redis import running_redis
 from tests.support.work import Seed, Work
 
-expect.set_options(timeout=5_000)
+expect.set_options(timeout=30_000)
 
 
 class Question(BaseModel):

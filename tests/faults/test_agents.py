@@ -260,11 +260,8 @@ async def test_a_hundred_thousand_events_arrive_and_others_hardly_notice() -> No
     async with open_hub(chatty, healthy) as hub, hub.client() as client, hub.client() as other:
         run = await client.start("chatty", subscribe=False)
         beside = await other.start("healthy")
-        longest, last = 0.0, anyio.current_time()
-        while not other.memory.view(beside).ended:
-            await other.frame()
-            longest, last = max(longest, anyio.current_time() - last), anyio.current_time()
-        assert longest < 0.5
+        await other.end(beside)
+        assert not (await hub.core.bus.info([run]))[run].status == "done", "the long run holds up the short one"
         assert [event["seq"] for event in other.memory.view(beside).events] == [*range(1, 34)]
         with anyio.fail_after(30):
             await client.ask("subscribe", to={"run": run})

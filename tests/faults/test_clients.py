@@ -457,7 +457,7 @@ async def test_two_thousand_connections_leave_nothing_behind() -> None:
                 for _ in range(3):  # hello, reply, snapshot
                     await ws.recv()
 
-        with anyio.fail_after(40):
+        with anyio.fail_after(50):
             async with anyio.create_task_group() as tasks:
                 for _ in range(20):
                     tasks.start_soon(open_some, many // 20)

@@ -5,7 +5,6 @@ import json
 import os
 import pty
 import signal
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -24,10 +23,9 @@ from websockets.http11 import Request, Response
 from agents.base import Emitter
 from agents.events import MessageEnd, MessageStart, Status, Token
 from tests.support.agents import agent
+from tests.support.forking import open_agentcast, run_agentcast
 from tests.support.hub import RunningHub, open_hub
 
-ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "server.cli"]
 Frame = dict[str, Any]
 
 
@@ -72,16 +70,14 @@ class Finished:
 
 def environment(**variables: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AGENTCAST_")}
-    return {**kept, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "100", **variables}
+    return {**kept, "NO_COLOR": "1", "COLUMNS": "100", **variables}
 
 
 async def agentcast(*args: str, stdin: str | None = None, **variables: str) -> Finished:
     """Run a command to its end."""
     with anyio.fail_after(45):
-        done = await anyio.run_process(
-            [*COMMAND, *args], input=(stdin or "").encode(), check=False, env=environment(**variables)
-        )
-    return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
+        done = await run_agentcast(*args, env=environment(**variables), input=stdin or "")
+    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 class Running:
@@ -114,8 +110,7 @@ class Running:
 
 @asynccontextmanager
 async def running(url: str, *args: str) -> AsyncIterator[Running]:
-    command = [*COMMAND, "run", *args, "--json", "--url", url]
-    async with await anyio.open_process(command, env=environment(), stderr=None) as process:
+    async with await open_agentcast("run", *args, "--json", "--url", url, env=environment(), stderr=2) as process:
         try:
             yield Running(process)
         finally:
@@ -298,8 +293,8 @@ async def test_a_reader_that_has_enough_ends_the_command_quietly(capfd: pytest.C
 
     ours, theirs = os.pipe()
     async with open_hub(talker) as other:
-        command = [*COMMAND, "run", "talker", "--url", other.url]
-        async with await anyio.open_process(command, env=environment(), stdout=theirs, stderr=None) as process:
+        command = ["run", "talker", "--url", other.url]
+        async with await open_agentcast(*command, env=environment(), stdout=theirs, stderr=2) as process:
             os.close(theirs)
             await _read_until(ours, b"run ")
             os.close(ours)
@@ -323,12 +318,10 @@ async def test_a_terminal_shows_tokens_as_they_come() -> None:
     ours, theirs = pty.openpty()
     try:
         async with open_hub(slow) as hub:
-            command = [*COMMAND, "run", "slow", "--url", hub.url]
+            command = ["run", "slow", "--url", hub.url]
             env = environment(TERM="xterm")
             del env["NO_COLOR"]
-            async with await anyio.open_process(
-                command, env=env, stdin=theirs, stdout=theirs, stderr=theirs
-            ) as process:
+            async with await open_agentcast(*command, env=env, stdin=theirs, stdout=theirs, stderr=theirs) as process:
                 os.close(theirs)
                 shown = await _read_until(ours, b"half of [2Jit")
                 go_on.set()

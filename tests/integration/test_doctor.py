@@ -1,13 +1,13 @@
 """`agentcast doctor`: what it finds, what it says to do, and what it never prints (G9)."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import anyio
 import pytest
 
+from tests.support.forking import run_agentcast
 from tests.support.lms import chat
 from tests.support.mcp import RAW
 from tests.support.openai import Hang, Provider, Refuse, Say, provider
@@ -22,16 +22,11 @@ SAID = Say(chat(answer="2"))
 async def doctor(*arguments: str, folder: Path = ROOT, **settings: str) -> tuple[int, list[str]]:
     """Its exit code and what it prints."""
     with anyio.fail_after(50):
-        done = await anyio.run_process(
-            [sys.executable, "-m", "server.cli", "doctor", "--port", "0", *arguments],
-            cwd=folder,
-            env={"PYTHONPATH": str(ROOT)} | environment(offline_delay="0", **settings),
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    text = done.stdout.decode()
-    assert KEY not in text + done.stderr.decode()
-    assert "Traceback" not in text + done.stderr.decode()
+        env = environment(offline_delay="0", **settings)
+        done = await run_agentcast("doctor", "--port", "0", *arguments, env=env, cwd=folder)
+    text = done.stdout
+    assert KEY not in text + done.stderr
+    assert "Traceback" not in text + done.stderr
     assert "\x1b" not in text
     return done.returncode, text.splitlines()
 

@@ -21,10 +21,11 @@ from agents.mcp import McpServer, McpUnavailable, check, mcp_server, running
 from agents.mcp import server as server_module
 from agents.react import react_agent, servers_of
 from agents.registry import Registry
+from tests.support.forking import run_agentcast
 from tests.support.hub import open_hub
 from tests.support.lms import chat, lm_of
 from tests.support.mcp import LEGACY, PATIENCE, Move, Played, failing_at_first, faulty, faulty_http, play, until
-from tests.support.process import refused, serve
+from tests.support.process import environment, refused, serve
 
 
 @asynccontextmanager
@@ -396,8 +397,8 @@ async def test_command_line_says_why_an_agent_is_unavailable(tmp_path: Path):
     config.write_text('{"mcpServers": {"files": {"command": "no-such-program-here"}}}')
 
     async def agentcast(*words: str) -> tuple[int, str]:
-        done = await anyio.run_process([sys.executable, "-m", "server.cli", *words, "--url", hub.url], check=False)
-        return done.returncode, " ".join((done.stdout + done.stderr).decode().split())
+        done = await run_agentcast(*words, "--url", hub.url, env=environment())
+        return done.returncode, " ".join((done.stdout + done.stderr).split())
 
     async with serve("--mcp-config", str(config)) as hub:
         reason = "MCP server files: cannot run 'no-such-program-here': No such file or directory"

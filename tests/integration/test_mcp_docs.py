@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from agents.mcp import McpServer, load_servers
+from agents.mcp.server import named_server
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "mcp.md").read_text()
@@ -18,6 +19,7 @@ def snippets(language: str) -> list[str]:
 
 
 def test_servers_are_described_as_shown():
+    named_server.cache_clear()  # which another test may have defined
     names: dict[str, object] = {}
     exec(snippets("python")[0], names)  # noqa: S102 -- our own page
     servers = [value for value in names.values() if isinstance(value, McpServer)]

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from anyio.from_thread import start_blocking_portal
 
+from tests.support.forking import agentcast, fork
 from tests.support.lms import chat
 from tests.support.openai import Provider, Say, provider
 from tests.support.redis import free_port
@@ -61,23 +62,17 @@ def serve(folder: Path, command: str, **variables: str) -> Iterator[tuple[str, s
     """Run README's command on a free port. Gives the URL and the banner, and stops the hub afterwards."""
     words = shlex.split(command)
     assert words[0] == "agentcast"
-    hub = subprocess.Popen(
-        [AGENTCAST, *words[1:], "--port", "0"],
-        cwd=folder,
-        env=environment(**variables),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert hub.stdout is not None
-    try:
-        banner = "".join(iter(hub.stdout.readline, "  stop    Ctrl-C\n"))
-        url = re.search(r"http://\S+", banner)
-        assert url is not None, banner
-        yield url[0], banner
-    finally:
-        hub.terminate()
-        assert hub.wait(timeout=20) == 0
-        hub.stdout.close()
+    hub = fork(agentcast, *words[1:], "--port", "0", env=environment(**variables), cwd=folder, stderr=2)
+    with open(hub.stdout) as stdout:
+        try:
+            banner = "".join(iter(stdout.readline, "  stop    Ctrl-C\n"))
+            url = re.search(r"http://\S+", banner)
+            assert url is not None, banner
+            yield url[0], banner
+        finally:
+            hub.process.terminate()
+            hub.process.join(20)
+            assert hub.process.exitcode == 0
 
 
 @pytest.fixture(scope="module")

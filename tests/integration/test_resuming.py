@@ -68,7 +68,7 @@ async def test_cut_and_resumed_at_random_during_fifty_runs_each_client_has_exact
         for memory, detail in zip(memories, details, strict=True):
             async with hub.client(memory=memory) as client:
                 await client.follow_all(detail=detail)  # before the first run: all that follows is theirs to see
-        with anyio.fail_after(30):
+        with anyio.fail_after(50):
             async with anyio.create_task_group() as tasks:
                 for number, (memory, detail) in enumerate(zip(memories, details, strict=True)):
                     tasks.start_soon(watcher, hub, memory, detail, seed * 100 + number)

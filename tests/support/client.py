@@ -23,7 +23,7 @@ Frame = dict[str, Any]
 
 TERMINAL = frozenset({"run_end", "run_error", "run_cancelled"})
 FULL_ONLY = frozenset({"token", "message_start", "tool_progress"})
-WAIT = 10.0
+WAIT = 20.0
 """Seconds that a frame may take. A wait that matters has a shorter limit of its own."""
 
 _OF_FRAMES = {

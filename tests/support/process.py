@@ -3,12 +3,9 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -16,13 +13,11 @@ from anyio.abc import Process
 from anyio.streams.text import TextReceiveStream
 
 from tests.support.client import Client, connect
+from tests.support.forking import ROOT, open_agentcast, run_agentcast
 
-ROOT = Path(__file__).parents[2]
+__all__ = ["REGISTRY", "ROOT", "ServedHub", "environment", "refused", "serve"]
+
 REGISTRY = "tests.support.served:registry"
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "server.cli", "serve", *arguments]
 
 
 def environment(**settings: str) -> dict[str, str]:
@@ -55,19 +50,14 @@ class ServedHub:
 @asynccontextmanager
 async def serve(*arguments: str, agents: str = REGISTRY, **settings: str) -> AsyncIterator[ServedHub]:
     """Start a hub on a free port and wait for its banner. It is killed at the end if it is still there."""
-    async with await anyio.open_process(
-        command("--port", "0", "--agents", agents, *arguments),
-        cwd=ROOT,
-        env=environment(**settings),
-        stdin=subprocess.DEVNULL,
+    async with await open_agentcast(
+        "serve", "--port", "0", "--agents", agents, *arguments, env=environment(**settings)
     ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
         log: list[str] = []
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_collect, TextReceiveStream(process.stderr), log)
             try:
-                with anyio.move_on_after(20) as patience:
+                with anyio.move_on_after(45) as patience:
                     url, banner = await _banner(TextReceiveStream(process.stdout))
                 assert not patience.cancelled_caught, "no banner; its log:\n" + "".join(log)
                 yield ServedHub(process, url, banner, log)
@@ -96,7 +86,5 @@ async def _banner(stream: TextReceiveStream) -> tuple[str, str]:
 async def refused(*arguments: str, **settings: str) -> tuple[int, str]:
     """Exit code and stderr of a hub that does not start."""
     with anyio.fail_after(45):
-        done = await anyio.run_process(
-            command(*arguments), cwd=ROOT, env=environment(**settings), check=False, stdin=subprocess.DEVNULL
-        )
-    return done.returncode, done.stderr.decode()
+        done = await run_agentcast("serve", *arguments, env=environment(**settings))
+    return done.returncode, done.stderr

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from typing import Any
 
-import pytest
-
 QUIET = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "AGENTCAST_OFFLINE_DELAY": "0", "OPENAI_API_KEY": "unused-key"}
 PRELUDE = """
 import json, sys
@@ -71,27 +69,28 @@ def test_model_comes_from_the_environment_and_a_native_one_needs_no_litellm():
     }
 
 
-@pytest.mark.parametrize(
-    ("model", "problem"),
-    [
-        ("openai/", "has a provider prefix but no model id after it"),
-        ("nowhere/model-1", "no provider is known by that name"),
-        ("gpt5", "no provider is known by that name"),
-    ],
-)
-def test_wrong_model_is_an_error_at_start(model: str, problem: str):
+def test_wrong_model_is_an_error_at_start():
+    problems = {
+        "openai/": "has a provider prefix but no model id after it",
+        "nowhere/model-1": "no provider is known by that name",
+        "gpt5": "no provider is known by that name",
+    }
     facts = process(
-        """
+        f"""
 import os
-try: llm.configure()
-except llm.ModelError as error: tell(model=error.model, problem=error.problem, text=str(error))
-""",
-        AGENTCAST_LM=model,
+facts = {{}}
+for name in {list(problems)!r}:
+    os.environ["AGENTCAST_LM"] = name
+    try: llm.configure()
+    except llm.ModelError as error: facts[name] = dict(model=error.model, problem=error.problem, text=str(error))
+tell(**facts)
+"""
     )
-    assert facts["model"] == model
-    assert problem in facts["problem"]
-    assert facts["text"].startswith(f"AGENTCAST_LM={model!r}: ")
-    assert "'openai/gpt-5-mini'" in facts["text"]
+    for model, problem in problems.items():
+        assert facts[model]["model"] == model
+        assert problem in facts[model]["problem"]
+        assert facts[model]["text"].startswith(f"AGENTCAST_LM={model!r}: ")
+        assert "'openai/gpt-5-mini'" in facts[model]["text"]
 
 
 def test_missing_litellm_is_told():

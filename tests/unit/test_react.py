@@ -168,6 +168,20 @@ async def test_argument_may_be_called_as_the_first_parameter_of_a_method_is():
     assert [event.args for event in heard.events if isinstance(event, ToolStart)] == [args]
 
 
+async def test_a_missing_argument_is_named_alike_by_all_versions_of_python():
+    def compare(one: str, *, other: str, limit: int = 3, **options: Any) -> str:
+        """Compare two."""
+        return f"{one} {other} {limit} {options}"
+
+    agent = react_agent("question -> answer", [compare])
+    calls = [turn("t", "compare", args) for args in ({"one": "x"}, {"other": "y"}, {"one": "x", "other": "y"})]
+    prediction, _, _ = await play(agent, *calls, FINISH)
+    trajectory = prediction.trajectory
+    assert trajectory["observation_0"] == "Tool compare failed: missing a required argument: 'other'"
+    assert trajectory["observation_1"] == "Tool compare failed: missing a required argument: 'one'"
+    assert trajectory["observation_2"] == "x y 3 {}"
+
+
 async def test_unknown_tool_is_an_observation_that_names_the_tools():
     agent = react_agent("question -> answer", [look])
     prediction, heard, _ = await play(agent, turn("hm", "google", {"q": "x"}), FINISH)

@@ -152,7 +152,9 @@ def reply_in(adapter: Any) -> Callable[[str], list[str]]:
     return reply
 
 
-@pytest.mark.parametrize("adapter", [dspy.ChatAdapter(), dspy.JSONAdapter(), dspy.XMLAdapter()], ids=str)
+@pytest.mark.parametrize(
+    "adapter", [dspy.ChatAdapter(), dspy.JSONAdapter(), dspy.XMLAdapter()], ids=["chat", "json", "xml"]
+)
 @pytest.mark.parametrize("is_async", [False, True])
 async def test_two_hundred_runs_of_one_program_never_mix_whatever_their_chunks(adapter: Any, is_async: bool):
     """Each is compared with its own prediction; the sizes of chunks and the starts differ."""

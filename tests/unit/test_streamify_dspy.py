@@ -1,21 +1,20 @@
 """The scenarios in which `dspy.streamify` freezes, loses or mixes: ours comes through each, DSPy's fails where it says.
 
-DSPy's runs are processes of their own, all at once, since what freezes there cannot be ended from inside; ours go on
-meanwhile. When one of
-them comes through after all, DSPy has mended it: then say so below.
+DSPy's runs are processes of their own, all at once, since what freezes there cannot be ended from inside. When one of
+them comes through after all, DSPy has fixed it: then say so below.
 """
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
+from subprocess import DEVNULL
 
 import anyio
 import dspy
 import pytest
 
 from agents.streaming import streamify
+from benchmarks import freezing
 from benchmarks.freezing import SCENARIOS, lm
+from tests.support.forking import Forked, fork
 
 FREEZES = {
     "slow_consumer", "very_slow_consumer", "slow_ticks", "many_tools", "one_slow_client", "debug_mode",
@@ -45,32 +44,23 @@ async def test_ours_comes_through(name: str):
     assert right
 
 
-def start(name: str) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "benchmarks.freezing", "dspy", name, LIMIT]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+def start(name: str) -> Forked:
+    return fork(freezing.main, "dspy", name, LIMIT, stderr=DEVNULL)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def dspys() -> Iterator[dict[str, "subprocess.Popen[bytes]"]]:
-    processes = {name: start(name) for name in SCENARIOS}
-    yield processes
-    for process in processes.values():
-        process.kill()
-        process.communicate()
+def test_dspys_fails_where_it_is_said_to():
+    assert FREEZES | WRONG | PASSES == set(SCENARIOS)
+    started = {name: start(name) for name in SCENARIOS}
+    for name, process in started.items():
+        expected = {"finished": name not in FREEZES, "right": name in PASSES}
+        found = outcome(process)
+        if found != expected:  # all ran at once, and who freezes is a matter of pace: once more, alone
+            found = outcome(start(name))
+        assert found == expected, name
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_dspys_fails_where_it_is_said_to(name: str, dspys: dict[str, "subprocess.Popen[bytes]"]):
-    assert name in FREEZES | WRONG | PASSES
-    expected = {"finished": name not in FREEZES, "right": name in PASSES}
-    found = outcome(dspys[name])
-    if found != expected:  # all ran at once, and who freezes is a matter of pace: once more, alone
-        dspys[name] = start(name)
-        found = outcome(dspys[name])
-    assert found == expected
-
-
-def outcome(process: "subprocess.Popen[bytes]") -> dict[str, bool]:
-    output, _ = process.communicate(timeout=50)
-    result = json.loads(output.splitlines()[-1])
+def outcome(forked: Forked) -> dict[str, bool]:
+    with open(forked.stdout) as stdout:
+        result = json.loads(stdout.readlines()[-1])
+    forked.process.join(20)
     return {"finished": result["finished"], "right": result["right"]}

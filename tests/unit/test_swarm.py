@@ -450,19 +450,20 @@ async def test_cancelling_reaches_every_researcher():
 @pytest.mark.usefixtures("docs")
 async def test_cancelling_stops_the_checks_in_their_threads():
     agent, channel, run = registry["swarm"], Channel("test"), Run()
-    checking, go_on = threading.Event(), threading.Event()
+    checking, go_on = threading.Barrier(len(PARTS) + 1), threading.Event()
 
     def pause() -> None:
-        checking.set()
-        assert go_on.wait(5)
+        if not go_on.is_set():
+            checking.wait(20)
+        assert go_on.wait(20)
 
     lm = model(pause=pause)
     async with anyio.create_task_group() as group:
         group.start_soon(collect, channel, run)
-        with dspy.context(lm=lm), anyio.fail_after(10):
+        with dspy.context(lm=lm), anyio.fail_after(30):
             task = Task(run="r1", input=agent.spec.input_model(question=QUESTION))
             execution = Execution(agent.run(task, channel), channel)
-            await anyio.to_thread.run_sync(checking.wait, 5)
+            await anyio.to_thread.run_sync(checking.wait, 20)
         told = await cancelled(run, channel, execution)
         calls = lm.engine.calls
         go_on.set()
