@@ -22,9 +22,9 @@ from typing import Any
 
 import dspy
 
-from agents.observations import contained, showable
+from agents.observations import contained, observed, showable
 from agents.streaming.dspy_calls import call_in_thread, can_be_awaited
-from agents.threads import is_async_callable, unblocking
+from agents.threads import unblocking
 
 RUN_SETTING = "agentcast_run"
 """Key of the innermost bridge in DSPy's settings, which DSPy also carries into the threads of `dspy.Parallel`."""
@@ -61,11 +61,11 @@ def _awaited_tool(acall: Callable[..., Any]) -> Callable[..., Any]:
     async def call(tool: Any, /, **args: Any) -> Any:
         if not _in_run():
             return await acall(tool, **args)
-        if not is_async_callable(tool.func):
-            function, tool = tool.func, tool.model_copy()
-            tool.func = unblocking(function, f"tool {tool.name}")
+        is_shown = _is_shown(tool)
+        function = unblocking(_listing(tool.func) if is_shown else tool.func, f"tool {tool.name}")
         with contained():
-            return _showable(tool, await acall(tool, **args))
+            result = await acall(_calling(function, tool), **args)
+            return showable(result) if is_shown else result
 
     return call
 
@@ -77,20 +77,30 @@ def _called_tool(tool_call: Callable[..., Any]) -> Callable[..., Any]:
     def call(tool: Any, /, **args: Any) -> Any:
         if not _in_run():
             return tool_call(tool, **args)
+        is_shown = _is_shown(tool)
         with contained():
-            return _showable(tool, tool_call(tool, **args))
+            result = tool_call(_calling(_listing(tool.func), tool) if is_shown else tool, **args)
+            return showable(result) if is_shown else result
 
     return call
 
 
-_LOOPS = tuple(getattr(dspy, kind) for kind in ("ReAct", "ReActV2") if hasattr(dspy, kind))
-_ENDS = ("finish", "submit")
+_LOOPS = {"ReAct": "finish", "ReActV2": "submit"}
+"""DSPy's own loops, and the tool that ends each."""
 
 
-def _showable(tool: Any, result: Any) -> Any:
-    callers = dspy.settings.caller_modules or [None]
-    is_shown = type(tool) is dspy.Tool and isinstance(callers[-1], _LOOPS) and tool.name not in _ENDS
-    return showable(result) if is_shown else result
+def _is_shown(tool: Any) -> bool:
+    """Whether what `tool` returns goes into a prompt of DSPy's own."""
+    caller = (dspy.settings.caller_modules or [None])[-1]
+    return any(isinstance(caller, getattr(dspy, loop, ())) and tool.name != end for loop, end in _LOOPS.items())
+
+
+def _calling(function: Callable[..., Any], tool: Any) -> Any:
+    """`tool`, but it calls `function`."""
+    return tool if function is tool.func else tool.model_copy(update={"func": function})
+
+
+_listing = functools.partial(observed, made=lambda result: result)
 
 
 def _all_on_a_thread(aforward: Callable[..., Any]) -> Callable[..., Any]:

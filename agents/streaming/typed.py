@@ -41,21 +41,24 @@ def _read(program: Any, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return dict(inputs) if contract is None else read_inputs(name, contract, inputs)
 
 
-_contracts: weakref.WeakKeyDictionary[Any, tuple[Any, Contract | None]] = weakref.WeakKeyDictionary()
-"""Program → its signature, and the contract made of it: making one takes milliseconds."""
+_contracts: dict[int, tuple[Any, Contract | None]] = {}
+"""Id of a program → its signature, and the contract made of it: making one takes milliseconds. Not every program can be
+hashed: a dataclass cannot."""
 
 
 def _contract(program: Any) -> Contract | None:
     """What `program` takes, or None: it cannot be told."""
     signature = signature_of(program)
-    known = _contracts.get(program)
+    known = _contracts.get(id(program))
     if known is not None and known[0] is signature:
         return known[1]
     try:
         contract: Contract | None = module_contract(type(program).__name__, program)
     except SchemaError:
         contract = None
-    _contracts[program] = signature, contract
+    if known is None:
+        weakref.finalize(program, _contracts.pop, id(program), None)
+    _contracts[id(program)] = signature, contract
     return contract
 
 
