@@ -297,7 +297,7 @@ def parameter_fields(
             continue
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
             raise SchemaError(
-                f"the inputs cannot be told from {where}, which takes {parameter}",
+                f"the inputs cannot be inferred from {where}, which takes {parameter}",
                 f"name and type its parameters, or {remedy}",
             )
         if key not in hints:
@@ -355,9 +355,10 @@ class _ResultSchema(GenerateJsonSchema):
     would describe what it takes. (Its own serialisers keep to what it describes.)"""
 
     def ser_schema(self, schema: Any) -> Any:
-        told = super().ser_schema(schema)
+        described = super().ser_schema(schema)
         function = schema.get("function")
-        return {} if told is None and function and not function.__module__.startswith("pydantic") else told
+        is_opaque = described is None and function and not function.__module__.startswith("pydantic")
+        return {} if is_opaque else described
 
 
 def _result_schema(adapter: TypeAdapter[Any], *, by_alias: bool) -> dict[str, Any]:

@@ -26,8 +26,8 @@ def stream_events(
 ) -> EventStream:
     """Call the `dspy.Module` `program` with `inputs`, streaming what happens in it: the events that a hub shows.
 
-    Inputs are checked and converted as a hub does it, unless the program's types cannot be told. `messages` names the
-    output fields to show, by default all. `name` is the program's own, by default its class's.
+    Inputs are checked and converted as a hub does it, unless the program's types cannot be inferred. `messages` names
+    the output fields to show, by default all. `name` is the program's own, by default its class's.
 
     :raises ValueError: an input is missing or wrong, or there is none of that name; it names each.
     """
@@ -47,7 +47,7 @@ hashed: a dataclass cannot."""
 
 
 def _contract(program: Any) -> Contract | None:
-    """What `program` takes, or None: it cannot be told."""
+    """What `program` takes, or None if that cannot be inferred."""
     signature = signature_of(program)
     known = _contracts.get(id(program))
     if known is not None and known[0] is signature:

@@ -463,7 +463,7 @@ def test_a_program_that_needs_what_is_not_installed_is_refused(
         (dspy.Parallel(), "a Parallel is not a dspy.Module"),
         (dspy.majority, "a function is not a dspy.Module"),
         (dspy.Module(), "Module has no forward method"),
-        (dspy.Ensemble().compile([dspy.Predict("a -> b")]), "the inputs cannot be told"),
+        (dspy.Ensemble().compile([dspy.Predict("a -> b")]), "the inputs cannot be inferred"),
         (dspy.LM(MODEL), "a LM is not a dspy.Module"),
     ],
     ids=["class", "Parallel", "majority", "empty", "Ensemble", "LM"],
