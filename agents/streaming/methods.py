@@ -14,10 +14,12 @@ They are public methods, replaced when the first run begins, once in a process. 
 what DSPy does.
 """
 
+import contextlib
+import contextvars
 import copy
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import dspy
@@ -61,9 +63,8 @@ def _awaited_tool(acall: Callable[..., Any]) -> Callable[..., Any]:
     async def call(tool: Any, /, **args: Any) -> Any:
         if not _in_run():
             return await acall(tool, **args)
-        is_shown = _is_shown(tool)
-        function = unblocking(_listing(tool.func) if is_shown else tool.func, f"tool {tool.name}")
-        with contained():
+        with contained(), _shown(tool) as is_shown:
+            function = unblocking(_listing(tool.func) if is_shown else tool.func, f"tool {tool.name}")
             result = await acall(_calling(function, tool), **args)
             return showable(result) if is_shown else result
 
@@ -77,8 +78,7 @@ def _called_tool(tool_call: Callable[..., Any]) -> Callable[..., Any]:
     def call(tool: Any, /, **args: Any) -> Any:
         if not _in_run():
             return tool_call(tool, **args)
-        is_shown = _is_shown(tool)
-        with contained():
+        with contained(), _shown(tool) as is_shown:
             result = tool_call(_calling(_listing(tool.func), tool) if is_shown else tool, **args)
             return showable(result) if is_shown else result
 
@@ -89,10 +89,23 @@ _LOOPS = {"ReAct": "finish", "ReActV2": "submit"}
 """DSPy's own loops, and the tool that ends each."""
 
 
-def _is_shown(tool: Any) -> bool:
-    """Whether what `tool` returns goes into a prompt of DSPy's own."""
-    caller = (dspy.settings.caller_modules or [None])[-1]
-    return any(isinstance(caller, getattr(dspy, loop, ())) and tool.name != end for loop, end in _LOOPS.items())
+_calls: contextvars.ContextVar[Any] = contextvars.ContextVar("agentcast_calls", default=None)
+"""What DSPy's `caller_modules` were when the running tool was called; in the tool itself they are the same list."""
+
+
+@contextlib.contextmanager
+def _shown(tool: Any) -> Iterator[bool]:
+    """Whether what `tool` returns goes into a prompt of DSPy's own: whether a loop calls it, and not another tool."""
+    callers = dspy.settings.caller_modules or [None]
+    loop = callers[-1]
+    ends = [end for kind, end in _LOOPS.items() if isinstance(loop, getattr(dspy, kind, ()))]
+    is_its_own = bool(ends) and tool.name not in ends and loop.tools.get(tool.name) is tool
+    is_nested = _calls.get() is callers
+    token = _calls.set(callers)
+    try:
+        yield is_its_own and not is_nested
+    finally:
+        _calls.reset(token)
 
 
 def _calling(function: Callable[..., Any], tool: Any) -> Any:

@@ -332,6 +332,26 @@ async def test_dspys_own_loops_go_on_whatever_the_tool_is_called(loop: str, kind
     assert "[1, 2]" in script.prompts[1]
 
 
+@pytest.mark.parametrize("how", ["called", "awaited"])
+@pytest.mark.parametrize("loop", [*LOOPS, "our own"])
+async def test_a_tool_that_calls_another_gets_what_that_returns(loop: str, how: str):
+    """Also if that is a tool of the same loop."""
+    numbers = dspy.Tool(lambda: [1, 2], name="numbers", desc="", args={})
+
+    async def awaiting() -> int:
+        return sum(await numbers.acall())
+
+    def calling() -> int:
+        return sum(numbers())
+
+    adding = dspy.Tool(awaiting if how == "awaited" else calling, name="add", desc="", args={})
+    agent, replies = looping("ReAct" if loop == "our own" else loop, adding)
+    agent = react_agent("question -> answer", [adding, numbers]) if loop == "our own" else agent
+    agent.tools.setdefault("numbers", numbers)
+    _, heard, _ = await play(agent, *replies)
+    assert [end.result for end in heard.of(ToolEnd) if end.tool in ("add", "numbers")] == [[1, 2], 3]
+
+
 async def agenerated() -> AsyncIterator[int]:
     yield 1
     yield 2
