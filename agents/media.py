@@ -54,7 +54,8 @@ def media_validator(annotation: Any) -> SchemaValidator:
     if definitions:  # an image among them takes texts where it is referred to
         images = [ref for ref, model in models.items() if issubclass(model, dspy.Image)]
         taking["definitions"] = [each if each["ref"] in images else _taking_texts(each, models) for each in definitions]
-    return SchemaValidator(taking, _use_prebuilt=False)  # of the models in it, which take no texts
+    # Else the models in it would be validated by their own validators, which take no texts. (pydantic 2.14)
+    return SchemaValidator(taking, _use_prebuilt=False)
 
 
 _Models = Mapping[str, type]
