@@ -21,7 +21,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from agents.base import Emitter, Task, public_message
 from agents.inputs import RejectedInput, read_input
-from agents.media import MediaModel, holds_media
+from agents.media import MediaModel, holds_media, media_validator
 
 HISTORY = "history"
 """The name of an input field of type `str` that earlier turns fill."""
@@ -85,6 +85,8 @@ def input_model(name: str, fields: Mapping[str, tuple[Any, Any]]) -> type[BaseMo
             base = _MediaInput if any(holds_media(annotation) for annotation, _ in fields.values()) else _Input
             model: type[BaseModel] = create_model(title, __base__=base, **definitions)
             model.model_json_schema()
+            if base is _MediaInput:
+                model.__pydantic_validator__ = media_validator(model)
     except Exception as error:
         raise SchemaError(
             f"its inputs make no JSON Schema: {_first_line(error)}", "use types that pydantic knows"
@@ -152,9 +154,11 @@ def _derived(model: type[BaseModel], attributes: dict[str, Any], history: Collec
     unasked = dict.fromkeys(history, ClassVar[dspy.History])
     empty = {key: dspy.History(messages=[]) for key in history}
     bases = (MediaModel, model) if holds_media(model) else (model,)
-    return type(
-        model.__name__, bases, {"__module__": model.__module__, "__annotations__": unasked, **empty, **attributes}
-    )
+    names = {"__module__": model.__module__, "__annotations__": unasked, **empty, **attributes}
+    derived: type[BaseModel] = type(model.__name__, bases, names)
+    if issubclass(derived, MediaModel):
+        derived.__pydantic_validator__ = media_validator(derived)
+    return derived
 
 
 def _method(program: Any, name: str) -> Any:
@@ -270,7 +274,8 @@ def function_call(name: str, function: Callable[..., Any]) -> Call:
     whole = None
     if len(fields) == 1:
         (key, (hint, _)), *_ = fields.items()
-        whole = key if isinstance(hint, type) and issubclass(hint, BaseModel) else None
+        is_model = isinstance(hint, type) and issubclass(hint, BaseModel)
+        whole = key if is_model and not issubclass(hint, dspy.Type) else None  # an image is a model, too
     model = hints[whole] if whole else input_model(name, fields)
     if whole and holds_media(model):
         model = _derived(model, {})
@@ -292,7 +297,7 @@ def parameter_fields(
             continue
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
             raise SchemaError(
-                f"the inputs cannot be told from {where}, which takes {parameter}",
+                f"the inputs cannot be inferred from {where}, which takes {parameter}",
                 f"name and type its parameters, or {remedy}",
             )
         if key not in hints:
@@ -350,9 +355,10 @@ class _ResultSchema(GenerateJsonSchema):
     would describe what it takes. (Its own serialisers keep to what it describes.)"""
 
     def ser_schema(self, schema: Any) -> Any:
-        told = super().ser_schema(schema)
+        described = super().ser_schema(schema)
         function = schema.get("function")
-        return {} if told is None and function and not function.__module__.startswith("pydantic") else told
+        is_opaque = described is None and function and not function.__module__.startswith("pydantic")
+        return {} if is_opaque else described
 
 
 def _result_schema(adapter: TypeAdapter[Any], *, by_alias: bool) -> dict[str, Any]:

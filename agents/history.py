@@ -11,12 +11,12 @@ from typing import Any
 
 import dspy
 from dspy.adapters.utils import format_field_value
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from agents.base import Turn
 from agents.contract import is_history
-from agents.media import holds_media, read_media
+from agents.media import holds_media, media_validator
 from agents.values import cut_text, plain, was_cut
 
 HISTORY_TURNS = 20
@@ -96,16 +96,22 @@ def _text_input(signature: Any) -> str | None:
 
 def _kept(name: str, value: Any, input_model: type[BaseModel]) -> Any:
     """A value of the input: media as such, as long as they are whole."""
-    info = input_model.model_fields.get(name)
-    annotation: Any = None if info is None else info.annotation
-    if not holds_media(annotation):
+    validator = _media_validator(input_model, name)
+    if validator is None:
         return plain(value, HISTORY_VALUE_BYTES)
     try:
         if not was_cut(value):
-            return TypeAdapter[Any](annotation).validate_python(read_media(annotation, value))
+            return validator.validate_python(value)
     except ValueError:
         pass
     return "(too large to be kept)"
+
+
+@functools.lru_cache(maxsize=256)
+def _media_validator(input_model: type[BaseModel], name: str) -> Any:
+    """The validator of a field that may have media in it, or None."""
+    info = input_model.model_fields.get(name)
+    return media_validator(info.annotation) if info is not None and holds_media(info.annotation) else None
 
 
 def _texts(fields: Mapping[str, Any]) -> list[str]:

@@ -7,12 +7,13 @@ language model, which is why only an image can be one.
 This module must not know what the input is for.
 """
 
-import types
-from collections.abc import Mapping
-from typing import Annotated, Any, Union, get_args, get_origin
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import dspy
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, TypeAdapter
+from pydantic_core import SchemaValidator
+from pydantic_core.core_schema import no_info_before_validator_function
 
 _TEXTS = {
     dspy.Image: "A URL, or a data URI such as data:image/png;base64,…",
@@ -23,12 +24,7 @@ MEDIA = tuple(_TEXTS)
 
 
 class MediaModel(BaseModel):
-    """A model whose media, at whatever depth, may be given as text, and whose schema says so."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_media(cls, data: Any) -> Any:
-        return _fields(cls, data) if isinstance(data, Mapping) else data
+    """A model whose schema says of media, at whatever depth, that they may be given as text."""
 
     @classmethod
     def model_json_schema(cls, *args: Any, **options: Any) -> dict[str, Any]:
@@ -43,52 +39,74 @@ class MediaModel(BaseModel):
         return schema
 
 
-def holds_media(annotation: Any, seen: frozenset[Any] = frozenset()) -> bool:
+def holds_media(annotation: Any) -> bool:
     """Whether a value of the type `annotation` may have an image, audio or a file in it."""
-    if not isinstance(annotation, type) or get_args(annotation):
-        return any(holds_media(part, seen) for part in get_args(annotation))
-    if issubclass(annotation, MEDIA):
-        return True
-    if not issubclass(annotation, BaseModel) or annotation in seen:
-        return False
-    return any(holds_media(info.annotation, seen | {annotation}) for info in annotation.model_fields.values())
+    return any(issubclass(_model(node, {}), MEDIA) for node in _nodes(TypeAdapter(annotation).core_schema))
 
 
-def read_media(annotation: Any, value: Any) -> Any:
-    """`value`, plain data for a field of the type `annotation`, with the text of each image as the object it stands
-    for. Audio and files read theirs by themselves."""
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return read_media(parts[0], value)
-    if origin in (Union, types.UnionType):
-        return _first_changed(parts, value)
-    if isinstance(value, str):
-        return {"url": value} if isinstance(annotation, type) and issubclass(annotation, dspy.Image) else value
-    if isinstance(value, Mapping):
-        return _mapping(annotation, origin, parts, value)
-    if isinstance(value, list | tuple) and parts:
-        return [read_media(parts[0], item) for item in value]
-    return value
+def media_validator(annotation: Any) -> SchemaValidator:
+    """Validates values of the type `annotation`, in which each image may be given as text. (Audio and files may be by
+    themselves.) It is made of pydantic's own schema, and so differs in nothing else, and knows all kinds of types."""
+    schema: Any = TypeAdapter(annotation).core_schema
+    definitions = schema["definitions"] if schema["type"] == "definitions" else []
+    models = {each["ref"]: _model(each, {}) for each in definitions}
+    taking = _taking_texts(schema, models)
+    if definitions:  # an image among them takes texts where it is referred to
+        images = [ref for ref, model in models.items() if issubclass(model, dspy.Image)]
+        taking["definitions"] = [each if each["ref"] in images else _taking_texts(each, models) for each in definitions]
+    # Else the models in it would be validated by their own validators, which take no texts. (pydantic 2.14)
+    return SchemaValidator(taking, _use_prebuilt=False)
 
 
-def _first_changed(parts: tuple[Any, ...], value: Any) -> Any:
-    if isinstance(value, str) and (str in parts or (_is_other_data(value) and {dspy.Audio, dspy.File} & {*parts})):
-        return value
-    return next((new for part in parts if (new := read_media(part, value)) != value), value)
+_Models = Mapping[str, type]
+"""Reference in a schema → the class of the model that it leads to."""
 
 
-def _is_other_data(text: str) -> bool:
-    return text.startswith("data:") and not text.startswith("data:image/")
+def _taking_texts(schema: Any, models: _Models, beside: bool = False) -> Any:
+    """A copy of (a part of) pydantic's schema in which each image may be given as text. `beside` audio or files, a data
+    URI of something else than an image is theirs."""
+    if isinstance(schema, list | tuple):
+        return type(schema)(_taking_texts(item, models, beside) for item in schema)
+    if not isinstance(schema, Mapping):
+        return schema
+    if issubclass(_model(schema, models), dspy.Image):
+        return no_info_before_validator_function(_read_image if beside else _read_text, dict(schema))
+    choices = schema["choices"] if schema.get("type") == "union" else []
+    beside = any(issubclass(_model(choice, models), dspy.Audio | dspy.File) for choice in choices)
+    return dict(schema) | {key: _taking_texts(item, models, beside) for key, item in _parts(schema)}
 
 
-def _mapping(annotation: Any, origin: Any, parts: tuple[Any, ...], value: Mapping[Any, Any]) -> Any:
-    if isinstance(annotation, type) and origin is None and issubclass(annotation, BaseModel):
-        return _fields(annotation, value)
-    if len(parts) == 2:
-        return {key: read_media(parts[1], item) for key, item in value.items()}
-    return value
+def _read_text(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
 
 
-def _fields(model: type[BaseModel], data: Mapping[str, Any]) -> dict[str, Any]:
-    hints = {key: info.annotation for name, info in model.model_fields.items() for key in (name, info.alias)}
-    return {key: read_media(hints.get(key), item) for key, item in data.items()}
+def _read_image(value: Any) -> Any:
+    is_other = isinstance(value, str) and value.startswith("data:") and not value.startswith("data:image/")
+    return value if is_other else _read_text(value)
+
+
+def _model(schema: Any, models: _Models) -> type:
+    """The class of the model that a node of pydantic's schema is of, or refers to; else `object`."""
+    kind = schema.get("type") if isinstance(schema, Mapping) else None
+    found: type = object
+    if kind == "model":
+        found = schema["cls"]
+    elif kind == "definition-ref":
+        found = models.get(schema["schema_ref"], object)
+    return found
+
+
+def _nodes(schema: Any) -> Iterator[Any]:
+    yield schema
+    parts = [item for _, item in _parts(schema)] if isinstance(schema, Mapping) else schema
+    for part in parts if isinstance(parts, list | tuple) else ():
+        yield from _nodes(part)
+
+
+_NO_SCHEMAS = frozenset({"config", "default", "expected", "metadata", "serialization"})
+"""What is in a node of pydantic's schema, and has no others in it."""
+
+
+def _parts(schema: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    skipped = _NO_SCHEMAS if isinstance(schema.get("type"), str) else ()  # else it is a mapping of fields, of any names
+    return [(key, item) for key, item in schema.items() if key not in skipped]

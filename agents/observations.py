@@ -33,9 +33,9 @@ _MOST_ITEMS = COUNT_BYTES // 16 + 1
 """Items of a generator from which on the list of them is cut in any case."""
 
 
-def observed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, but what it returns, now or when awaited, is an observation. An iterator is read, as far as can be
-    shown.
+def observed(function: Callable[..., Any], made: Callable[[Any], Any]) -> Callable[..., Any]:
+    """`function`, but it gives what `made` makes of what it returns, now or when awaited. An iterator is read first,
+    where the function runs, into a list of as many items as can be shown.
 
     :raises ToolError: something that it waited for was cancelled, or it wanted to end the process.
     """
@@ -43,13 +43,13 @@ def observed(function: Callable[..., Any]) -> Callable[..., Any]:
     async def awaited(result: Any) -> Any:
         with contained():
             result = await (_read(result) if isinstance(result, AsyncIterator) else result)
-            return observation(result)
+            return made(_listed(result))
 
     def call(**args: Any) -> Any:
         with contained():
             result = function(**args)
             is_later = inspect.isawaitable(result) or isinstance(result, AsyncIterator)
-            return awaited(result) if is_later else observation(result)
+            return awaited(result) if is_later else made(_listed(result))
 
     async def acall(**args: Any) -> Any:
         return await awaited(function(**args))
@@ -77,8 +77,6 @@ def observation(result: Any) -> Any:
     if isinstance(result, bytes | bytearray):
         with contextlib.suppress(UnicodeDecodeError):
             result = result.decode()
-    if isinstance(result, Iterator):
-        result = list(itertools.islice(result, _MOST_ITEMS))
     if holds_types(result):
         return [item if isinstance(item, CustomType) else plain(item, other=_text) for item in result]
     found = plain(result, other=_text)
@@ -88,10 +86,9 @@ def observation(result: Any) -> Any:
 
 def showable(result: Any) -> Any:
     """`result`, if DSPy can show it, else the text of its observation."""
-    if not isinstance(result, Iterator):  # DSPy would read it to its end, which there may not be
-        with contextlib.suppress(Exception):  # as its class does
-            format_field_value(_TEXT_FIELD, result)
-            return result
+    with contextlib.suppress(Exception):  # as its class does
+        format_field_value(_TEXT_FIELD, result)
+        return result
     found = observation(result)
     return found if isinstance(found, CustomType) else prompt_text(found)
 
@@ -110,6 +107,10 @@ def holds_types(result: Any) -> bool:
     """Whether `result` is a list, not a long one, with some of DSPy's own types in it: texts and images, say."""
     is_short_list = isinstance(result, list | tuple) and len(result) <= _TYPED_ITEMS
     return is_short_list and any(isinstance(item, CustomType) for item in result)
+
+
+def _listed(result: Any) -> Any:
+    return list(itertools.islice(result, _MOST_ITEMS)) if isinstance(result, Iterator) else result
 
 
 async def _read(items: AsyncIterator[Any]) -> list[Any]:

@@ -27,7 +27,7 @@ from agents.current import emit_event, status
 from agents.events import StepLimit
 from agents.history import told_as_text
 from agents.mcp import TOOLS_AT_ONCE, McpServer, McpTool, told_apart
-from agents.observations import LISTS_OF_NO_TEXTS, observed, prompt_text
+from agents.observations import LISTS_OF_NO_TEXTS, observation, observed, prompt_text
 from agents.threads import unblocking
 from agents.values import cut_text
 
@@ -276,7 +276,7 @@ class GuardedTool(dspy.Tool):  # type: ignore[misc]
     _parameters: inspect.Signature | None = PrivateAttr(default=None)
 
     def __init__(self, plain_tool: Any) -> None:
-        observing = plain_tool.model_copy(update={"func": observed(plain_tool.func)})
+        observing = plain_tool.model_copy(update={"func": observed(plain_tool.func, observation)})
         super().__init__(
             func=unblocking(observing.func, f"tool {plain_tool.name}"),
             name=plain_tool.name,

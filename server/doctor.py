@@ -151,7 +151,7 @@ async def _redis(settings: Settings) -> AsyncIterator[Finding]:
     try:
         yield Finding("redis", True, await check(settings.redis.get_secret_value(), settings.redis_prefix))
     except BusError as error:
-        yield Finding("redis", False, str(error), "start it, or mend --redis or AGENTCAST_REDIS")
+        yield Finding("redis", False, str(error), "start it, or fix --redis or AGENTCAST_REDIS")
 
 
 async def _mcp(settings: Settings, registry: Registry) -> AsyncIterator[Finding]:
@@ -175,7 +175,7 @@ async def _mcp(settings: Settings, registry: Registry) -> AsyncIterator[Finding]
             for problem in status.problems:
                 yield Finding("mcp", None, f"{status.name}: {problem}")
         else:
-            remedy = "mend what describes it, or start it where it runs; until then its agents are not available"
+            remedy = "fix what describes it, or start it where it runs; until then its agents are not available"
             yield Finding("mcp", False, f"{name}: {status.reason or 'it did not start in time'}", remedy)
 
 

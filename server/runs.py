@@ -291,7 +291,7 @@ class Runs:
             return RunError(error=failure, usage=usage, duration=duration)
         try:
             return RunEnd(result=execution.value, usage=usage, duration=duration)
-        except Exception as error:
+        except BaseException as error:  # nothing here awaits, and SystemExit must not end the server
             logger.exception("%s returned what cannot be shown", channel.label)
             message = f"the result cannot be shown: {public_message(error)}"
             return RunError(error=RunFailure(code="invalid_result", message=message), usage=usage, duration=duration)

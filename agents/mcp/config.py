@@ -75,7 +75,7 @@ def load_servers(path: str | Path) -> list[McpServer]:
         raise McpConfigError(file, "", problem, "give the path of a JSON file with --mcp-config") from None
     except orjson.JSONDecodeError as error:
         problem = f"is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        raise McpConfigError(file, "", problem, "mend it there") from None
+        raise McpConfigError(file, "", problem, "fix it there") from None
     try:
         entries = _File.model_validate(document).mcpServers
     except ValidationError as error:
@@ -105,7 +105,7 @@ def _server(file: str, name: str, document: Mapping[str, Any]) -> McpServer | No
     try:
         described = mcp_server(name, **given)
     except ValueError as error:
-        raise McpConfigError(file, _path(*place), str(error), "mend that entry") from None
+        raise McpConfigError(file, _path(*place), str(error), "fix that entry") from None
     shared = named_server(name)
     shared.define_as(described)
     return shared
@@ -146,7 +146,7 @@ def _wrong(file: str, place: tuple[str, ...], error: ValidationError, known: str
         return McpConfigError(file, where, "this key is not known", f"remove it; known are {known}")
     if first["type"] == "missing":
         return McpConfigError(file, where, "it is missing", 'write {"mcpServers": {"name": {"command": …}}}')
-    return McpConfigError(file, where, first["msg"], "mend that value")
+    return McpConfigError(file, where, first["msg"], "fix that value")
 
 
 def _path(*keys: str) -> str:

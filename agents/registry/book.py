@@ -68,15 +68,15 @@ class Registry:
     ) -> Agent:
         """Add a `dspy.Module` as an agent.
 
-        What it takes and gives is told by the models of a compiled graph, by its signature, or by `signature`, or by
-        the typed parameters of its `aforward` or `forward`; `input_model` replaces what it takes. Input fields
-        of type `dspy.History`, and one named `history` of type `str`, are filled with the earlier turns of the run's
-        thread and are not asked for. `messages`
-        are the output fields that stream as text; `None`: all. `timeout` is in seconds; `max_concurrent` are runs at
-        once in one process. `lm` is the agent's language model, a string as `AGENTCAST_LM` takes it or a `dspy.LM`,
-        where its predictors have none.
+        Its inputs and outputs are those of a compiled graph's models, of its signature or of `signature`, or the typed
+        parameters of its `aforward` or `forward`; `input_model` replaces the inputs. Input fields of type
+        `dspy.History`, and one named `history` of type `str`, are filled with the earlier turns of the run's thread and
+        are not asked for. `messages` are the output fields that stream as text; `None`: all. `timeout` is in seconds;
+        `max_concurrent` are runs at once in one process. `lm` is the agent's language model, a string as `AGENTCAST_LM`
+        takes it or a `dspy.LM`, where its predictors have none.
 
-        :raises RegistryError: the name is wrong or taken, the types cannot be told, or what it needs is not installed.
+        :raises RegistryError: the name is wrong or taken, the types cannot be inferred, or what it needs is not
+            installed.
         """
         if not isinstance(program, dspy.Module):
             raise RegistryError(
@@ -108,7 +108,7 @@ class Registry:
         try:
             agent = ProgramAgent(spec, program, contract, messages, _lm(name, lm))
         except ValueError as error:
-            raise RegistryError(f"agent {name!r}", str(error), "mend the tools of its parts") from error
+            raise RegistryError(f"agent {name!r}", str(error), "fix the tools of its parts") from error
         return self.register(agent)
 
     def react(
@@ -194,7 +194,7 @@ class Registry:
         annotated `Emitter` is given the run's emitter, one annotated `Task` the task. What it returns is checked
         against its annotation. `lm` is what DSPy programs that it calls use; see `add`.
 
-        :raises RegistryError: it is not `async def`, its types cannot be told, or the name is wrong or taken.
+        :raises RegistryError: it is not `async def`, its types cannot be inferred, or the name is wrong or taken.
         """
 
         def decorate(function: F) -> F:
@@ -265,7 +265,7 @@ def _react(name: str, signature: Any, tools: Sequence[Any], max_iters: int, wher
     try:
         return react_agent(signature, tools, max_iters)
     except ValueError as error:
-        raise RegistryError(f"agent {name!r}", str(error), f"mend what is given to {where}") from error
+        raise RegistryError(f"agent {name!r}", str(error), f"fix what is given to {where}") from error
 
 
 def _spec(**fields: Any) -> AgentSpec:

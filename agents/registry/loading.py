@@ -77,7 +77,7 @@ def _import(spec: str, module: str) -> Any:
         raise RegistryError(spec, problem, remedy) from error
     except (Exception, SystemExit) as error:
         problem = f"importing {module} raised {type(error).__name__}: {error} ({_raised_at(error)})"
-        raise RegistryError(spec, problem, "mend that module") from error
+        raise RegistryError(spec, problem, "fix that module") from error
 
 
 def _raised_at(error: BaseException) -> str:

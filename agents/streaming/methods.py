@@ -14,17 +14,19 @@ They are public methods, replaced when the first run begins, once in a process. 
 what DSPy does.
 """
 
+import contextlib
+import contextvars
 import copy
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import dspy
 
-from agents.observations import contained, showable
+from agents.observations import contained, observed, showable
 from agents.streaming.dspy_calls import call_in_thread, can_be_awaited
-from agents.threads import is_async_callable, unblocking
+from agents.threads import unblocking
 
 RUN_SETTING = "agentcast_run"
 """Key of the innermost bridge in DSPy's settings, which DSPy also carries into the threads of `dspy.Parallel`."""
@@ -61,11 +63,10 @@ def _awaited_tool(acall: Callable[..., Any]) -> Callable[..., Any]:
     async def call(tool: Any, /, **args: Any) -> Any:
         if not _in_run():
             return await acall(tool, **args)
-        if not is_async_callable(tool.func):
-            function, tool = tool.func, tool.model_copy()
-            tool.func = unblocking(function, f"tool {tool.name}")
-        with contained():
-            return _showable(tool, await acall(tool, **args))
+        with contained(), _shown(tool) as is_shown:
+            function = unblocking(_listing(tool.func) if is_shown else tool.func, f"tool {tool.name}")
+            result = await acall(_calling(function, tool), **args)
+            return showable(result) if is_shown else result
 
     return call
 
@@ -77,20 +78,42 @@ def _called_tool(tool_call: Callable[..., Any]) -> Callable[..., Any]:
     def call(tool: Any, /, **args: Any) -> Any:
         if not _in_run():
             return tool_call(tool, **args)
-        with contained():
-            return _showable(tool, tool_call(tool, **args))
+        with contained(), _shown(tool) as is_shown:
+            result = tool_call(_calling(_listing(tool.func), tool) if is_shown else tool, **args)
+            return showable(result) if is_shown else result
 
     return call
 
 
-_LOOPS = tuple(getattr(dspy, kind) for kind in ("ReAct", "ReActV2") if hasattr(dspy, kind))
-_ENDS = ("finish", "submit")
+_LOOPS = {"ReAct": "finish", "ReActV2": "submit"}
+"""DSPy's own loops, and the tool that ends each."""
 
 
-def _showable(tool: Any, result: Any) -> Any:
+_calls: contextvars.ContextVar[Any] = contextvars.ContextVar("agentcast_calls", default=None)
+"""What DSPy's `caller_modules` were when the running tool was called; in the tool itself they are the same list."""
+
+
+@contextlib.contextmanager
+def _shown(tool: Any) -> Iterator[bool]:
+    """Whether what `tool` returns goes into a prompt of DSPy's own: whether a loop calls it, and not another tool."""
     callers = dspy.settings.caller_modules or [None]
-    is_shown = type(tool) is dspy.Tool and isinstance(callers[-1], _LOOPS) and tool.name not in _ENDS
-    return showable(result) if is_shown else result
+    loop = callers[-1]
+    ends = [end for kind, end in _LOOPS.items() if isinstance(loop, getattr(dspy, kind, ()))]
+    is_its_own = bool(ends) and tool.name not in ends and loop.tools.get(tool.name) is tool
+    is_nested = _calls.get() is callers
+    token = _calls.set(callers)
+    try:
+        yield is_its_own and not is_nested
+    finally:
+        _calls.reset(token)
+
+
+def _calling(function: Callable[..., Any], tool: Any) -> Any:
+    """`tool`, but it calls `function`."""
+    return tool if function is tool.func else tool.model_copy(update={"func": function})
+
+
+_listing = functools.partial(observed, made=lambda result: result)
 
 
 def _all_on_a_thread(aforward: Callable[..., Any]) -> Callable[..., Any]:

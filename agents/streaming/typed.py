@@ -26,8 +26,8 @@ def stream_events(
 ) -> EventStream:
     """Call the `dspy.Module` `program` with `inputs`, streaming what happens in it: the events that a hub shows.
 
-    Inputs are checked and converted as a hub does it, unless the program's types cannot be told. `messages` names the
-    output fields to show, by default all. `name` is the program's own, by default its class's.
+    Inputs are checked and converted as a hub does it, unless the program's types cannot be inferred. `messages` names
+    the output fields to show, by default all. `name` is the program's own, by default its class's.
 
     :raises ValueError: an input is missing or wrong, or there is none of that name; it names each.
     """
@@ -41,21 +41,24 @@ def _read(program: Any, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return dict(inputs) if contract is None else read_inputs(name, contract, inputs)
 
 
-_contracts: weakref.WeakKeyDictionary[Any, tuple[Any, Contract | None]] = weakref.WeakKeyDictionary()
-"""Program → its signature, and the contract made of it: making one takes milliseconds."""
+_contracts: dict[int, tuple[Any, Contract | None]] = {}
+"""Id of a program → its signature, and the contract made of it: making one takes milliseconds. Not every program can be
+hashed: a dataclass cannot."""
 
 
 def _contract(program: Any) -> Contract | None:
-    """What `program` takes, or None: it cannot be told."""
+    """What `program` takes, or None if that cannot be inferred."""
     signature = signature_of(program)
-    known = _contracts.get(program)
+    known = _contracts.get(id(program))
     if known is not None and known[0] is signature:
         return known[1]
     try:
         contract: Contract | None = module_contract(type(program).__name__, program)
     except SchemaError:
         contract = None
-    _contracts[program] = signature, contract
+    if known is None:
+        weakref.finalize(program, _contracts.pop, id(program), None)
+    _contracts[id(program)] = signature, contract
     return contract
 
 

@@ -328,6 +328,11 @@ class _Hostile(dict[str, Any]):
         raise RuntimeError("/srv/private")
 
 
+class _Exiting(dict[str, Any]):
+    def items(self) -> Any:
+        raise SystemExit("/srv/private")
+
+
 ODD: dict[str, Any] = {
     "object": object(),
     "nan": float("nan"),
@@ -338,6 +343,7 @@ ODD: dict[str, Any] = {
     "circular": _circular(),
     "none": None,
     "hostile": _Hostile(a=1),
+    "exiting": _Exiting(a=1),
 }
 
 
@@ -350,7 +356,7 @@ async def test_a_result_that_is_no_json_never_breaks_the_hub(log: Log) -> None:
     async with open_hub(odd) as hub, hub.client() as client:
         for which in ODD:
             view = await client.view(await client.start("odd", {"which": which}))
-            if which == "hostile":
+            if which in ("hostile", "exiting"):
                 assert view.document["error"]["code"] == "invalid_result"
                 assert "/srv" not in view.texts[-1]
             else:

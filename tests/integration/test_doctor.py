@@ -174,7 +174,7 @@ async def test_redis_is_tried() -> None:
     code, lines = await doctor(redis=redis.url.replace("://", f"://user:{KEY}@"))
     assert code == 1
     assert lines[2].startswith("✗ redis       cannot reach Redis at ")
-    assert lines[3] == "    start it, or mend --redis or AGENTCAST_REDIS"
+    assert lines[3] == "    start it, or fix --redis or AGENTCAST_REDIS"
 
 
 async def test_wrong_settings_are_wrong_usage() -> None:

@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,28 @@ def test_the_trace_of_the_process_keeps_nothing_and_is_a_list(monkeypatch: pytes
         assert best(question="Q-one-Z").answer == "Q-one-Z 3"
         assert dspy.settings.trace == []
         assert isinstance(dspy.settings.trace, list)
+
+
+# -- Modules of any class ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Compared(dspy.Module):  # type: ignore[misc]
+    """Equal to all others of its kind, and so without a hash."""
+
+    number: int = 1
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.ask = dspy.Predict("question -> answer")
+
+    def forward(self, question: str) -> Any:
+        return self.ask(question=question)
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_modules_need_no_hash(way: Any):
+    assert (await way(Compared(), lm_of(lambda _: chat(answer="a"))))["answer"] == "a"
 
 
 # -- Synchronous tools -------------------------------------------------------------------------------------------------
@@ -440,7 +463,7 @@ def test_a_program_that_needs_what_is_not_installed_is_refused(
         (dspy.Parallel(), "a Parallel is not a dspy.Module"),
         (dspy.majority, "a function is not a dspy.Module"),
         (dspy.Module(), "Module has no forward method"),
-        (dspy.Ensemble().compile([dspy.Predict("a -> b")]), "the inputs cannot be told"),
+        (dspy.Ensemble().compile([dspy.Predict("a -> b")]), "the inputs cannot be inferred"),
         (dspy.LM(MODEL), "a LM is not a dspy.Module"),
     ],
     ids=["class", "Parallel", "majority", "empty", "Ensemble", "LM"],

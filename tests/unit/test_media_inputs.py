@@ -2,16 +2,19 @@
 
 import datetime
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NamedTuple, Optional
 
 import dspy
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field, RootModel
+from typing_extensions import TypedDict
 
 from agents import END, AgentTranspiler, Graph, StatefulNode
 from agents.base import Emitter, Task, Turn
+from agents.inputs import read_input
 from agents.registry import Registry
 from agents.streaming import stream_events
 from server.arguments import typed_input
@@ -89,6 +92,35 @@ class Book(BaseModel):
     cover: dspy.Image | None = Field(None, alias="front")
 
 
+@dataclass
+class Data:
+    scan: dspy.Image
+
+
+class Typed(TypedDict):
+    scan: dspy.Image
+
+
+class Named(NamedTuple):
+    scan: dspy.Image
+    number: int = 1
+
+
+class Roots(RootModel[list[dspy.Image]]):
+    pass
+
+
+class Aliased(BaseModel):
+    scan: dspy.Image = Field(validation_alias=AliasChoices("picture", AliasPath("pictures", 0)))
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    scans: tuple[dspy.Image, ...]
+    on: datetime.date
+
+
 @pytest.mark.parametrize(
     ("annotation", "given", "expected"),
     [
@@ -105,6 +137,17 @@ class Book(BaseModel):
             {"pages": [{"scan": URL, "number": 2}], "front": PNG},
             Book(pages=[Page(scan=dspy.Image(URL), number=2)], front=dspy.Image(PNG)),
         ),
+        (tuple[str, dspy.Image], ["a", URL], ("a", dspy.Image(URL))),
+        (Sequence[dspy.Image], [URL], [dspy.Image(URL)]),
+        (dspy.Image | dspy.Audio | dspy.File, WAV, dspy.Audio(WAV)),
+        (dspy.Image | dspy.Audio | dspy.File, PDF, dspy.File(PDF)),
+        (Data, {"scan": URL}, Data(dspy.Image(URL))),
+        (Typed, {"scan": URL}, {"scan": dspy.Image(URL)}),
+        (Named, [URL, 2], Named(dspy.Image(URL), 2)),
+        (Roots, [URL], Roots([dspy.Image(URL)])),
+        (Aliased, {"picture": URL}, Aliased.model_validate({"picture": dspy.Image(URL)})),
+        (Aliased, {"pictures": [URL]}, Aliased.model_validate({"picture": dspy.Image(URL)})),
+        (dict[str, list[Page]], {"a": [{"scan": URL}]}, {"a": [Page(scan=dspy.Image(URL))]}),
         (list[str], [URL], [URL]),
         (str, URL, URL),
         (dspy.Code, "x = 1", dspy.Code(code="x = 1")),
@@ -112,6 +155,32 @@ class Book(BaseModel):
 )
 def test_at_any_depth(annotation: Any, given: Any, expected: Any):
     assert agent_of(annotation).spec.input_model.model_validate({"medium": given}).medium == expected
+
+
+async def test_strict_models_may_hold_them():
+    async def describe(sheet: Strict) -> str:
+        return str(sheet.scans[0].url)
+
+    given = {"scans": [URL], "on": "2024-02-29"}
+    expected = Strict(scans=(dspy.Image(URL),), on=datetime.date(2024, 2, 29))
+    taken: Any = read_input(agent_of(Strict).spec.input_model, {"medium": given})
+    assert taken.medium == expected
+    registry = Registry()
+    registry.agent(describe)
+    task = Task(run="r", input=read_input(registry["describe"].spec.input_model, given))
+    assert await registry["describe"].run(task, Heard()) == URL
+
+
+@pytest.mark.parametrize(("kind", "given", "expected"), GIVEN)
+async def test_a_function_may_take_nothing_else(kind: type, given: Any, expected: dict[str, Any]):
+    async def describe(medium: Any) -> dict[str, Any]:
+        return dict(medium)
+
+    describe.__annotations__["medium"] = kind
+    registry = Registry()
+    registry.agent(describe)
+    task = Task(run="r", input=read_input(registry["describe"].spec.input_model, {"medium": given}))
+    assert await registry["describe"].run(task, Heard()) == expected
 
 
 AROUND: dict[str, Any] = {

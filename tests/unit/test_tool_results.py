@@ -13,6 +13,7 @@ import functools
 import math
 import pathlib
 import sys
+import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from types import SimpleNamespace
@@ -294,28 +295,86 @@ async def test_any_other_module_goes_on_after_any_result():
         assert len(heard.of(ToolEnd)) == 1
 
 
+LOOPS = ("ReAct", "ReActV2")
+
+
+def looping(loop: str, tool: Any) -> tuple[Any, list[str]]:
+    """One of DSPy's own loops with `tool`, and what the model says so that it is called once."""
+    if loop == "ReAct":
+        return dspy.ReAct("question -> answer", [tool]), [turn("t", tool.name, {}), FINISH]
+    calls = [{"name": tool.name, "args": {}}, {"name": "submit", "args": {"answer": "a"}}]
+    replies = [chat(next_thought="t", tool_calls=orjson.dumps({"tool_calls": [call]}).decode()) for call in calls]
+    return dspy.ReActV2("question -> answer", [tool]), replies
+
+
 @pytest.mark.parametrize("name", [*RESULTS, "list in itself", "endless"])
-@pytest.mark.parametrize("loop", ["ReAct", "ReActV2"])
+@pytest.mark.parametrize("loop", LOOPS)
 async def test_dspys_own_loops_go_on_after_any_result(loop: str, name: str):
     make: Any = {"list in itself": looped_list, "endless": endless}.get(name) or RESULTS[name][0]
-    tool = tool_of(make, "sync")
-    if loop == "ReAct":
-        agent: Any = dspy.ReAct("question -> answer", [tool])
-        replies = [turn("t", "look", {}), FINISH]
-    else:
-        agent = dspy.ReActV2("question -> answer", [tool])
-        calls = [{"name": "look", "args": {}}, {"name": "submit", "args": {"answer": "a"}}]
-        replies = [chat(next_thought="t", tool_calls=orjson.dumps({"tool_calls": [call]}).decode()) for call in calls]
+    agent, replies = looping(loop, tool_of(make, "sync"))
     prediction, heard, _ = await play(agent, *replies)
     assert prediction.answer == "a"
     assert [end.error for end in heard.of(ToolEnd) if end.tool == "look"] == [None]
 
 
-async def test_generators_may_be_asynchronous_and_may_fail():
-    async def agenerated() -> AsyncIterator[int]:
-        yield 1
-        yield 2
+class OwnTool(dspy.Tool):  # type: ignore[misc]
+    """A user's own kind of tool."""
 
+
+@pytest.mark.parametrize(
+    ("loop", "kind", "name"), [*((loop, OwnTool, "look") for loop in LOOPS), ("ReAct", dspy.Tool, "submit")]
+)
+async def test_dspys_own_loops_go_on_whatever_the_tool_is_called(loop: str, kind: Any, name: str):
+    """`submit` ends a ReActV2, and is any other tool to a ReAct."""
+    agent, replies = looping(loop, kind(lambda: [1, 2], name=name, desc="", args={}))
+    prediction, _, script = await play(agent, *replies)
+    assert prediction.answer == "a"
+    assert "[1, 2]" in script.prompts[1]
+
+
+@pytest.mark.parametrize("how", ["called", "awaited"])
+@pytest.mark.parametrize("loop", [*LOOPS, "our own"])
+async def test_a_tool_that_calls_another_gets_what_that_returns(loop: str, how: str):
+    """Also if that is a tool of the same loop."""
+    numbers = dspy.Tool(lambda: [1, 2], name="numbers", desc="", args={})
+
+    async def awaiting() -> int:
+        return sum(await numbers.acall())
+
+    def calling() -> int:
+        return sum(numbers())
+
+    adding = dspy.Tool(awaiting if how == "awaited" else calling, name="add", desc="", args={})
+    agent, replies = looping("ReAct" if loop == "our own" else loop, adding)
+    agent = react_agent("question -> answer", [adding, numbers]) if loop == "our own" else agent
+    agent.tools.setdefault("numbers", numbers)
+    _, heard, _ = await play(agent, *replies)
+    assert [end.result for end in heard.of(ToolEnd) if end.tool in ("add", "numbers")] == [[1, 2], 3]
+
+
+async def agenerated() -> AsyncIterator[int]:
+    yield 1
+    yield 2
+
+
+@pytest.mark.parametrize("make", [generated, agenerated])
+@pytest.mark.parametrize("loop", LOOPS)
+async def test_dspys_own_loops_read_generators(loop: str, make: Any):
+    """On the thread of the tool, since each item may take its time."""
+    threads: list[threading.Thread] = []
+
+    def noted() -> Any:
+        threads.append(threading.current_thread())
+        yield from generated()
+
+    agent, replies = looping(loop, dspy.Tool(noted if make is generated else make, name="look", desc="", args={}))
+    _, heard, script = await play(agent, *replies)
+    assert [end.result for end in heard.of(ToolEnd) if end.tool == "look"] == [[1, 2]]
+    assert "[1, 2]" in script.prompts[1]
+    assert threading.current_thread() not in threads
+
+
+async def test_generators_may_be_asynchronous_and_may_fail():
     for tool, expected in ((agenerated, [1, 2]), (failing, "Tool failing failed: no more")):
         (guard,) = guarded([tool])
         assert await guard.acall() == expected
