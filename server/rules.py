@@ -13,7 +13,7 @@ This module must not know who follows which run.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from server.bus.base import ACTIVE, Announce, Announcement, Bus, Filter, RunInfo, Subscription
@@ -102,7 +102,7 @@ class FeedReader:
 
     async def read(self) -> None:
         """Hand out what was announced since the last read."""
-        ready = [rule for rule in self._rules.values() if rule.ready]
+        ready = {rule for rule in self._rules.values() if rule.ready}
         self.reads += 1
         for rule in self._rules.values():
             rule.outbox.feed_read = self.reads
@@ -123,7 +123,7 @@ class FeedReader:
                 outbox.fail(error)
 
     def _hand_out(
-        self, outbox: Outbox, rules: Sequence[Rule], entries: Sequence[Announcement], ready: Sequence[Rule]
+        self, outbox: Outbox, rules: Sequence[Rule], entries: Sequence[Announcement], ready: Set[Rule]
     ) -> None:
         for entry in entries:
             for rule in rules:

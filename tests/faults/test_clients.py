@@ -266,7 +266,6 @@ START = {"op": "start", "agent": "quick", "input": {}}
         ('{"op":"ping","id":1}x', "bad_request", "JSON"),
         ("[" * 100_000, "bad_request", "JSON"),
         ('{"op":"ping","id":NaN}', "bad_request", "JSON"),
-        ('{"op":"ping","id":"\\ud800"}', "bad_request", "JSON"),
         ("[]", "bad_request", "object"),
         ("1", "bad_request", "object"),
         ("null", "bad_request", "object"),
