@@ -30,7 +30,7 @@ class FunctionAgent:
 
 
 def agent(
-    name: str, *, input: type[BaseModel] = Anything, timeout: float = 10.0, max_concurrent: int = 100
+    name: str, *, input: type[BaseModel] = Anything, timeout: float = 50.0, max_concurrent: int = 100
 ) -> Callable[[Function], FunctionAgent]:
     """Decorates an async function of (input, emit)."""
     spec = AgentSpec(
