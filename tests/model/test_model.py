@@ -26,7 +26,7 @@ MAX_ASKED = 4
 HELD_AFTER = 300
 """Turns of the loop after which a client no longer waits for a reply before it goes on."""
 
-EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "600"))
+EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "300"))
 STEPS = 50
 
 pick = st.integers(min_value=0, max_value=5)
