@@ -363,6 +363,6 @@ class Snapshots:
             self.due(recorder)
             await anyio.sleep(_RETRY_MOST * random.uniform(0.5, 1.0))  # noqa: S311 -- jitter, not a secret
         except (LogError, NotFound):
-            pass  # the run is another process's by now, or forgotten: this snapshot is not needed
+            pass  # another process has claimed the run, or the bus has forgotten it
         except Exception:
             logger.exception("no snapshot of run %s could be saved", recorder.run)

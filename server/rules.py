@@ -68,8 +68,8 @@ class Rule:
     def begin(self) -> None:
         """Drop what was announced before the rule joined. The feed must have been read since.
 
-        A feed that lacks the position is not the one that it was: then all counts, and may be told twice rather than
-        not at all.
+        If the feed lacks the position, it was replaced: everything is then applied, since a run that comes twice is
+        better than one that never comes.
         """
         positions = [entry.position for entry in self.backlog.values()]
         if self.joined in positions:

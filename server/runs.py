@@ -57,7 +57,7 @@ from server.state import RunState
 
 HISTORY_TURNS = 20
 SAVING = 2.0
-"""Seconds that a hub that stops goes on saving snapshots for."""
+"""Seconds for which a stopping hub still saves snapshots."""
 UNKNOWN = ("agent_error", "lm_error")
 """Codes of failures that only a traceback explains."""
 
@@ -236,7 +236,7 @@ class Runs:
         return self._ending(run, execution, channel)
 
     async def _dismiss(self, run: ActiveRun, execution: Execution, channel: Channel) -> None:
-        """Stop the agent of a run that is another process's by now. What it emits meanwhile is dropped."""
+        """Stop the agent of a run that another process has claimed. What it emits meanwhile is dropped."""
 
         async def drop() -> None:
             while await channel.receive():
