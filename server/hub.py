@@ -411,16 +411,34 @@ class Hub:
 
     async def _apply(self, rule: Rule, entry: Announcement) -> Follower | None:
         follower = None
-        ended = rule.outbox.ended
-        if rule.matches(entry) and entry.run not in ended:
+        if rule.matches(entry) and not _has_ended(rule.outbox, entry.run):
             try:
                 async with self._pinned(entry.run) as topic:
-                    if entry.run not in ended:
-                        new = Follower(entry.run, topic.epoch, 0, whole=True, wants={rule.subscription: rule.detail})
-                        follower = self.add_follower(rule.outbox, topic, new)
+                    if not _has_ended(rule.outbox, entry.run):
+                        follower = self.add_follower(rule.outbox, topic, _announced(rule, topic))
             except NotFound:
                 logger.debug("run %s was forgotten before it could be followed", entry.run)
         return follower
+
+
+def _has_ended(outbox: Outbox, run: str) -> bool:
+    """Whether the end of `run` was queued."""
+    past = outbox.past.get(run)
+    return past is not None and past.left is None
+
+
+def _announced(rule: Rule, topic: Topic) -> Follower:
+    """A follower of a run that was announced to `rule`: from its beginning, or from where its client left it."""
+    wants = {rule.subscription: rule.detail}
+    past = rule.outbox.past.get(topic.run)
+    if past is None or past.left is None:
+        return Follower(topic.run, topic.epoch, 0, whole=True, wants=wants)
+    left = past.left
+    follower = Follower(topic.run, left.epoch, left.cursor, resync=left.resync, shown=True, wants=wants)
+    follower.resync = follower.resync or _gap_before(follower, topic)
+    if follower.full and not left.full:
+        follower.resync = follower.resync or "asked"
+    return follower
 
 
 def _gap_before(follower: Follower, topic: Topic) -> GapReason | None:

@@ -24,9 +24,9 @@ QUEUE_BYTES = 1024 * 1024
 TAKE_BYTES = 256 * 1024
 MAX_FOLLOWED = 5_000
 """Runs that one connection may follow at once; one that lets more pile up is cut."""
-MAX_ENDED = 10_000
-"""Ended runs that a connection keeps in mind while the feed lags, as many as the feed reaches back; one that needs more
-is cut."""
+MAX_PAST = 10_000
+"""Runs that a connection was shown and follows no more, remembered while the feed lags, as many as the feed reaches
+back; a connection that needs more is cut."""
 
 GapReason = Literal["trimmed", "overflow", "log_lost"]
 
@@ -54,6 +54,17 @@ class Follower:
     def full(self) -> bool:
         """Whether any subscription wants every event."""
         return "full" in self.wants.values()
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """A run that was shown, in part or to its end. An announcement that is read later must not bring that again; see
+    `rules`."""
+
+    read: int
+    """The number of the hub's newest read of the feed at that time."""
+    left: Follower | None
+    """The position at which it was left; None: its end was queued."""
 
 
 @dataclass(slots=True)
@@ -102,9 +113,8 @@ class Outbox:
         """Whether it failed, so that what it says of its followers may be wrong."""
         self.feed_read = 0
         """The number of the hub's newest read of the feed."""
-        self.ended: dict[str, int] = {}
-        """Runs whose end was queued → `feed_read` at that time. An announcement that is read later must not bring them
-        again; see `Hub`."""
+        self.past: dict[str, Past] = {}
+        """Runs that were shown and are not followed any more, oldest first."""
 
     # -- The queue -------------------------------------------------------------------------------------------------
 
@@ -151,7 +161,7 @@ class Outbox:
         if len(self.subscriptions) >= protocol.MAX_SUBSCRIPTIONS:
             raise TooMany(f"a connection may have {protocol.MAX_SUBSCRIPTIONS} subscriptions; end one of them first")
         if not single and all(self.subscriptions.values()):
-            self.ended.clear()  # an open-ended subscription brings nothing that was announced before it
+            self.past.clear()  # an open-ended subscription brings nothing that was announced before it
         self.subscriptions[subscription] = single
 
     def unsubscribe(self, subscription: str) -> list[Follower]:
@@ -159,9 +169,13 @@ class Outbox:
         del self.subscriptions[subscription]
         dropped = []
         for follower in list(self.followers.values()):
-            if follower.wants.pop(subscription, None) is not None and not follower.wants:
+            if follower.wants.keys() == {subscription}:
                 self.finish(follower)
                 dropped.append(follower)
+                if follower.shown:
+                    self._remember(follower.run, Past(self.feed_read, follower))
+            else:
+                follower.wants.pop(subscription, None)
         return dropped
 
     def close(self) -> list[Follower]:
@@ -169,7 +183,7 @@ class Outbox:
         followers = list(self.followers.values())
         for follower in followers:
             follower.done, follower.live = True, False
-        for entries in (self.subscriptions, self.followers, self._behind, self._announced, self.ended):
+        for entries in (self.subscriptions, self.followers, self._behind, self._announced, self.past):
             entries.clear()
         return followers
 
@@ -183,6 +197,7 @@ class Outbox:
             if len(self.followers) >= MAX_FOLLOWED:
                 self.cut()
             self.followers[new.run] = new
+            self.past.pop(new.run, None)
             self._fall_behind(new)
             return new
         raised = not follower.full
@@ -267,17 +282,20 @@ class Outbox:
     def end(self, follower: Follower) -> None:
         """The end of the run was queued."""
         self.finish(follower)
-        self.ended[follower.run] = self.feed_read
-        if len(self.ended) > MAX_ENDED:
-            del self.ended[next(iter(self.ended))]
+        self._remember(follower.run, Past(self.feed_read, None))
+
+    def _remember(self, run: str, past: Past) -> None:
+        self.past[run] = past
+        if len(self.past) > MAX_PAST:
+            del self.past[next(iter(self.past))]
             if not all(self.subscriptions.values()):
                 self.cut()
 
-    def forget_ended(self, read: int, waiting: Callable[[str], bool]) -> None:
-        """Forget the runs that ended before the feed read `read` began, except those whose announcement is `waiting`
-        to be applied."""
-        for run in [run for run, before in self.ended.items() if before < read and not waiting(run)]:
-            del self.ended[run]
+    def forget_past(self, read: int, waiting: Callable[[str], bool]) -> None:
+        """Forget what was shown before the feed read `read` began, except runs whose announcement is `waiting` to be
+        applied."""
+        for run in [run for run, past in self.past.items() if past.read < read and not waiting(run)]:
+            del self.past[run]
 
     def finish(self, follower: Follower) -> None:
         """Nothing more is to be sent of the run; subscriptions to it alone end."""

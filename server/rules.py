@@ -6,8 +6,9 @@ hub has turned it into a follower. However late the feed is read, each run is br
 - A rule begins at a position of the feed that is asked for before the active runs are listed. What was announced up to
   there is dropped: such a run is listed, or had ended. All that was announced later is applied.
 - A read of the feed gives all that was announced before it began, in order. So when a connection has shown a run to its
-  end, the announcement of that run waits in a backlog, or comes with the next read to begin, or never comes. Until
-  then the outbox keeps the run in `ended`, and applying its announcement does nothing.
+  end, or its client has left the run, the announcement of that run waits in a backlog, or comes with the next read to
+  begin, or never comes. Until then the outbox keeps the run in `past`. Applying the announcement of a run that has
+  ended does nothing; a run that was left goes on where it was left.
 
 This module must not know who follows which run.
 """
@@ -114,7 +115,7 @@ class FeedReader:
             self.position = entries[-1].position
         by_outbox: dict[Outbox, list[Rule]] = {}
         for rule in self._rules.values():
-            if entries or rule.joined is not None or rule.outbox.ended:
+            if entries or rule.joined is not None or rule.outbox.past:
                 by_outbox.setdefault(rule.outbox, []).append(rule)
         for outbox, rules in by_outbox.items():
             try:
@@ -131,7 +132,7 @@ class FeedReader:
         for rule in rules:
             if rule in ready:
                 rule.begin()
-        outbox.forget_ended(self.reads, lambda run: any(run in rule.backlog for rule in rules))
+        outbox.forget_past(self.reads, lambda run: any(run in rule.backlog for rule in rules))
 
     async def _list_active(self) -> list[Announcement]:
         """Every active run, as if it were announced at the feed's position now."""

@@ -71,7 +71,7 @@ FAULTS: dict[str, Callable[[Connection], None]] = {
     "the end of a run": lambda connection: setattr(connection._outbox, "end", broken),
     "what is announced": lambda connection: setattr(connection._outbox, "expect", broken),
     "that it was told": lambda connection: setattr(connection._outbox, "announce", broken),
-    "what has ended": lambda connection: setattr(connection._outbox, "forget_ended", broken),
+    "what has ended": lambda connection: setattr(connection._outbox, "forget_past", broken),
     "a new follower": lambda connection: setattr(connection._outbox, "follow", broken),
     "its follower": break_follower,
     "the queue": lambda connection: setattr(connection._outbox, "put", broken),
@@ -136,7 +136,7 @@ async def test_runs_that_have_ended_are_forgotten_though_nothing_is_announced(lo
         await client.follow_all()
         await client.end(*[await client.start("talker") for _ in range(5)])
         outbox = connection_of(hub, client)._outbox
-        await until(lambda: not outbox.ended)
+        await until(lambda: not outbox.past)
 
 
 async def test_a_connection_that_breaks_while_it_is_closed_holds_up_no_shutdown(log: Log) -> None:

@@ -43,6 +43,42 @@ async def by_its_id(scene: Scene, connection: Connection) -> None:
     await scene.subscribe(connection, to={"run": run}, since={run: {"seq": 0}})
 
 
+@pytest.mark.parametrize("detail", ["full", "progress"])
+async def test_a_run_that_was_left_goes_on_where_it_was_when_its_announcement_comes_late(
+    scene: Scene, detail: str
+) -> None:
+    connection = await scene.connect()
+    await scene.subscribe(connection, to={"all": True})
+    await scene.frames(connection)
+    scene.bus.hold("read_feed")
+    await scene.create()
+    run = scene.started[-1]
+    await scene.subscribe(connection, to={"run": run.id}, since={run.id: {"seq": 0}}, detail=detail)
+    await run.append(scene.bus, ["status", "text"])
+    frames = await scene.frames(connection)
+    (reply,) = [frame for frame in frames if frame["type"] == "reply"]
+    await scene.unsubscribe(connection, reply["result"]["subscription"])
+    assert brief(await scene.frames(connection)) == ["reply"]
+    await run.append(scene.bus, ["status"])
+    assert brief(await scene.frames(connection)) == [], "nobody has brought the run yet"
+
+    scene.bus.release("read_feed")
+    late = await scene.frames(connection)
+    await run.append(scene.bus, ["status", "end"])
+    late += await scene.frames(connection)
+
+    seqs = [frame["seq"] for frame in frames + late if frame["type"] in ("event", "snapshot")]
+    assert seqs == sorted(seqs), "no event comes twice"
+    assert len(set(seqs)) == len(seqs) or detail == "progress"
+    if detail == "full":
+        assert shown(frames + late) == {run.id: list(range(1, run.head + 1))}
+    else:
+        assert brief(late)[0] == "snapshot 4", "what the other detail had left out"
+    await scene.create()
+    await scene.frames(connection)
+    assert not connection.outbox.past, "the announcement has passed"
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("bring", [by_start, by_its_id])
 async def test_runs_that_ended_while_the_feed_was_late_are_not_brought_again(
@@ -69,7 +105,7 @@ async def test_runs_that_ended_while_the_feed_was_late_are_not_brought_again(
     assert brief(await scene.frames(connection)) == ["feed"]
     await scene.create()
     await scene.frames(connection)
-    assert not connection.outbox.ended, "the announcements have passed"
+    assert not connection.outbox.past, "the announcements have passed"
 
 
 async def test_a_run_that_had_ended_before_the_subscription_is_not_brought_by_a_late_announcement(scene: Scene) -> None:
@@ -129,7 +165,7 @@ async def test_a_run_that_one_rule_has_shown_to_its_end_is_not_brought_again_by_
     assert brief(await scene.frames(connection)) == ["reply"]
     connection.outbox.put_feed()
     assert brief(await scene.frames(connection)) == ["feed"]
-    assert len(connection.outbox.ended) <= 3
+    assert len(connection.outbox.past) <= 3
 
 
 async def test_a_client_that_resumes_gets_what_was_announced_meanwhile_though_the_hub_reads_the_feed_late(
@@ -261,7 +297,7 @@ async def test_a_rule_whose_runs_cannot_be_subscribed_to_at_the_moment_holds_up_
 async def test_a_connection_on_which_too_many_runs_end_before_the_feed_is_read_is_cut(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.outbox, "MAX_ENDED", 2)
+    monkeypatch.setattr(server.outbox, "MAX_PAST", 2)
     cut: list[None] = []
     connection = await scene.connect()
     connection.outbox.cut = lambda: cut.append(None)
@@ -274,7 +310,7 @@ async def test_a_connection_on_which_too_many_runs_end_before_the_feed_is_read_i
         await scene.turns()
         await scene.started[-1].append(scene.bus, ["end"])
     assert cut
-    assert len(connection.outbox.ended) == 2
+    assert len(connection.outbox.past) == 2
 
 
 class Crowd:

@@ -329,16 +329,16 @@ def test_terminal_frame_ends_follower_and_single_subscription() -> None:
     assert follower.done
     assert client.outbox.followers == {}
     assert list(client.outbox.subscriptions) == ["all"]
-    assert list(client.outbox.ended) == [RUN]
+    assert list(client.outbox.past) == [RUN]
 
 
 def test_runs_that_ended_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_ENDED", 2)
+    monkeypatch.setattr(module, "MAX_PAST", 2)
     client = Client()
     for run in ("a", "b", "c"):
         client.outbox.deliver(client.follow(run=run), [frame(1, run=run, terminal=True)])
 
-    assert list(client.outbox.ended) == ["b", "c"]
+    assert list(client.outbox.past) == ["b", "c"]
 
 
 def test_run_has_one_follower_however_many_subscriptions_want_it() -> None:
