@@ -10,8 +10,9 @@ from typing import Any
 
 import orjson
 from mcp.shared.inbound import find_invalid_x_mcp_header
-from mcp_types import INTERNAL_ERROR
+from mcp_types import INTERNAL_ERROR, InputRequiredResult
 from mcp_types.version import LATEST_HANDSHAKE_VERSION
+from pydantic import ValidationError
 
 from agents.values import cut_text, plain
 
@@ -67,9 +68,8 @@ def _words(value: Any) -> str:
 
 def _call_result(result: Any) -> dict[str, Any]:
     given = result if isinstance(result, dict) else _as_call_result(result)
-    kind = given.get("resultType")
-    if isinstance(kind, str) and kind != "complete":
-        return given  # it asks for something first
+    if _asks_for_input(given):
+        return given
     if given.keys().isdisjoint(("content", "structuredContent", "isError")):
         rest = {name: value for name, value in given.items() if name not in ("_meta", "resultType")}
         given = {"structuredContent": rest} if rest else {}
@@ -83,6 +83,15 @@ def _call_result(result: Any) -> dict[str, Any]:
     if structured is not None:  # protocols before 2026 have objects only
         fitting["structuredContent"] = structured if isinstance(structured, dict) else {"result": structured}
     return fitting
+
+
+def _asks_for_input(given: dict[str, Any]) -> bool:
+    """Whether the server asks for something before it answers, in a form that the SDK takes."""
+    try:
+        InputRequiredResult.model_validate(given, by_name=False)
+    except ValidationError:
+        return False
+    return given.get("resultType") == "input_required"
 
 
 def _as_call_result(result: Any) -> dict[str, Any]:

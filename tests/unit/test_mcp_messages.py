@@ -37,6 +37,20 @@ def taken(method: str, result: dict[str, Any]) -> None:
     MODELS[method].model_validate(result, by_name=False)
 
 
+@pytest.mark.parametrize("kind", ["text", "complete", "input_required", "task", "", None, 3])
+@pytest.mark.parametrize("content", [None, "x", [], [{"type": "text", "text": "said"}]])
+def test_a_result_of_any_type_answers_its_call(kind: Any, content: Any):
+    fitting = fitted("tools/call", {"resultType": kind, "content": content})
+    assert fitting is not None
+    taken("tools/call", fitting)
+    assert fitting["content"] == [{"type": "text", "text": "said"}] or content != [{"type": "text", "text": "said"}]
+
+
+def test_a_request_for_input_is_left_as_it_is():
+    asking = {"resultType": "input_required", "requestState": "s"}
+    assert fitted("tools/call", asking) == asking
+
+
 @given(st.sampled_from(list(MODELS)), values)
 def test_any_result_answers_its_request(method: str, result: Any):
     [message] = read(json.dumps({"jsonrpc": "2.0", "id": 3, "result": result}).encode(), {3: method})
