@@ -6,7 +6,6 @@ type and value), so that it can be written in the form of any adapter.
 
 import enum
 import html
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -208,24 +207,6 @@ class ByMajority(dspy.Module):  # type: ignore[misc]
 
     def forward(self, question: str) -> Any:
         return dspy.majority(self.ask(question=question), normalize=str)
-
-
-class ByNeighbours(dspy.Module):  # type: ignore[misc]
-    """Takes as demonstrations what is nearest to the question."""
-
-    def __init__(self, kind: Any) -> None:
-        value = next(value for known, value in TYPES.values() if known is kind)
-        examples = [dspy.Example(question=text, result=value).with_inputs("question") for text in ("a", "bb", "ccc")]
-        self.knn = dspy.KNN(2, examples, dspy.Embedder(_embedding))
-        self.ask = dspy.Predict(signature(kind))
-
-    def forward(self, question: str) -> Any:
-        return self.ask(question=question, demos=self.knn(question=question))
-
-
-def _embedding(texts: list[str]) -> Any:
-    numpy: Any = importlib.import_module("numpy")
-    return numpy.array([[len(text), text.count("a")] for text in texts], dtype=numpy.float32)
 
 
 def ensemble(kind: Any) -> Any:
