@@ -2,7 +2,7 @@
 
 This package knows nothing of sockets, buses or servers; `server` imports it, never the other way round.
 
-    from agents import AgentTranspiler, Graph, StatefulNode
+    from agentcast.agents import AgentTranspiler, Graph, StatefulNode
 
 These names are fetched when they are asked for, since what they need takes long to import.
 """
@@ -11,8 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agents.graph import END, Graph, GraphError, Reducer, StatefulNode
-    from agents.transpiler import AgentTranspiler, Program
+    from agentcast.agents.graph import END, Graph, GraphError, Reducer, StatefulNode
+    from agentcast.agents.transpiler import AgentTranspiler, Program
 
 __all__ = ["END", "AgentTranspiler", "Graph", "GraphError", "Program", "Reducer", "StatefulNode"]
 
@@ -20,5 +20,5 @@ __all__ = ["END", "AgentTranspiler", "Graph", "GraphError", "Program", "Reducer"
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "agents.transpiler" if name in ("AgentTranspiler", "Program") else "agents.graph"
+    module = "agentcast.agents.transpiler" if name in ("AgentTranspiler", "Program") else "agentcast.agents.graph"
     return getattr(importlib.import_module(module), name)

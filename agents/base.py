@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ValidationError
 
-from agents.events import AgentEvent
-from agents.values import cut_text
+from agentcast.agents.events import AgentEvent
+from agentcast.agents.values import cut_text
 
 DEFAULT_TIMEOUT = 600.0
 DEFAULT_MAX_CONCURRENT = 32

@@ -16,8 +16,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from agents.base import Stopped
-from agents.events import AgentEvent
+from agentcast.agents.base import Stopped
+from agentcast.agents.events import AgentEvent
 
 HIGH_WATER = 64
 """Events waiting in a channel from which on its run is held back."""
@@ -35,7 +35,8 @@ class Emitted(NamedTuple):
 
 
 class Channel:
-    """One run's events on their way to its consumer. Made on the loop that consumes it; an `agents.base.Emitter`.
+    """One run's events on their way to its consumer. Made on the loop that consumes it; an
+    `agentcast.agents.base.Emitter`.
 
     It is open until `close`; after that every `send` and `nowait` raises `Stopped`, while `receive` still yields what
     had been put before, and then an empty list.
@@ -71,7 +72,7 @@ class Channel:
     # -- Producers -------------------------------------------------------------------------------------------------
 
     def nowait(self, event: AgentEvent) -> None:
-        """See `agents.base.Emitter.nowait`."""
+        """See `agentcast.agents.base.Emitter.nowait`."""
         if threading.get_ident() == self._thread:
             with self._room:
                 self._put(event)
@@ -92,8 +93,8 @@ class Channel:
             woken.wait(LOOP_BLOCKED_AFTER / 4)
 
     async def send(self, event: AgentEvent) -> None:
-        """See `agents.base.Emitter.send`. Cancelling the wait leaves the event sent. Works on any event loop; on
-        another than the channel's own it does not wait for one that is blocked, perhaps on it."""
+        """See `agentcast.agents.base.Emitter.send`. Cancelling the wait leaves the event sent. Works on any event loop;
+        on another than the channel's own it does not wait for one that is blocked, perhaps on it."""
         with self._room:
             self._put(event)
             if threading.get_ident() == self._thread:

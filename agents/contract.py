@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, create_model
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 
-from agents.base import Emitter, Task, public_message
-from agents.inputs import RejectedInput, read_input
-from agents.media import MediaModel, holds_media, media_validator
+from agentcast.agents.base import Emitter, Task, public_message
+from agentcast.agents.inputs import RejectedInput, read_input
+from agentcast.agents.media import MediaModel, holds_media, media_validator
 
 HISTORY = "history"
 """The name of an input field of type `str` that earlier turns fill."""

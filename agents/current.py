@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import dspy
 
-from agents.base import Emitter
-from agents.events import AgentEvent, Status
-from agents.streaming import EMITTER_SETTING, current_span
+from agentcast.agents.base import Emitter
+from agentcast.agents.events import AgentEvent, Status
+from agentcast.agents.streaming import EMITTER_SETTING, current_span
 
 
 @contextmanager

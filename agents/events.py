@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from agents.values import clean_text, cut_piece, cut_text, plain, plain_fields
+from agentcast.agents.values import clean_text, cut_piece, cut_text, plain, plain_fields
 
 NAME_BYTES = 256
 

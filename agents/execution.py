@@ -14,8 +14,8 @@ from typing import Any
 
 import anyio
 
-from agents.channel import Channel
-from agents.gate import close_unstarted, drive
+from agentcast.agents.channel import Channel
+from agentcast.agents.gate import close_unstarted, drive
 
 
 class Execution:

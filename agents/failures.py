@@ -35,9 +35,9 @@ from dspy.utils.exceptions import (
     LMUnsupportedModelError,
 )
 
-from agents.base import public_message, redact
-from agents.events import RunFailure
-from agents.values import cut_text
+from agentcast.agents.base import public_message, redact
+from agentcast.agents.events import RunFailure
+from agentcast.agents.values import cut_text
 
 RETRYABLE = frozenset({"lm_rate_limited", "lm_timeout", "lm_unavailable", "lm_bad_response"})
 """Codes of what may be over when the call is made again."""

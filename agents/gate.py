@@ -15,8 +15,8 @@ from collections.abc import Callable, Coroutine, Generator
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-from agents.base import Stopped
-from agents.channel import Channel
+from agentcast.agents.base import Stopped
+from agentcast.agents.channel import Channel
 
 T = TypeVar("T")
 

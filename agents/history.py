@@ -14,10 +14,10 @@ from dspy.adapters.utils import format_field_value
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from agents.base import Turn
-from agents.contract import is_history
-from agents.media import holds_media, media_validator
-from agents.values import cut_text, plain, was_cut
+from agentcast.agents.base import Turn
+from agentcast.agents.contract import is_history
+from agentcast.agents.media import holds_media, media_validator
+from agentcast.agents.values import cut_text, plain, was_cut
 
 HISTORY_TURNS = 20
 HISTORY_VALUE_BYTES = 4 * 1024

@@ -13,8 +13,8 @@ import orjson
 from pydantic import BaseModel, ValidationError
 from pydantic_core import SchemaValidator
 
-from agents.base import public_message, redact
-from agents.values import cut_text
+from agentcast.agents.base import public_message, redact
+from agentcast.agents.values import cut_text
 
 MAX_PROBLEMS = 50
 PROBLEM_BYTES = 2_000

@@ -18,10 +18,10 @@ from dspy.adapters.types.base_type import Type as CustomType
 from dspy.adapters.utils import format_field_value
 from pydantic.fields import FieldInfo
 
-from agents.base import ToolError, public_message, redact
-from agents.failures import is_failure
-from agents.threads import is_async_callable
-from agents.values import COUNT_BYTES, plain
+from agentcast.agents.base import ToolError, public_message, redact
+from agentcast.agents.failures import is_failure
+from agentcast.agents.threads import is_async_callable
+from agentcast.agents.values import COUNT_BYTES, plain
 
 LISTS_OF_NO_TEXTS = (TypeError, AttributeError)
 """What DSPy raises for lists like [1, 2], since it takes every list for one of texts."""

@@ -22,14 +22,14 @@ from dspy.utils.callback import with_callbacks
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError
 from pydantic import PrivateAttr, ValidationError
 
-from agents.base import ToolError, public_message
-from agents.current import emit_event, status
-from agents.events import StepLimit
-from agents.history import told_as_text
-from agents.mcp import TOOLS_AT_ONCE, McpServer, McpTool, told_apart
-from agents.observations import LISTS_OF_NO_TEXTS, observation, observed, prompt_text
-from agents.threads import unblocking
-from agents.values import cut_text
+from agentcast.agents.base import ToolError, public_message
+from agentcast.agents.current import emit_event, status
+from agentcast.agents.events import StepLimit
+from agentcast.agents.history import told_as_text
+from agentcast.agents.mcp import TOOLS_AT_ONCE, McpServer, McpTool, told_apart
+from agentcast.agents.observations import LISTS_OF_NO_TEXTS, observation, observed, prompt_text
+from agentcast.agents.threads import unblocking
+from agentcast.agents.values import cut_text
 
 DEFAULT_MAX_ITERS = 12
 MAX_MISREAD = 3
@@ -46,8 +46,8 @@ def react_agent(
 ) -> "ReAct":
     """A ReAct program for `signature` (a `dspy.Signature` class or "question -> answer").
 
-    `tools` are functions with type hints, sync or async, `dspy.Tool` objects, or MCP servers (`agents.mcp.mcp_server`),
-    which stand for all tools that they have; `max_iters` is the most tool calls.
+    `tools` are functions with type hints, sync or async, `dspy.Tool` objects, or MCP servers
+    (`agentcast.agents.mcp.mcp_server`), which stand for all tools that they have; `max_iters` is the most tool calls.
 
     :raises ValueError: a tool has no use: its name is taken, or it is not callable; or `max_iters` is below 1.
     """

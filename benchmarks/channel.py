@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable, Iterator
 import anyio
 import anyio.to_thread
 
-from agents.channel import Channel
-from agents.events import Token
-from agents.gate import drive
+from agentcast.agents.channel import Channel
+from agentcast.agents.events import Token
+from agentcast.agents.gate import drive
 from benchmarks.report import Row
 
 GROUP = "Channel of a run, events to its consumer"

@@ -407,7 +407,7 @@ async def run(streamify: Streamify, name: str, limit: float) -> None:
 
 def main(which: str, name: str, limit: str = LIMIT) -> None:
     if which == "ours":
-        from agents.streaming import streamify
+        from agentcast.agents.streaming import streamify
     else:
         streamify = functools.partial(dspy.streamify)
     asyncio.run(run(streamify, name, float(limit)))

@@ -10,7 +10,7 @@ import dspy
 from dspy.lm15 import Message, Request, Response, Usage
 from pydantic import BaseModel
 
-from agents import END, AgentTranspiler, Graph, Program, StatefulNode
+from agentcast.agents import END, AgentTranspiler, Graph, Program, StatefulNode
 from benchmarks.report import Row
 
 Call = Callable[[], Coroutine[Any, Any, Any]]

@@ -15,15 +15,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from agents.base import AgentSpec, Emitter, Task
-from agents.events import MessageEnd, MessageStart, Status, Token
-from agents.llm import ModelInfo
+from agentcast.agents.base import AgentSpec, Emitter, Task
+from agentcast.agents.events import MessageEnd, MessageStart, Status, Token
+from agentcast.agents.llm import ModelInfo
+from agentcast.server.app import AgentCast
+from agentcast.server.asgi import FrameProtocol
+from agentcast.server.config import Settings
+from agentcast.server.serving import freeze_heap
 from benchmarks.report import percentile
 from benchmarks.serving import EVENT_BYTES, MARK, Go, serving
-from server.app import AgentCast
-from server.asgi import FrameProtocol
-from server.config import Settings
-from server.serving import freeze_heap
 
 TICK = 0.005
 

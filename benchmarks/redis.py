@@ -11,11 +11,11 @@ from typing import Any
 import anyio
 from redis.asyncio import Redis
 
+from agentcast.server.bus.base import Frame, NewRun, Snapshot, new_epoch, new_run_id
+from agentcast.server.bus.redis import RedisBus
 from benchmarks.latency import latencies
 from benchmarks.processes import RedisServer, running, running_redis
 from benchmarks.report import Row, percentile
-from server.bus.base import Frame, NewRun, Snapshot, new_epoch, new_run_id
-from server.bus.redis import RedisBus
 
 LATENCY = "Redis, emit → client of a second hub"
 APPENDS = "Redis, appends of one 200-byte event"

@@ -17,9 +17,9 @@ import anyio
 import dspy
 from dspy.streaming import StreamListener
 
-from agents.base import Emitter
-from agents.events import Status
-from agents.streaming import EMITTER_SETTING, carrying, stream_events, streamify
+from agentcast.agents.base import Emitter
+from agentcast.agents.events import Status
+from agentcast.agents.streaming import EMITTER_SETTING, carrying, stream_events, streamify
 from benchmarks.freezing import SCENARIOS, lm
 from benchmarks.report import Row, percentile
 

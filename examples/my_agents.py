@@ -1,8 +1,8 @@
 import dspy
 
-from agents.base import Emitter
-from agents.events import Status
-from agents.registry import Registry
+from agentcast.agents.base import Emitter
+from agentcast.agents.events import Status
+from agentcast.agents.registry import Registry
 
 registry = Registry()
 

@@ -2,9 +2,9 @@ import asyncio
 
 from pydantic import BaseModel, Field
 
-from agents import END, AgentTranspiler, Graph, StatefulNode
-from agents.llm import configure
-from agents.registry import Registry
+from agentcast.agents import END, AgentTranspiler, Graph, StatefulNode
+from agentcast.agents.llm import configure
+from agentcast.agents.registry import Registry
 
 
 class Article(BaseModel):

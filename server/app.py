@@ -11,20 +11,20 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import WebSocketRoute
 
-from agents.base import Agent
-from agents.channel import Channel
-from agents.llm import ModelInfo, close_connections
-from agents.mcp import supervise
-from agents.registry import servers_used
-from server.bus.base import Bus
-from server.bus.memory import MemoryBus
-from server.bus.redis import RedisBus
-from server.config import Settings
-from server.endpoint import Connections
-from server.http import Api, Guard, no_route
-from server.hub import Hub
-from server.runs import Runs
-from server.watchdog import Watchdog
+from agentcast.agents.base import Agent
+from agentcast.agents.channel import Channel
+from agentcast.agents.llm import ModelInfo, close_connections
+from agentcast.agents.mcp import supervise
+from agentcast.agents.registry import servers_used
+from agentcast.server.bus.base import Bus
+from agentcast.server.bus.memory import MemoryBus
+from agentcast.server.bus.redis import RedisBus
+from agentcast.server.config import Settings
+from agentcast.server.endpoint import Connections
+from agentcast.server.http import Api, Guard, no_route
+from agentcast.server.hub import Hub
+from agentcast.server.runs import Runs
+from agentcast.server.watchdog import Watchdog
 
 CLOSING = 2.0
 """Seconds that idle connections to LM providers get to close."""

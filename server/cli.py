@@ -13,12 +13,12 @@ import orjson
 import typer
 from pydantic import ValidationError
 
-from server import __version__
-from server.arguments import BadArgument, typed_input
-from server.client import BadUrl, ClientError, Refused, Run, TooBig, Unreachable, describe_agents
-from server.config import Settings
-from server.terminal import AgentsView
-from server.watching import PipeConsole, Watch
+from agentcast.server import __version__
+from agentcast.server.arguments import BadArgument, typed_input
+from agentcast.server.client import BadUrl, ClientError, Refused, Run, TooBig, Unreachable, describe_agents
+from agentcast.server.config import Settings
+from agentcast.server.terminal import AgentsView
+from agentcast.server.watching import PipeConsole, Watch
 
 FAILED, WRONG_USAGE, CANCELLED, NO_HUB, LEFT = 1, 2, 3, 4, 130
 """Exit codes. `LEFT`: by a second Ctrl-C; 128 + SIGINT, as shells have it."""
@@ -144,7 +144,7 @@ def serve(
 
     Ctrl-C, or SIGTERM, lets running agents finish for a while, then ends them; a second one ends them at once.
     """
-    from server import serving
+    from agentcast.server import serving
 
     given = {"agents": agents, "host": host, "port": port, "hosts": hosts, "lm": lm}
     given |= {"mcp_config": mcp_config, "redis": redis, "log_level": log_level}
@@ -185,8 +185,8 @@ def doctor(
 
     Exit codes: 0 all is well, 1 something failed, 2 wrong usage.
     """
-    from server import serving
-    from server.doctor import examine
+    from agentcast.server import serving
+    from agentcast.server.doctor import examine
 
     given = {"agents": agents, "host": host, "port": port, "mcp_config": mcp_config, "lm": lm, "redis": redis}
     settings = _settings({name: value for name, value in given.items() if value is not None})

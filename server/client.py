@@ -29,9 +29,9 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.typing import Subprotocol
 
-from agents.values import clean_text
-from server.protocol import SUBPROTOCOL, VERSION, Detail
-from server.state import STATUS_AFTER, RunState
+from agentcast.agents.values import clean_text
+from agentcast.server.protocol import SUBPROTOCOL, VERSION, Detail
+from agentcast.server.state import STATUS_AFTER, RunState
 
 TIMEOUT = 10.0
 """Seconds that a hub has for an HTTP answer, or for `hello`."""

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-DEMO_AGENTS = "agents.demo:registry"
+DEMO_AGENTS = "agentcast.agents.demo:registry"
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 

@@ -13,17 +13,17 @@ import anyio
 import dspy
 from dspy.utils.exceptions import AdapterParseError
 
-from agents import llm, mcp
-from agents.base import redact
-from agents.events import Usage
-from agents.failures import failure_of
-from agents.registry import Registry, RegistryError, add_assistant, load, servers_used
-from agents.streaming import run_program
-from server import serving
-from server.bus.redis import check
-from server.client import ClientError, describe_agents
-from server.config import Settings
-from server.errors import BusError
+from agentcast.agents import llm, mcp
+from agentcast.agents.base import redact
+from agentcast.agents.events import Usage
+from agentcast.agents.failures import failure_of
+from agentcast.agents.registry import Registry, RegistryError, add_assistant, load, servers_used
+from agentcast.agents.streaming import run_program
+from agentcast.server import serving
+from agentcast.server.bus.redis import check
+from agentcast.server.client import ClientError, describe_agents
+from agentcast.server.config import Settings
+from agentcast.server.errors import BusError
 
 CALL_SECONDS = 60.0
 """The most that the one small call to a model may take."""

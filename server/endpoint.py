@@ -22,14 +22,14 @@ import anyio
 from anyio.abc import TaskGroup
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from server import __version__, protocol
-from server.asgi import EXTENSION, FrameWriter
-from server.config import Settings
-from server.errors import BINARY_MESSAGE, INTERNAL_ERROR, SHUTTING_DOWN, CloseReason
-from server.hub import Hub
-from server.outbox import Outbox
-from server.runs import Runs
-from server.session import ANONYMOUS, Session
+from agentcast.server import __version__, protocol
+from agentcast.server.asgi import EXTENSION, FrameWriter
+from agentcast.server.config import Settings
+from agentcast.server.errors import BINARY_MESSAGE, INTERNAL_ERROR, SHUTTING_DOWN, CloseReason
+from agentcast.server.hub import Hub
+from agentcast.server.outbox import Outbox
+from agentcast.server.runs import Runs
+from agentcast.server.session import ANONYMOUS, Session
 
 TICK = 1.0
 CLOSE_TIMEOUT = 2.0

@@ -19,15 +19,15 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from agents.base import Agent, AgentSpec, unavailable
-from agents.llm import ModelInfo
-from server import protocol
-from server.bus.base import ACTIVE, Bus, Filter, RunInfo
-from server.errors import BadRequest, CommandError, Forbidden, NotFound, Unavailable
-from server.hub import Hub
-from server.protocol import Cancel, Start
-from server.runs import Runs
-from server.session import ANONYMOUS, authorize
+from agentcast.agents.base import Agent, AgentSpec, unavailable
+from agentcast.agents.llm import ModelInfo
+from agentcast.server import protocol
+from agentcast.server.bus.base import ACTIVE, Bus, Filter, RunInfo
+from agentcast.server.errors import BadRequest, CommandError, Forbidden, NotFound, Unavailable
+from agentcast.server.hub import Hub
+from agentcast.server.protocol import Cancel, Start
+from agentcast.server.runs import Runs
+from agentcast.server.session import ANONYMOUS, authorize
 
 PAGE = Path(__file__).parent / "web" / "index.html"
 STATUSES = ("queued", "running", "cancelling", "done", "failed", "cancelled")

@@ -21,14 +21,26 @@ import anyio
 from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint
 
-from server.bus.base import ACTIVE, Announcement, Bus, Filter, Frame, Gone, Head, Page, RunInfo, Snapshot, Subscription
-from server.bus.replay import load_state
-from server.errors import NotFound, Unavailable
-from server.flight import SingleFlight
-from server.outbox import Follower, GapReason, Outbox
-from server.protocol import Detail, Position, To
-from server.rules import MAX_LISTED, FeedReader, Rule
-from server.topics import Topic, told
+from agentcast.server.bus.base import (
+    ACTIVE,
+    Announcement,
+    Bus,
+    Filter,
+    Frame,
+    Gone,
+    Head,
+    Page,
+    RunInfo,
+    Snapshot,
+    Subscription,
+)
+from agentcast.server.bus.replay import load_state
+from agentcast.server.errors import NotFound, Unavailable
+from agentcast.server.flight import SingleFlight
+from agentcast.server.outbox import Follower, GapReason, Outbox
+from agentcast.server.protocol import Detail, Position, To
+from agentcast.server.rules import MAX_LISTED, FeedReader, Rule
+from agentcast.server.topics import Topic, told
 
 MAX_DISTANCE = 1_000
 """Events behind the head from which on a snapshot is sent instead of the log."""

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from server import protocol
-from server.bus.base import Frame, Page, Snapshot
-from server.errors import TooMany
-from server.protocol import Detail
+from agentcast.server import protocol
+from agentcast.server.bus.base import Frame, Page, Snapshot
+from agentcast.server.errors import TooMany
+from agentcast.server.protocol import Detail
 
 QUEUE_FRAMES = 512
 QUEUE_BYTES = 1024 * 1024

@@ -11,11 +11,11 @@ from contextlib import suppress
 
 import anyio
 
-from agents.events import RunError, RunFailure
-from server.bus.base import Bus
-from server.errors import LogError, NotFound, Unavailable
-from server.recorder import Recorder, Snapshots
-from server.slots import ActiveRun
+from agentcast.agents.events import RunError, RunFailure
+from agentcast.server.bus.base import Bus
+from agentcast.server.errors import LogError, NotFound, Unavailable
+from agentcast.server.recorder import Recorder, Snapshots
+from agentcast.server.slots import ActiveRun
 
 CHECK_EVERY = 1.0
 """Seconds between two checks, of either kind."""

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from agents.inputs import problems
-from server.errors import BadRequest, CommandError, UnknownOp
+from agentcast.agents.inputs import problems
+from agentcast.server.errors import BadRequest, CommandError, UnknownOp
 
 SUBPROTOCOL = "agentcast.v1"
 VERSION = 1

@@ -15,8 +15,8 @@ from collections.abc import Awaitable, Callable, Sequence
 import anyio
 from anyio.lowlevel import checkpoint
 
-from agents.channel import Channel, Emitted
-from agents.events import (
+from agentcast.agents.channel import Channel, Emitted
+from agentcast.agents.events import (
     FULL_ONLY_EVENTS,
     TERMINAL_EVENTS,
     Event,
@@ -27,12 +27,12 @@ from agents.events import (
     Token,
     Usage,
 )
-from agents.values import VALUE_BYTES, Pieces, clean_text, cut_text, text_bytes
-from server.bus.base import APPEND_BYTES, Bus, Frame, Origin, Snapshot, Status, first_part
-from server.bus.replay import load_state
-from server.errors import HeadMismatch, LogError, NotFound, Unavailable
-from server.protocol import encode_event
-from server.state import MAX_MESSAGES, RunState
+from agentcast.agents.values import VALUE_BYTES, Pieces, clean_text, cut_text, text_bytes
+from agentcast.server.bus.base import APPEND_BYTES, Bus, Frame, Origin, Snapshot, Status, first_part
+from agentcast.server.bus.replay import load_state
+from agentcast.server.errors import HeadMismatch, LogError, NotFound, Unavailable
+from agentcast.server.protocol import encode_event
+from agentcast.server.state import MAX_MESSAGES, RunState
 
 FLUSH_AFTER = 0.025
 BATCH_EVENTS = 256

@@ -17,9 +17,9 @@ import logging
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
-from server.bus.base import ACTIVE, Announce, Announcement, Bus, Filter, RunInfo, Subscription
-from server.outbox import Follower, Outbox
-from server.protocol import Detail, To
+from agentcast.server.bus.base import ACTIVE, Announce, Announcement, Bus, Filter, RunInfo, Subscription
+from agentcast.server.outbox import Follower, Outbox
+from agentcast.server.protocol import Detail, To
 
 MAX_LISTED = 5_000
 

@@ -20,9 +20,9 @@ import orjson
 from anyio.abc import TaskGroup, TaskStatus
 from pydantic import BaseModel
 
-from agents.base import Agent, Stopped, Task, Turn, public_message, unavailable
-from agents.channel import Channel
-from agents.events import (
+from agentcast.agents.base import Agent, Stopped, Task, Turn, public_message, unavailable
+from agentcast.agents.channel import Channel
+from agentcast.agents.events import (
     CancelRequested,
     RunCancelled,
     RunEnd,
@@ -33,13 +33,13 @@ from agents.events import (
     RunStart,
     Terminal,
 )
-from agents.execution import Execution
-from agents.failures import failure_of
-from agents.inputs import RejectedInput, read_input
-from server.bus.base import Bus, Created, Filter, NewRun, Origin, new_epoch, new_run_id
-from server.bus.replay import load_state
-from server.config import Settings
-from server.errors import (
+from agentcast.agents.execution import Execution
+from agentcast.agents.failures import failure_of
+from agentcast.agents.inputs import RejectedInput, read_input
+from agentcast.server.bus.base import Bus, Created, Filter, NewRun, Origin, new_epoch, new_run_id
+from agentcast.server.bus.replay import load_state
+from agentcast.server.config import Settings
+from agentcast.server.errors import (
     AlreadyFinished,
     Fenced,
     InvalidInput,
@@ -49,11 +49,11 @@ from server.errors import (
     Unavailable,
     UnknownAgent,
 )
-from server.ownership import end_orphans, watch_fences
-from server.protocol import Start
-from server.recorder import Recorder, Snapshots
-from server.slots import ActiveRun, Slots
-from server.state import RunState
+from agentcast.server.ownership import end_orphans, watch_fences
+from agentcast.server.protocol import Start
+from agentcast.server.recorder import Recorder, Snapshots
+from agentcast.server.slots import ActiveRun, Slots
+from agentcast.server.state import RunState
 
 HISTORY_TURNS = 20
 SAVING = 2.0

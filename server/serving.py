@@ -17,17 +17,17 @@ import anyio
 import typer
 import uvicorn
 
-from agents import llm
-from agents.base import redact
-from agents.mcp import McpConfigError, load_servers
-from agents.registry import RegistryError, add_assistant, load
-from server import __version__
-from server.app import AgentCast
-from server.asgi import FrameProtocol
-from server.bus.redis import check
-from server.config import Settings
-from server.errors import BusError
-from server.protocol import MESSAGE_BYTES
+from agentcast.agents import llm
+from agentcast.agents.base import redact
+from agentcast.agents.mcp import McpConfigError, load_servers
+from agentcast.agents.registry import RegistryError, add_assistant, load
+from agentcast.server import __version__
+from agentcast.server.app import AgentCast
+from agentcast.server.asgi import FrameProtocol
+from agentcast.server.bus.redis import check
+from agentcast.server.config import Settings
+from agentcast.server.errors import BusError
+from agentcast.server.protocol import MESSAGE_BYTES
 
 
 class CannotServe(Exception):

@@ -8,12 +8,12 @@ from collections import deque
 from time import monotonic
 from typing import Any, assert_never
 
-from server import protocol
-from server.errors import PROTOCOL_ERROR, CloseReason, CommandError, NotFound
-from server.hub import Hub
-from server.outbox import Outbox
-from server.protocol import Cancel, Command, Malformed, Ping, Position, Start, Subscribe, To, Unsubscribe
-from server.runs import Runs
+from agentcast.server import protocol
+from agentcast.server.errors import PROTOCOL_ERROR, CloseReason, CommandError, NotFound
+from agentcast.server.hub import Hub
+from agentcast.server.outbox import Outbox
+from agentcast.server.protocol import Cancel, Command, Malformed, Ping, Position, Start, Subscribe, To, Unsubscribe
+from agentcast.server.runs import Runs
 
 ANONYMOUS = "anonymous"
 

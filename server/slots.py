@@ -8,8 +8,8 @@ from typing import Literal
 import anyio
 from pydantic import BaseModel
 
-from agents.base import Agent
-from server.recorder import Recorder
+from agentcast.agents.base import Agent
+from agentcast.server.recorder import Recorder
 
 Cause = Literal["cancelled", "timeout", "shutting_down"]
 

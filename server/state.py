@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from server.protocol import encode
+from agentcast.server.protocol import encode
 
 MAX_SPANS = 2_000
 MAX_MESSAGES = 500

@@ -21,8 +21,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from server.arguments import type_name
-from server.state import STATUS_AFTER, RunState
+from agentcast.server.arguments import type_name
+from agentcast.server.state import STATUS_AFTER, RunState
 
 ARGS_WIDTH = 100
 RESULT_WIDTH = 160

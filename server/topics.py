@@ -9,8 +9,8 @@ from typing import Any
 
 import anyio
 
-from server.bus.base import Subscription
-from server.outbox import Follower, Outbox
+from agentcast.server.bus.base import Subscription
+from agentcast.server.outbox import Follower, Outbox
 
 
 @dataclass(slots=True, eq=False)

@@ -8,8 +8,8 @@ import orjson
 import typer
 from rich.console import Console
 
-from server.client import ClientError, Run
-from server.terminal import RunView
+from agentcast.server.client import ClientError, Run
+from agentcast.server.terminal import RunView
 
 REFRESH = 0.1
 

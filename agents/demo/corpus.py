@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from agents.base import ToolError
-from agents.words import stems
+from agentcast.agents.base import ToolError
+from agentcast.agents.words import stems
 
 SUFFIXES = frozenset({".md", ".txt", ".rst", ".py"})
 MAX_FILES = 2_000

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import dspy
 
-from agents.demo.corpus import VARIABLE
-from agents.demo.researcher import calculate, registry
-from agents.mcp import mcp_server
+from agentcast.agents.demo.corpus import VARIABLE
+from agentcast.agents.demo.researcher import calculate, registry
+from agentcast.agents.mcp import mcp_server
 
 __all__ = ["Librarian", "library", "registry"]
 
 library = mcp_server(
     "library",
     command=sys.executable,
-    args=["-m", "agents.demo.librarian_server"],
+    args=["-m", "agentcast.agents.demo.librarian_server"],
     env={"PYTHONPATH": str(Path(__file__).parents[2]), VARIABLE: os.environ.get(VARIABLE, "")},
 )
 

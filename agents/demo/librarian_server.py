@@ -1,6 +1,6 @@
 """The librarian's MCP server, over stdio: search and read a folder of texts, and a slow index that tells its progress.
 
-    python -m agents.demo.librarian_server
+    python -m agentcast.agents.demo.librarian_server
 
 It is an ordinary MCP server: any other client can use it, too. It must not know agents.
 """
@@ -14,8 +14,8 @@ import anyio.to_thread
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError as McpToolError
 
-from agents.base import ToolError
-from agents.demo import corpus
+from agentcast.agents.base import ToolError
+from agentcast.agents.demo import corpus
 
 INDEX_SECONDS = 8.0
 """How long an index takes at most..."""

@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from agents.base import ToolError
-from agents.demo.corpus import Corpus, corpus
-from agents.demo.researcher import calculate, read, registry, search
-from agents.graph import END, Graph, Reducer, StatefulNode
-from agents.transpiler import AgentTranspiler
+from agentcast.agents.base import ToolError
+from agentcast.agents.demo.corpus import Corpus, corpus
+from agentcast.agents.demo.researcher import calculate, read, registry, search
+from agentcast.agents.graph import END, Graph, Reducer, StatefulNode
+from agentcast.agents.transpiler import AgentTranspiler
 
 MAX_STEPS = 10
 """The plan, three nodes side by side, and the report, written and checked up to three times."""

@@ -6,11 +6,11 @@ installed package), the text that ships with this module. It works offline, and 
 
 import dspy
 
-from agents.arithmetic import evaluate, show
-from agents.base import ToolError
-from agents.current import status
-from agents.demo.corpus import corpus, excerpt, found
-from agents.registry import Registry
+from agentcast.agents.arithmetic import evaluate, show
+from agentcast.agents.base import ToolError
+from agentcast.agents.current import status
+from agentcast.agents.demo.corpus import corpus, excerpt, found
+from agentcast.agents.registry import Registry
 
 registry = Registry()
 

@@ -12,11 +12,11 @@ import anyio
 import dspy
 from pydantic import BaseModel, Field
 
-from agents.base import public_message
-from agents.current import status
-from agents.demo.researcher import Researcher, calculate, read, registry, search
-from agents.react import react_agent
-from agents.threads import in_thread
+from agentcast.agents.base import public_message
+from agentcast.agents.current import status
+from agentcast.agents.demo.researcher import Researcher, calculate, read, registry, search
+from agentcast.agents.react import react_agent
+from agentcast.agents.threads import in_thread
 
 MAX_RESEARCHERS = 5
 STOP_GRACE = 2.0

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
 
-from agents.demo.researcher import registry
-from agents.graph import END, Graph, StatefulNode
-from agents.transpiler import AgentTranspiler
+from agentcast.agents.demo.researcher import registry
+from agentcast.agents.graph import END, Graph, StatefulNode
+from agentcast.agents.transpiler import AgentTranspiler
 
 SUMMARY_WORDS = 25
 REPLY_WORDS = 150

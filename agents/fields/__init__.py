@@ -11,7 +11,7 @@ calls would mix their texts (G8), so it is made for one call and thrown away.
 Public: `splitter_for(adapter, fields)`, `Splitter`, `Delta`, `is_text`, `Messages`.
 """
 
-from agents.fields.base import Delta, Splitter, is_text
-from agents.fields.messages import Messages, splitter_for
+from agentcast.agents.fields.base import Delta, Splitter, is_text
+from agentcast.agents.fields.messages import Messages, splitter_for
 
 __all__ = ["Delta", "Messages", "Splitter", "is_text", "splitter_for"]

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from agents.fields.base import Delta, Output, is_text
+from agentcast.agents.fields.base import Delta, Output, is_text
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _KEY = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)

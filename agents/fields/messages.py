@@ -9,12 +9,12 @@ from typing import Any
 import orjson
 from dspy.adapters import ChatAdapter, JSONAdapter, XMLAdapter
 
-from agents.events import AgentEvent, MessageEnd, MessageRetracted, MessageStart, Token
-from agents.fields.base import Delta, Splitter, is_text
-from agents.fields.chat import ChatSplitter
-from agents.fields.json import JsonSplitter, RawJsonSplitter
-from agents.fields.xml import XmlSplitter
-from agents.values import Pieces, clean_text, plain
+from agentcast.agents.events import AgentEvent, MessageEnd, MessageRetracted, MessageStart, Token
+from agentcast.agents.fields.base import Delta, Splitter, is_text
+from agentcast.agents.fields.chat import ChatSplitter
+from agentcast.agents.fields.json import JsonSplitter, RawJsonSplitter
+from agentcast.agents.fields.xml import XmlSplitter
+from agentcast.agents.values import Pieces, clean_text, plain
 
 DELTA_CHARS = 10_000
 """Longest delta of one event: even if JSON escapes each character with six bytes it stays under the cap of a text."""

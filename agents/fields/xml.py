@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 from xml.parsers import expat
 
-from agents.fields.base import Delta, Output, Strip, is_text
+from agentcast.agents.fields.base import Delta, Output, Strip, is_text
 
 
 class XmlSplitter:

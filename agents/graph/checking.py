@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import BaseModel, RootModel
 from pydantic.fields import FieldInfo
 
-from agents.graph.building import END, Graph, Reducer, Route, StatefulNode
-from agents.graph.shape import Shape
+from agentcast.agents.graph.building import END, Graph, Reducer, Route, StatefulNode
+from agentcast.agents.graph.shape import Shape
 
 RESERVED = frozenset(
     # What DSPy takes for itself when a predictor is called, or has on signatures and predictions.

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from agents.graph.building import END, Graph
-from agents.graph.shape import Shape
+from agentcast.agents.graph.building import END, Graph
+from agentcast.agents.graph.shape import Shape
 
 
 def described(graph: Graph) -> dict[str, Any]:

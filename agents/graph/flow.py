@@ -8,8 +8,8 @@ to a source whose arrival is missing. Edges forward make no circle, so somebody 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from agents.graph.building import END
-from agents.graph.shape import Shape
+from agentcast.agents.graph.building import END
+from agentcast.agents.graph.shape import Shape
 
 START = 0
 """The id of what the program was given, as if a step had set it."""

@@ -6,7 +6,7 @@ Frozen. It is shared by all runs and known to nobody in particular, and says not
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-from agents.graph.building import Graph, Route
+from agentcast.agents.graph.building import Graph, Route
 
 
 class Shape:

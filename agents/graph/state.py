@@ -10,10 +10,10 @@ but by what it returns.
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from agents.graph.building import Reducer
-from agents.graph.detaching import detached
-from agents.graph.errors import ConflictError
-from agents.graph.flow import START, Step
+from agentcast.agents.graph.building import Reducer
+from agentcast.agents.graph.detaching import detached
+from agentcast.agents.graph.errors import ConflictError
+from agentcast.agents.graph.flow import START, Step
 
 ALL = -1
 """The sight that sees every step."""

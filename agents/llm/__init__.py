@@ -4,9 +4,9 @@
 when. Importing this, and using a model that DSPy serves natively, does not import litellm, which takes seconds.
 """
 
-from agents.llm.model import Model, RunModels, as_model, close_connections
-from agents.llm.retrying import Retrying
-from agents.llm.setup import (
+from agentcast.agents.llm.model import Model, RunModels, as_model, close_connections
+from agentcast.agents.llm.retrying import Retrying
+from agentcast.agents.llm.setup import (
     OFFLINE,
     VARIABLE,
     ModelError,

@@ -24,11 +24,11 @@ import httpx
 from dspy.clients.call_context import adapter_fallback_scope
 from dspy.utils.exceptions import LMError
 
-from agents.base import keep_secret
-from agents.current import status
-from agents.failures import failure_of
-from agents.llm.retrying import Retrying
-from agents.streaming import add_cost, can_retract, wait_in_thread
+from agentcast.agents.base import keep_secret
+from agentcast.agents.current import status
+from agentcast.agents.failures import failure_of
+from agentcast.agents.llm.retrying import Retrying
+from agentcast.agents.streaming import add_cost, can_retract, wait_in_thread
 
 RETRYING_SETTING = "agentcast_retrying"
 """Key in DSPy's settings of the `Retrying` that holds."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dspy.utils.exceptions import LMError
 
-from agents.failures import RETRYABLE, lm_code, retry_after
+from agentcast.agents.failures import RETRYABLE, lm_code, retry_after
 
 MAX_BACKOFF = 30.0
 """Longest pause in seconds that the provider has not asked for."""

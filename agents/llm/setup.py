@@ -17,9 +17,9 @@ import dspy
 from dspy.clients.backend_selection import select_backend
 from dspy.lm15 import LMRouter, NotConfiguredError, RouterConfig
 
-from agents.llm.model import RETRYING_SETTING, as_model
-from agents.llm.retrying import Retrying
-from agents.offline import offline_lm
+from agentcast.agents.llm.model import RETRYING_SETTING, as_model
+from agentcast.agents.llm.retrying import Retrying
+from agentcast.agents.offline import offline_lm
 
 VARIABLE = "AGENTCAST_LM"
 OFFLINE = "offline"

@@ -14,10 +14,10 @@ become those of a ReAct program at the start of each run. What it says reaches c
 secrets, tracebacks or paths (G9). Nothing in here may know registries, runs or the hub.
 """
 
-from agents.mcp.config import McpConfigError, load_servers
-from agents.mcp.server import McpServer, McpUnavailable, ServerStatus, mcp_server
-from agents.mcp.supervising import check, running, supervise
-from agents.mcp.tools import TOOLS_AT_ONCE, McpTool, told_apart
+from agentcast.agents.mcp.config import McpConfigError, load_servers
+from agentcast.agents.mcp.server import McpServer, McpUnavailable, ServerStatus, mcp_server
+from agentcast.agents.mcp.supervising import check, running, supervise
+from agentcast.agents.mcp.tools import TOOLS_AT_ONCE, McpTool, told_apart
 
 __all__ = [
     "TOOLS_AT_ONCE",

@@ -12,9 +12,9 @@ from typing import Any
 
 from jsonschema.exceptions import best_match
 
-from agents.base import ToolError
-from agents.mcp.validation import ERROR_CHARS, MAX_DEPTH, Unchecked, errors_of, loose_end, said, validator_of
-from agents.values import cut_text, plain, plain_fields
+from agentcast.agents.base import ToolError
+from agentcast.agents.mcp.validation import ERROR_CHARS, MAX_DEPTH, Unchecked, errors_of, loose_end, said, validator_of
+from agentcast.agents.values import cut_text, plain, plain_fields
 
 _ROUNDS = 4
 """Conversions of texts that are tried: one may show that another is needed."""

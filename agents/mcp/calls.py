@@ -16,9 +16,9 @@ from mcp import Client
 from mcp.shared.exceptions import MCPError
 from mcp_types import CONNECTION_CLOSED, INTERNAL_ERROR, INVALID_PARAMS, METHOD_NOT_FOUND, CallToolResult
 
-from agents.base import ToolError, redact
-from agents.mcp.words import clean_error
-from agents.values import clean_text, cut_text
+from agentcast.agents.base import ToolError, redact
+from agentcast.agents.mcp.words import clean_error
+from agentcast.agents.values import clean_text, cut_text
 
 LOST = "the connection to its server was lost"
 WAITING_PROGRESS = 256

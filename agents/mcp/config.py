@@ -17,8 +17,8 @@ from typing import Any
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from agents.base import is_secret_name, keep_secret
-from agents.mcp.server import CALL_TIMEOUT, McpServer, mcp_server, named_server
+from agentcast.agents.base import is_secret_name, keep_secret
+from agentcast.agents.mcp.server import CALL_TIMEOUT, McpServer, mcp_server, named_server
 
 _VARIABLE = re.compile(r"\$\{(?:env:)?(\w+)(?::-([^}]*))?\}")
 

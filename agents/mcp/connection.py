@@ -16,11 +16,11 @@ from mcp.shared.exceptions import MCPError
 from mcp_types import METHOD_NOT_FOUND, Implementation, Tool, ToolListChangedNotification
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
-from agents.mcp.calls import Call
-from agents.mcp.results import LEFT_OUT
-from agents.mcp.sources import Source
-from agents.mcp.stdio import StdioLog
-from agents.mcp.words import clean_error
+from agentcast.agents.mcp.calls import Call
+from agentcast.agents.mcp.results import LEFT_OUT
+from agentcast.agents.mcp.sources import Source
+from agentcast.agents.mcp.stdio import StdioLog
+from agentcast.agents.mcp.words import clean_error
 
 PING_EVERY = 15.0
 """Seconds of idleness after which a server is asked whether it lives."""

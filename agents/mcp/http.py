@@ -12,8 +12,8 @@ import jiter
 from mcp.shared.dispatcher import coerce_request_id
 from mcp_types import RequestId
 
-from agents.mcp.messages import encoded, is_answer, no_answer, read
-from agents.mcp.oversize import Bounded, Lines, Oversize
+from agentcast.agents.mcp.messages import encoded, is_answer, no_answer, read
+from agentcast.agents.mcp.oversize import Bounded, Lines, Oversize
 
 _BOM = b"\xef\xbb\xbf"
 

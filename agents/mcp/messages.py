@@ -18,9 +18,9 @@ from mcp.shared.dispatcher import coerce_request_id
 from mcp_types import INTERNAL_ERROR, RequestId
 from pydantic_core import to_json
 
-from agents.mcp.oversize import BLANK, Oversize, completed, salvage
-from agents.mcp.results import UNREADABLE, error_data, fitted
-from agents.values import clean_text
+from agentcast.agents.mcp.oversize import BLANK, Oversize, completed, salvage
+from agentcast.agents.mcp.results import UNREADABLE, error_data, fitted
+from agentcast.agents.values import clean_text
 
 Message = dict[str, Any]
 

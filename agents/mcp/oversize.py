@@ -13,7 +13,7 @@ import jiter
 import orjson
 from mcp_types import JSONRPCResponse, RequestId
 
-from agents.values import VALUE_BYTES, cut_text
+from agentcast.agents.values import VALUE_BYTES, cut_text
 
 MAX_BYTES = 4 * 1024 * 1024
 """Size of a message up to which it is parsed."""

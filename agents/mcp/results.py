@@ -14,7 +14,7 @@ from mcp_types import INTERNAL_ERROR, InputRequiredResult
 from mcp_types.version import LATEST_HANDSHAKE_VERSION
 from pydantic import ValidationError
 
-from agents.values import cut_text, plain
+from agentcast.agents.values import cut_text, plain
 
 LEFT_OUT = "agentcast/leftOut"
 """In the metadata of a listing: its entries that may not be there, as names with reasons."""

@@ -17,16 +17,16 @@ import anyio
 from anyio.lowlevel import EventLoopToken, current_token
 from mcp_types import Tool
 
-from agents.base import ToolError, redact
-from agents.current import current_emitter
-from agents.events import ToolProgress
-from agents.mcp.calls import Call, sendable
-from agents.mcp.connection import Connection
-from agents.mcp.sources import Http, InProcess, Source, Stdio, is_address
-from agents.mcp.tools import McpTool, make_tools
-from agents.mcp.words import observation
-from agents.streaming import current_span
-from agents.values import cut_text
+from agentcast.agents.base import ToolError, redact
+from agentcast.agents.current import current_emitter
+from agentcast.agents.events import ToolProgress
+from agentcast.agents.mcp.calls import Call, sendable
+from agentcast.agents.mcp.connection import Connection
+from agentcast.agents.mcp.sources import Http, InProcess, Source, Stdio, is_address
+from agentcast.agents.mcp.tools import McpTool, make_tools
+from agentcast.agents.mcp.words import observation
+from agentcast.agents.streaming import current_span
+from agentcast.agents.values import cut_text
 
 CALL_TIMEOUT = 120.0
 START_TIMEOUT = 30.0

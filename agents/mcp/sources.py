@@ -16,10 +16,10 @@ from urllib.parse import unquote, unquote_plus, urlsplit
 import httpx2
 from mcp.client.streamable_http import streamable_http_client
 
-from agents.base import is_secret_name, keep_secret, url_passwords
-from agents.mcp.http import bounded
-from agents.mcp.oversize import MAX_BYTES
-from agents.mcp.stdio import StdioLog, stdio_transport
+from agentcast.agents.base import is_secret_name, keep_secret, url_passwords
+from agentcast.agents.mcp.http import bounded
+from agentcast.agents.mcp.oversize import MAX_BYTES
+from agentcast.agents.mcp.stdio import StdioLog, stdio_transport
 
 CONNECT_TIMEOUT = 30.0
 """Seconds for connecting to an HTTP server, and for each write."""

@@ -21,9 +21,9 @@ from mcp.shared.dispatcher import coerce_request_id
 from mcp.shared.message import SessionMessage
 from mcp_types import JSONRPCMessage, JSONRPCNotification, JSONRPCRequest, RequestId, jsonrpc_message_adapter
 
-from agents.mcp.messages import is_answer, read
-from agents.mcp.oversize import BLANK, Lines, Oversize
-from agents.mcp.words import last_error_line
+from agentcast.agents.mcp.messages import is_answer, read
+from agentcast.agents.mcp.oversize import BLANK, Lines, Oversize
+from agentcast.agents.mcp.words import last_error_line
 
 EXIT_PATIENCE = 2.0
 """Seconds that a server gets to exit after its stdin was closed, and again after SIGTERM."""

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 import anyio
 
-from agents.mcp.server import START_TIMEOUT, McpServer, ServerStatus
+from agentcast.agents.mcp.server import START_TIMEOUT, McpServer, ServerStatus
 
 
 async def supervise(servers: Iterable[McpServer]) -> None:

@@ -14,10 +14,10 @@ from dspy.utils.callback import with_callbacks
 from mcp_types import Tool
 from pydantic import PrivateAttr
 
-from agents.mcp.arguments import Arguments
-from agents.mcp.results import SCHEMA
-from agents.threads import in_thread
-from agents.values import cut_text
+from agentcast.agents.mcp.arguments import Arguments
+from agentcast.agents.mcp.results import SCHEMA
+from agentcast.agents.threads import in_thread
+from agentcast.agents.values import cut_text
 
 DESCRIPTION_BYTES = 4 * 1024
 NAME_CHARS = 128

@@ -17,7 +17,7 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
-from agents.values import cut_text
+from agentcast.agents.values import cut_text
 
 MAX_DEPTH = 64
 MAX_NODES = 5_000

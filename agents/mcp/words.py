@@ -11,8 +11,8 @@ from typing import Any
 import orjson
 from mcp_types import AudioContent, CallToolResult, EmbeddedResource, ImageContent, ResourceLink, TextContent
 
-from agents.base import ToolError, redact
-from agents.values import HEAD_CHARS, VALUE_BYTES, cut_text, first_chars, plain
+from agentcast.agents.base import ToolError, redact
+from agentcast.agents.values import HEAD_CHARS, VALUE_BYTES, cut_text, first_chars, plain
 
 ERROR_CHARS = 2_000
 _COMPARED = 1024 * 1024

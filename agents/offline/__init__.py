@@ -8,7 +8,7 @@ Nothing in here may know agents, runs or events: it sees a prompt and returns a 
 
 import dspy
 
-from agents.offline.engine import DELAY_VARIABLE, MODEL, AsyncOfflineEngine, OfflineEngine
+from agentcast.agents.offline.engine import DELAY_VARIABLE, MODEL, AsyncOfflineEngine, OfflineEngine
 
 __all__ = ["DELAY_VARIABLE", "MODEL", "AsyncOfflineEngine", "OfflineEngine", "offline_lm"]
 

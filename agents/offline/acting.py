@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from agents.arithmetic import find_sums
-from agents.offline.arguments import fill, named_places, required, takes
-from agents.offline.evidence import found_nothing, passages, quotes
-from agents.offline.prompt import Prompt, Tool
-from agents.words import keywords, stem, stems
+from agentcast.agents.arithmetic import find_sums
+from agentcast.agents.offline.arguments import fill, named_places, required, takes
+from agentcast.agents.offline.evidence import found_nothing, passages, quotes
+from agentcast.agents.offline.prompt import Prompt, Tool
+from agentcast.agents.words import keywords, stem, stems
 
 MAX_SEARCHES = 2
 MAX_READS = 2

@@ -7,17 +7,17 @@ import re
 from functools import cached_property
 from typing import Any
 
-from agents.arithmetic import evaluate, find_sums, show
-from agents.offline.acting import question_of, with_topic
-from agents.offline.evidence import Passage, Quote, central, found_nothing, passages, quotes
-from agents.offline.fields import is_part, kind_of, options_of, resolved
-from agents.offline.letters import is_letter, letter
-from agents.offline.merging import cited, findings, is_borne_out, merged, misplaced
-from agents.offline.prompt import Field, Prompt, texts_of
-from agents.offline.repairing import problems_by_field, repaired
-from agents.offline.splitting import split_question
-from agents.offline.typed import addresses, choice, days, is_about, numbers, stated
-from agents.words import STOP_WORDS, keywords, stem, stems
+from agentcast.agents.arithmetic import evaluate, find_sums, show
+from agentcast.agents.offline.acting import question_of, with_topic
+from agentcast.agents.offline.evidence import Passage, Quote, central, found_nothing, passages, quotes
+from agentcast.agents.offline.fields import is_part, kind_of, options_of, resolved
+from agentcast.agents.offline.letters import is_letter, letter
+from agentcast.agents.offline.merging import cited, findings, is_borne_out, merged, misplaced
+from agentcast.agents.offline.prompt import Field, Prompt, texts_of
+from agentcast.agents.offline.repairing import problems_by_field, repaired
+from agentcast.agents.offline.splitting import split_question
+from agentcast.agents.offline.typed import addresses, choice, days, is_about, numbers, stated
+from agentcast.agents.words import STOP_WORDS, keywords, stem, stems
 
 NOTE = (
     "(This is the offline model: it quotes and calculates by rules, it does not think. "

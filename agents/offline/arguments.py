@@ -6,8 +6,8 @@ A required argument that nothing in the prompt can fill makes the call impossibl
 import re
 from typing import Any
 
-from agents.offline.prompt import Prompt, Tool
-from agents.words import stem
+from agentcast.agents.offline.prompt import Prompt, Tool
+from agentcast.agents.words import stem
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "expression": ("expression", "formula", "equation", "expr"),

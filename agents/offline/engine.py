@@ -25,10 +25,10 @@ from dspy.lm15 import (
     Usage,
 )
 
-from agents.offline.acting import next_move
-from agents.offline.answering import NOTE, answer
-from agents.offline.prompt import Prompt, parse
-from agents.threads import in_thread
+from agentcast.agents.offline.acting import next_move
+from agentcast.agents.offline.answering import NOTE, answer
+from agentcast.agents.offline.prompt import Prompt, parse
+from agentcast.agents.threads import in_thread
 
 MODEL = "offline/rules"
 DEFAULT_DELAY = 0.03

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from agents.words import keywords, stem, stems
+from agentcast.agents.words import keywords, stem, stems
 
 MAX_CHARS = 60_000
 """Of one text, so much is read: ranking runs on the event loop."""

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from agents.offline.prompt import Field
+from agentcast.agents.offline.prompt import Field
 
 _KINDS = (
     ("reasoning", re.compile(r"^(?:reasoning|rationale|thoughts?|justification|analysis)$")),

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from agents.offline.evidence import central, passages
+from agentcast.agents.offline.evidence import central, passages
 
 _LETTER = re.compile(r"\b(?:letter|reply|answer|message|mail) to the (?:customer|sender|user|client|writer)\b", re.I)
 _SUMMARY = re.compile(r"summary|abstract|gist")

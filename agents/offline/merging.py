@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from agents.words import stems
+from agentcast.agents.words import stems
 
 _ASKED = re.compile(r"question|query|topic|title|task|name")
 _TEXT = re.compile(r"answer|finding|result|text|summary|content|response|report")

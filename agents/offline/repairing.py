@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from agents.offline.prompt import Rejection
-from agents.offline.typed import without_addresses
+from agentcast.agents.offline.prompt import Rejection
+from agentcast.agents.offline.typed import without_addresses
 
 _SECTION = re.compile(r"^\[\[ ## (\w+) ## \]\]$", re.M)
 _CLAUSE_END = re.compile(r"[,;:.!?)–—]$")

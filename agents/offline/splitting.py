@@ -8,8 +8,8 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from agents.arithmetic import find_sums
-from agents.words import keywords
+from agentcast.agents.arithmetic import find_sums
+from agentcast.agents.words import keywords
 
 MAX_TOPIC = 3
 """Words that tell a part what "it" or "them" means."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from agents.words import stem, stems
+from agentcast.agents.words import stem, stems
 
 _FINDERS = {
     "email": re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),

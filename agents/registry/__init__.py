@@ -13,9 +13,9 @@ Names, descriptions, input models and JSON Schemas come from signatures, types a
 is an error at once, which says what to do. `load` gets registries from strings such as "package.module:registry".
 """
 
-from agents.registry.book import Registry
-from agents.registry.errors import RegistryError
-from agents.registry.loading import load
-from agents.registry.servers import add_assistant, servers_used
+from agentcast.agents.registry.book import Registry
+from agentcast.agents.registry.errors import RegistryError
+from agentcast.agents.registry.loading import load
+from agentcast.agents.registry.servers import add_assistant, servers_used
 
 __all__ = ["Registry", "RegistryError", "add_assistant", "load", "servers_used"]

@@ -9,15 +9,15 @@ from typing import Any, TypeVar, overload
 import dspy
 from pydantic import BaseModel
 
-from agents.base import DEFAULT_MAX_CONCURRENT, DEFAULT_TIMEOUT, Agent, AgentSpec
-from agents.contract import SchemaError, function_call, module_contract, signature_contract
-from agents.llm import ModelError, as_model, make_lm
-from agents.mcp import McpServer
-from agents.react import DEFAULT_MAX_ITERS, ReAct, react_agent
-from agents.registry.errors import RegistryError
-from agents.registry.hosting import FunctionAgent, ProgramAgent
-from agents.streaming.dspy_calls import missing_runtime
-from agents.transpiler import Program
+from agentcast.agents.base import DEFAULT_MAX_CONCURRENT, DEFAULT_TIMEOUT, Agent, AgentSpec
+from agentcast.agents.contract import SchemaError, function_call, module_contract, signature_contract
+from agentcast.agents.llm import ModelError, as_model, make_lm
+from agentcast.agents.mcp import McpServer
+from agentcast.agents.react import DEFAULT_MAX_ITERS, ReAct, react_agent
+from agentcast.agents.registry.errors import RegistryError
+from agentcast.agents.registry.hosting import FunctionAgent, ProgramAgent
+from agentcast.agents.streaming.dspy_calls import missing_runtime
+from agentcast.agents.transpiler import Program
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 
@@ -215,7 +215,7 @@ class Registry:
         return decorate if function is None else decorate(function)
 
     def register(self, agent: Agent) -> Agent:
-        """Add any object with the shape of `agents.base.Agent`.
+        """Add any object with the shape of `agentcast.agents.base.Agent`.
 
         :raises RegistryError: the name is wrong or taken.
         """

@@ -1,4 +1,4 @@
-"""Agents made of a DSPy program or of a function: `spec` and `run`, as `agents.base.Agent` asks.
+"""Agents made of a DSPy program or of a function: `spec` and `run`, as `agentcast.agents.base.Agent` asks.
 
 They hold nothing of a run, so any number of runs of one agent may go on at once (G8).
 """
@@ -10,14 +10,14 @@ from typing import Any
 import dspy
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from agents.base import AgentSpec, Emitter, Task
-from agents.contract import Call, Contract
-from agents.current import emitting
-from agents.history import history_messages, history_text
-from agents.llm import RunModels
-from agents.react import servers_of
-from agents.streaming import MODELS_SETTING, replace_methods, run_program
-from agents.values import plain
+from agentcast.agents.base import AgentSpec, Emitter, Task
+from agentcast.agents.contract import Call, Contract
+from agentcast.agents.current import emitting
+from agentcast.agents.history import history_messages, history_text
+from agentcast.agents.llm import RunModels
+from agentcast.agents.react import servers_of
+from agentcast.agents.streaming import MODELS_SETTING, replace_methods, run_program
+from agentcast.agents.values import plain
 
 
 class ProgramAgent:
@@ -37,7 +37,7 @@ class ProgramAgent:
 
     @property
     def unavailable(self) -> str | None:
-        """Why it cannot run just now; see `agents.base.unavailable`."""
+        """Why it cannot run just now; see `agentcast.agents.base.unavailable`."""
         return next((reason for server in self.servers if (reason := server.unavailable) is not None), None)
 
     async def run(self, task: Task, emit: Emitter) -> Any:

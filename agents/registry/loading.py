@@ -7,8 +7,8 @@ import sys
 import traceback
 from typing import Any
 
-from agents.registry.book import Registry, kind_of
-from agents.registry.errors import RegistryError
+from agentcast.agents.registry.book import Registry, kind_of
+from agentcast.agents.registry.errors import RegistryError
 
 DEFAULT_ATTRIBUTE = "registry"
 

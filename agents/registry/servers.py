@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 
 import dspy
 
-from agents.base import Agent
-from agents.mcp import McpServer
-from agents.react import distinct
-from agents.registry.book import Registry
-from agents.registry.errors import RegistryError
+from agentcast.agents.base import Agent
+from agentcast.agents.mcp import McpServer
+from agentcast.agents.react import distinct
+from agentcast.agents.registry.book import Registry
+from agentcast.agents.registry.errors import RegistryError
 
 ASSISTANT = "assistant"
 
@@ -36,7 +36,8 @@ def add_assistant(registry: Registry, servers: Sequence[McpServer]) -> Registry:
 
 
 def servers_used(agents: Iterable[Agent]) -> tuple[McpServer, ...]:
-    """The MCP servers of `agents`, each once. Whoever hosts the agents keeps them running (`agents.mcp.supervise`).
+    """The MCP servers of `agents`, each once. Whoever hosts the agents keeps them running
+    (`agentcast.agents.mcp.supervise`).
 
     :raises RegistryError: two different ones have one name, or one is known by name only.
     """

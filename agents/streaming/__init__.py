@@ -26,15 +26,15 @@ An error in making an event fails the run with that error; DSPy would log and fo
 a run is called, or that there is a server.
 """
 
-from agents.streaming.bridge import wait_in_thread
-from agents.streaming.carrying import carrying
-from agents.streaming.drop_in import streamify
-from agents.streaming.dspy_calls import is_async
-from agents.streaming.methods import EMITTER_SETTING, MODELS_SETTING, replace_methods
-from agents.streaming.nodes import NodeSpan, node_span, tell_step_limit
-from agents.streaming.program import Outcome, add_cost, can_retract, current_span, run_program
-from agents.streaming.stream import Stream, StreamError
-from agents.streaming.typed import EventStream, stream_events
+from agentcast.agents.streaming.bridge import wait_in_thread
+from agentcast.agents.streaming.carrying import carrying
+from agentcast.agents.streaming.drop_in import streamify
+from agentcast.agents.streaming.dspy_calls import is_async
+from agentcast.agents.streaming.methods import EMITTER_SETTING, MODELS_SETTING, replace_methods
+from agentcast.agents.streaming.nodes import NodeSpan, node_span, tell_step_limit
+from agentcast.agents.streaming.program import Outcome, add_cost, can_retract, current_span, run_program
+from agentcast.agents.streaming.stream import Stream, StreamError
+from agentcast.agents.streaming.typed import EventStream, stream_events
 
 __all__ = [
     "EMITTER_SETTING",

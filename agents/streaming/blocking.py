@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
-from agents.streaming.stream import GRACE, Stream
+from agentcast.agents.streaming.stream import GRACE, Stream
 
 
 class BlockingStream:

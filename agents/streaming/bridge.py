@@ -15,17 +15,17 @@ from typing import Any, NoReturn
 import dspy
 from dspy.utils.callback import BaseCallback
 
-from agents.base import Stopped
-from agents.streaming.methods import RUN_SETTING, replace_methods
-from agents.streaming.patch import install
-from agents.streaming.sink import Sink
-from agents.values import clean_texts
+from agentcast.agents.base import Stopped
+from agentcast.agents.streaming.methods import RUN_SETTING, replace_methods
+from agentcast.agents.streaming.patch import install
+from agentcast.agents.streaming.sink import Sink
+from agentcast.agents.values import clean_texts
 
 
 class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
     """One run of one program: DSPy's callbacks and LM chunks in, items for `emit` out.
 
-    `emit` is an `agents.base.Emitter`, or a channel that takes items of another kind in the same way.
+    `emit` is an `agentcast.agents.base.Emitter`, or a channel that takes items of another kind in the same way.
     """
 
     def __init__(self, emit: Any) -> None:

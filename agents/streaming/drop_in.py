@@ -9,11 +9,11 @@ import dspy
 from dspy.streaming.messages import StatusMessageProvider
 from dspy.streaming.streaming_listener import find_predictor_for_stream_listeners
 
-from agents.streaming.blocking import BlockingStream
-from agents.streaming.dspy_calls import call_in_thread
-from agents.streaming.listening import Listening
-from agents.streaming.relay import Relay
-from agents.streaming.stream import Stream
+from agentcast.agents.streaming.blocking import BlockingStream
+from agentcast.agents.streaming.dspy_calls import call_in_thread
+from agentcast.agents.streaming.listening import Listening
+from agentcast.agents.streaming.relay import Relay
+from agentcast.agents.streaming.stream import Stream
 
 
 def streamify(

@@ -18,8 +18,8 @@ from dspy.experimental import Choice, Noul, Score
 from dspy.primitives import resolve_interpreter_factory
 from dspy.utils.callback import BaseCallback
 
-from agents.streaming.patch import as_worker_thread, reaches_stream
-from agents.threads import in_thread
+from agentcast.agents.streaming.patch import as_worker_thread, reaches_stream
+from agentcast.agents.threads import in_thread
 
 LINGER = 2.0
 """Seconds that a stopped program in a thread gets to notice it, before it counts as left behind."""

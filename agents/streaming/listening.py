@@ -3,8 +3,9 @@
 Each (listener, LM call) has a state of its own, made as the call starts and thrown away at its end, and advanced where
 the chunk is produced; so neither runs nor calls can mix (G8). It must not be known here how chunks travel.
 
-The text of a plain `StreamListener` comes out of the splitters (`agents.fields`), not out of DSPy's own parsing, which
-loses what follows `[[` in a text, and whole answers that arrive in one chunk. Where DSPy's listener cuts is kept:
+The text of a plain `StreamListener` comes out of the splitters (`agentcast.agents.fields`), not out of DSPy's own
+parsing, which loses what follows `[[` in a text, and whole answers that arrive in one chunk. Where DSPy's listener cuts
+is kept:
 
 - Each LM chunk makes one chunk, and a field's last one says so (`is_last_chunk`).
 - Text that arrives while it is open whether the field ends waits for that to be known, and may then be the last chunk.
@@ -26,8 +27,8 @@ from dspy.adapters.types import Type
 from dspy.streaming.messages import StreamResponse
 from dspy.streaming.streaming_listener import StreamListener
 
-from agents.fields import Splitter, splitter_for
-from agents.values import Pieces
+from agentcast.agents.fields import Splitter, splitter_for
+from agentcast.agents.values import Pieces
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,14 +24,14 @@ from typing import Any
 
 import dspy
 
-from agents.observations import contained, observed, showable
-from agents.streaming.dspy_calls import call_in_thread, can_be_awaited
-from agents.threads import unblocking
+from agentcast.agents.observations import contained, observed, showable
+from agentcast.agents.streaming.dspy_calls import call_in_thread, can_be_awaited
+from agentcast.agents.threads import unblocking
 
 RUN_SETTING = "agentcast_run"
 """Key of the innermost bridge in DSPy's settings, which DSPy also carries into the threads of `dspy.Parallel`."""
 EMITTER_SETTING = "agentcast_emitter"
-"""Key in DSPy's settings of the emitter that tools use (`agents.current`)."""
+"""Key in DSPy's settings of the emitter that tools use (`agentcast.agents.current`)."""
 MODELS_SETTING = "agentcast_models"
 """Key in DSPy's settings of a function from an LM to the one that a predictor calls in its place."""
 

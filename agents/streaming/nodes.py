@@ -13,9 +13,9 @@ from uuid import uuid4
 
 from dspy.utils.callback import ACTIVE_CALL_ID
 
-from agents.events import MessageRetracted, NodeEnd, NodeStart, StepLimit, ValidationFailed
-from agents.streaming.bridge import innermost
-from agents.streaming.run import Run
+from agentcast.agents.events import MessageRetracted, NodeEnd, NodeStart, StepLimit, ValidationFailed
+from agentcast.agents.streaming.bridge import innermost
+from agentcast.agents.streaming.run import Run
 
 
 class NodeSpan:

@@ -28,7 +28,7 @@ import dspy
 from anyio._core import _eventloop
 from anyio.lowlevel import EventLoopToken
 
-from agents.streaming.sink import Sink
+from agentcast.agents.streaming.sink import Sink
 
 TESTED = "3.4."
 """What the versions of DSPy start with that this was tested with."""

@@ -1,8 +1,9 @@
 """One run of a program, awaited: its typed events go to an emitter.
 
-The caller drives `run_program` with `agents.gate.drive`, which holds it and its child tasks back while the emitter is
-congested (G5). LM chunks are awaited into the emitter, which is how back-pressure reaches the LM stream. A synchronous
-program has a thread of its own and is stopped by its next callback (G6). How events travel is not known here.
+The caller drives `run_program` with `agentcast.agents.gate.drive`, which holds it and its child tasks back while the
+emitter is congested (G5). LM chunks are awaited into the emitter, which is how back-pressure reaches the LM stream. A
+synchronous program has a thread of its own and is stopped by its next callback (G6). How events travel is not known
+here.
 """
 
 import functools
@@ -13,13 +14,13 @@ from typing import Any
 import anyio
 import dspy
 
-from agents.base import Emitter
-from agents.events import Usage
-from agents.streaming.bridge import innermost
-from agents.streaming.dspy_calls import call_in_thread, is_async
-from agents.streaming.methods import EMITTER_SETTING
-from agents.streaming.run import Run
-from agents.streaming.usage import Meter
+from agentcast.agents.base import Emitter
+from agentcast.agents.events import Usage
+from agentcast.agents.streaming.bridge import innermost
+from agentcast.agents.streaming.dspy_calls import call_in_thread, is_async
+from agentcast.agents.streaming.methods import EMITTER_SETTING
+from agentcast.agents.streaming.run import Run
+from agentcast.agents.streaming.usage import Meter
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from dspy.clients.engines.streaming import EngineChunk
 from dspy.streaming.messages import StatusMessage, StatusMessageProvider, StatusStreamingCallback
 from dspy.utils.callback import ACTIVE_CALL_ID
 
-from agents.streaming.bridge import Bridge
-from agents.streaming.dspy_calls import can_stream, decides
-from agents.streaming.listening import Expected, HeardCall, Listening
+from agentcast.agents.streaming.bridge import Bridge
+from agentcast.agents.streaming.dspy_calls import can_stream, decides
+from agentcast.agents.streaming.listening import Expected, HeardCall, Listening
 
 FINISH = "finish"
 COMPLETED = "Completed."

@@ -16,8 +16,8 @@ from dspy.adapters.types.base_type import Type as CustomType
 from dspy.utils.callback import ACTIVE_CALL_ID
 from dspy.utils.exceptions import AdapterParseError, LMError
 
-from agents.base import Emitter, public_message
-from agents.events import (
+from agentcast.agents.base import Emitter, public_message
+from agentcast.agents.events import (
     AgentEvent,
     Failure,
     LmEnd,
@@ -30,12 +30,12 @@ from agents.events import (
     ToolStart,
     Usage,
 )
-from agents.failures import failure_of, is_failure
-from agents.fields import Messages
-from agents.observations import holds_types
-from agents.streaming.bridge import Bridge
-from agents.streaming.dspy_calls import can_stream, decides
-from agents.streaming.usage import Meter
+from agentcast.agents.failures import failure_of, is_failure
+from agentcast.agents.fields import Messages
+from agentcast.agents.observations import holds_types
+from agentcast.agents.streaming.bridge import Bridge
+from agentcast.agents.streaming.dspy_calls import can_stream, decides
+from agentcast.agents.streaming.usage import Meter
 
 
 @dataclass(slots=True, eq=False)

@@ -20,9 +20,9 @@ from typing import Any, Generic, Self, TypeVar
 
 import anyio
 
-from agents.base import Stopped
-from agents.channel import HARD_CAP, Channel
-from agents.execution import Execution
+from agentcast.agents.base import Stopped
+from agentcast.agents.channel import HARD_CAP, Channel
+from agentcast.agents.execution import Execution
 
 GRACE = 2.0
 """Seconds that a stopped program gets to end, before it is left behind."""

@@ -5,11 +5,11 @@ import weakref
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from agents.contract import Contract, SchemaError, module_contract, read_inputs, signature_of
-from agents.events import AgentEvent
-from agents.streaming.dspy_calls import is_async
-from agents.streaming.program import Outcome, run_program
-from agents.streaming.stream import Stream
+from agentcast.agents.contract import Contract, SchemaError, module_contract, read_inputs, signature_of
+from agentcast.agents.events import AgentEvent
+from agentcast.agents.streaming.dspy_calls import is_async
+from agentcast.agents.streaming.program import Outcome, run_program
+from agentcast.agents.streaming.stream import Stream
 
 
 class EventStream(Stream[AgentEvent]):

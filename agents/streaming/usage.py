@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from dspy.utils.usage_tracker import UsageTracker
 
-from agents.events import Usage
+from agentcast.agents.events import Usage
 
 
 class Metered(Protocol):

@@ -5,11 +5,11 @@
     async for event in program.astream(topic="…"): …     # dicts, step by step
 
 A program is shared by all its runs and holds nothing of them (G8). What is in a graph, and the rules by which it runs,
-are `agents.graph`'s; here is what does the work: language models that correct themselves, tools, functions, modules.
-It must not be known here what an agent or a registry is.
+are `agentcast.agents.graph`'s; here is what does the work: language models that correct themselves, tools, functions,
+modules. It must not be known here what an agent or a registry is.
 """
 
-from agents.transpiler.program import AgentTranspiler, Program
-from agents.transpiler.streaming import ProgramStream
+from agentcast.agents.transpiler.program import AgentTranspiler, Program
+from agentcast.agents.transpiler.streaming import ProgramStream
 
 __all__ = ["AgentTranspiler", "Program", "ProgramStream"]

@@ -10,15 +10,15 @@ from dspy.utils.exceptions import AdapterParseError
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
-from agents.fields.base import is_text
-from agents.graph import StatefulNode
-from agents.graph.detaching import detached
-from agents.react import react_agent
-from agents.streaming import is_async
-from agents.streaming.dspy_calls import call_in_thread
-from agents.threads import unblocking
-from agents.transpiler.attempts import Ask, Rejected, answer_text
-from agents.transpiler.signatures import PREVIOUS_ANSWER, PROBLEMS, aliases, correcting, signature_of
+from agentcast.agents.fields.base import is_text
+from agentcast.agents.graph import StatefulNode
+from agentcast.agents.graph.detaching import detached
+from agentcast.agents.react import react_agent
+from agentcast.agents.streaming import is_async
+from agentcast.agents.streaming.dspy_calls import call_in_thread
+from agentcast.agents.threads import unblocking
+from agentcast.agents.transpiler.attempts import Ask, Rejected, answer_text
+from agentcast.agents.transpiler.signatures import PREVIOUS_ANSWER, PROBLEMS, aliases, correcting, signature_of
 
 T = TypeVar("T")
 

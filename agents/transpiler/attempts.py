@@ -11,12 +11,12 @@ import dspy
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from agents.base import public_message, redact
-from agents.graph import StatefulNode
-from agents.graph.errors import OutputError
-from agents.streaming import NodeSpan
-from agents.transpiler.signatures import PREVIOUS_ANSWER, PROBLEMS
-from agents.values import cut_text, plain
+from agentcast.agents.base import public_message, redact
+from agentcast.agents.graph import StatefulNode
+from agentcast.agents.graph.errors import OutputError
+from agentcast.agents.streaming import NodeSpan
+from agentcast.agents.transpiler.signatures import PREVIOUS_ANSWER, PROBLEMS
+from agentcast.agents.values import cut_text, plain
 
 ErrorFormatter = Callable[[ValidationError], str]
 """Says what is wrong with an output, for people and for the language model."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from agents.graph import Graph, GraphError, Reducer, StatefulNode
-from agents.graph.checking import problems, program_inputs, reducers
-from agents.graph.shape import Shape
-from agents.transpiler.attempts import ErrorFormatter
+from agentcast.agents.graph import Graph, GraphError, Reducer, StatefulNode
+from agentcast.agents.graph.checking import problems, program_inputs, reducers
+from agentcast.agents.graph.shape import Shape
+from agentcast.agents.transpiler.attempts import ErrorFormatter
 
 
 @dataclass(frozen=True)

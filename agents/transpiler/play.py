@@ -9,10 +9,10 @@ import anyio
 import dspy
 from pydantic import BaseModel, ValidationError
 
-from agents.base import public_message
-from agents.graph.building import Route, StatefulNode
-from agents.graph.detaching import detached
-from agents.graph.errors import (
+from agentcast.agents.base import public_message
+from agentcast.agents.graph.building import Route, StatefulNode
+from agentcast.agents.graph.detaching import detached
+from agentcast.agents.graph.errors import (
     InputError,
     NodeCancelled,
     NodeTimeout,
@@ -22,14 +22,14 @@ from agents.graph.errors import (
     carry,
     limit_text,
 )
-from agents.graph.flow import Flow, Step
-from agents.graph.state import State, View
-from agents.streaming import NodeSpan, node_span, replace_methods, tell_step_limit
-from agents.threads import unblocking
-from agents.transpiler.asking import asker, parts_of, retries_of
-from agents.transpiler.attempts import settle
-from agents.transpiler.plan import Plan
-from agents.values import cut_text, plain
+from agentcast.agents.graph.flow import Flow, Step
+from agentcast.agents.graph.state import State, View
+from agentcast.agents.streaming import NodeSpan, node_span, replace_methods, tell_step_limit
+from agentcast.agents.threads import unblocking
+from agentcast.agents.transpiler.asking import asker, parts_of, retries_of
+from agentcast.agents.transpiler.attempts import settle
+from agentcast.agents.transpiler.plan import Plan
+from agentcast.agents.values import cut_text, plain
 
 
 class Play:

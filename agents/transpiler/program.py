@@ -9,15 +9,15 @@ from typing import Any, Generic, Self, TypeVar, overload
 import dspy
 from pydantic import BaseModel
 
-from agents.graph import Graph
-from agents.graph.checking import is_sound
-from agents.graph.drawing import described, mermaid
-from agents.streaming.bridge import innermost
-from agents.transpiler.asking import module_of
-from agents.transpiler.attempts import ErrorFormatter, default_formatter
-from agents.transpiler.plan import Plan, plan_of
-from agents.transpiler.play import Play
-from agents.transpiler.streaming import ProgramStream, stream_program
+from agentcast.agents.graph import Graph
+from agentcast.agents.graph.checking import is_sound
+from agentcast.agents.graph.drawing import described, mermaid
+from agentcast.agents.streaming.bridge import innermost
+from agentcast.agents.transpiler.asking import module_of
+from agentcast.agents.transpiler.attempts import ErrorFormatter, default_formatter
+from agentcast.agents.transpiler.plan import Plan, plan_of
+from agentcast.agents.transpiler.play import Play
+from agentcast.agents.transpiler.streaming import ProgramStream, stream_program
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -41,7 +41,7 @@ class Program(dspy.Module, Generic[T]):  # type: ignore[misc]  # dspy is untyped
 
         :raises ValueError: an input is missing or wrong (`pydantic.ValidationError`), or there is none of that name.
         :raises Exception: what a node raised, as it is, with the attribute `node`; `OutputError` if its output stayed
-            wrong, `StepLimitError`, `NodeTimeout` and others of `agents.graph.errors`.
+            wrong, `StepLimitError`, `NodeTimeout` and others of `agentcast.agents.graph.errors`.
         """
         callers = dspy.settings.caller_modules or [None]
         if callers[-1] is not self:  # called by its own name: take the way that callbacks and usage tracking are on

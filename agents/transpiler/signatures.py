@@ -5,7 +5,7 @@ from typing import Any
 import dspy
 from pydantic.fields import FieldInfo
 
-from agents.graph import StatefulNode
+from agentcast.agents.graph import StatefulNode
 
 PREVIOUS_ANSWER = "previous_answer"
 PROBLEMS = "problems"

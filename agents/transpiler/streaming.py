@@ -4,8 +4,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
-from agents.failures import failure_of
-from agents.streaming import Stream, run_program
+from agentcast.agents.failures import failure_of
+from agentcast.agents.streaming import Stream, run_program
 
 T = TypeVar("T")
 

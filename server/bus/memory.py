@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 from anyio.abc import TaskStatus
 
-from server.bus.base import (
+from agentcast.server.bus.base import (
     ACTIVE,
     FEED_LENGTH,
     KEY_TTL,
@@ -42,7 +42,7 @@ from server.bus.base import (
     check_append,
     new_epoch,
 )
-from server.errors import Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
+from agentcast.server.errors import Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
 
 MAX_ENDED = 1_000
 MAX_ENDED_BYTES = 256 * 1024 * 1024

@@ -5,9 +5,9 @@ from dataclasses import replace
 import orjson
 from anyio.lowlevel import checkpoint
 
-from server.bus.base import Bus, RunInfo, Snapshot
-from server.errors import NotFound, Unavailable
-from server.state import RunState
+from agentcast.server.bus.base import Bus, RunInfo, Snapshot
+from agentcast.server.errors import NotFound, Unavailable
+from agentcast.server.state import RunState
 
 _ATTEMPTS = 3
 

@@ -5,7 +5,7 @@ from playwright.async_api import Browser, expect
 from tests.browser.test_page import open_page
 from tests.support.process import serve
 
-DEMO = "agents.demo:registry"
+DEMO = "agentcast.agents.demo:registry"
 TICKET = "The export fails for all users, an outage, and so on and on. " * 3 + "Answer within 48 hours."
 
 OVERLAPPING = """(svg) => {

@@ -6,8 +6,8 @@ import dspy
 import pytest
 from playwright.async_api import Browser
 
-from agents.base import Emitter
-from agents.registry import Registry
+from agentcast.agents.base import Emitter
+from agentcast.agents.registry import Registry
 from tests.browser.test_page import open_page
 from tests.support.hub import open_hub
 

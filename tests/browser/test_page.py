@@ -11,12 +11,12 @@ import pytest
 from playwright.async_api import Browser, Page, expect
 from pydantic import BaseModel, Field
 
-from agents import END, AgentTranspiler
-from agents.base import Emitter
-from agents.events import MessageEnd, MessageStart, Status, Token, ToolEnd, ToolStart
-from agents.registry import Registry
-from server.bus.redis import RedisBus
-from server.state import RunState
+from agentcast.agents import END, AgentTranspiler
+from agentcast.agents.base import Emitter
+from agentcast.agents.events import MessageEnd, MessageStart, Status, Token, ToolEnd, ToolStart
+from agentcast.agents.registry import Registry
+from agentcast.server.bus.redis import RedisBus
+from agentcast.server.state import RunState
 from tests.support.agents import Anything, FunctionAgent, agent
 from tests.support.graphs import Empty, Topic, graph_of, node
 from tests.support.hub import RunningHub, open_hub

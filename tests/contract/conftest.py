@@ -7,9 +7,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import anyio
 import pytest
 
-from server.bus.base import FEED_LENGTH, LOG_BYTES, LOG_EVENTS, Bus, new_epoch
-from server.bus.memory import MemoryBus
-from server.bus.redis import RedisBus
+from agentcast.server.bus.base import FEED_LENGTH, LOG_BYTES, LOG_EVENTS, Bus, new_epoch
+from agentcast.server.bus.memory import MemoryBus
+from agentcast.server.bus.redis import RedisBus
 from tests.contract.support import PATIENCE
 from tests.support.redis import Redis, running_redis
 

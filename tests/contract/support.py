@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 import anyio
 
-from server.bus.base import (
+from agentcast.server.bus.base import (
     Announcement,
     Bus,
     Created,

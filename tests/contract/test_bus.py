@@ -1,4 +1,4 @@
-"""The bus contract: every sentence of `server.bus.base`, for any bus.
+"""The bus contract: every sentence of `agentcast.server.bus.base`, for any bus.
 
 Nothing here relies on a bus being in memory or synchronous: what it delivers is awaited, and that it delivers nothing
 more is only asserted after something later has arrived by the same way.
@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 
-from server.bus.base import (
+from agentcast.server.bus.base import (
     ACTIVE,
     APPEND_BYTES,
     PAGE_BYTES,
@@ -23,7 +23,7 @@ from server.bus.base import (
     first_part,
     new_run_id,
 )
-from server.errors import AlreadyFinished, Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
+from agentcast.server.errors import AlreadyFinished, Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
 from tests.contract.conftest import MakeBus
 from tests.contract.support import PATIENCE, Heard, Log, Mail, frames, new_run
 

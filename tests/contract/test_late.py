@@ -8,10 +8,10 @@ import anyio.lowlevel
 import orjson
 import pytest
 
-from server.bus.base import Bus
-from server.hub import Hub
-from server.outbox import Outbox
-from server.protocol import Position, To
+from agentcast.server.bus.base import Bus
+from agentcast.server.hub import Hub
+from agentcast.server.outbox import Outbox
+from agentcast.server.protocol import Position, To
 from tests.contract.support import Log, Mail
 
 

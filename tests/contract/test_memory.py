@@ -4,10 +4,10 @@ import time
 
 import pytest
 
-from server.bus import memory
-from server.bus.base import KEY_TTL, Filter
-from server.bus.memory import MemoryBus
-from server.errors import NotFound
+from agentcast.server.bus import memory
+from agentcast.server.bus.base import KEY_TTL, Filter
+from agentcast.server.bus.memory import MemoryBus
+from agentcast.server.errors import NotFound
 from tests.contract.support import Log, Mail, new_run
 
 

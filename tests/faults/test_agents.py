@@ -11,8 +11,8 @@ import anyio.lowlevel
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from agents.base import Emitter, Stopped, ToolError
-from agents.events import MessageStart, NodeStart, Status, Token, ToolEnd, ToolStart
+from agentcast.agents.base import Emitter, Stopped, ToolError
+from agentcast.agents.events import MessageStart, NodeStart, Status, Token, ToolEnd, ToolStart
 from tests.support.agents import Anything, FunctionAgent, agent
 from tests.support.client import View
 from tests.support.hub import open_hub
@@ -425,8 +425,8 @@ async def test_an_agent_that_cancels_itself_fails() -> None:
 
 DEAF = """
 import anyio
-from agents.channel import Channel
-from agents.execution import Execution
+from agentcast.agents.channel import Channel
+from agentcast.agents.execution import Execution
 
 async def deaf():
     while True:

@@ -12,10 +12,10 @@ import pytest
 from pydantic import BaseModel
 from websockets.asyncio.client import connect
 
-from agents.base import Emitter
-from agents.events import MessageEnd, MessageStart, Status, Token
-from server.endpoint import Connection
-from server.outbox import QUEUE_BYTES, QUEUE_FRAMES
+from agentcast.agents.base import Emitter
+from agentcast.agents.events import MessageEnd, MessageStart, Status, Token
+from agentcast.server.endpoint import Connection
+from agentcast.server.outbox import QUEUE_BYTES, QUEUE_FRAMES
 from tests.support.agents import Anything, agent
 from tests.support.client import Client
 from tests.support.hub import RunningHub, open_hub

@@ -1,8 +1,8 @@
 """What ended runs take is bounded, and who still wanted one that was forgotten is told (G2)."""
 
-from agents.base import Emitter
-from agents.events import Status
-from server.bus.memory import MemoryBus
+from agentcast.agents.base import Emitter
+from agentcast.agents.events import Status
+from agentcast.server.bus.memory import MemoryBus
 from tests.support.agents import Anything, agent
 from tests.support.hub import open_hub
 

@@ -10,14 +10,14 @@ from typing import Any
 import anyio
 import pytest
 
-from agents.base import ToolError
-from agents.events import AgentEvent, ToolEnd, ToolProgress
-from agents.mcp import McpServer, connection, mcp_server, running, stdio
-from agents.mcp import server as server_module
-from agents.mcp.calls import PROGRESS_BYTES, WAITING_PROGRESS, Call
-from agents.react import react_agent
-from agents.registry import Registry
-from agents.values import VALUE_BYTES, text_bytes
+from agentcast.agents.base import ToolError
+from agentcast.agents.events import AgentEvent, ToolEnd, ToolProgress
+from agentcast.agents.mcp import McpServer, connection, mcp_server, running, stdio
+from agentcast.agents.mcp import server as server_module
+from agentcast.agents.mcp.calls import PROGRESS_BYTES, WAITING_PROGRESS, Call
+from agentcast.agents.react import react_agent
+from agentcast.agents.registry import Registry
+from agentcast.agents.values import VALUE_BYTES, text_bytes
 from tests.support.hub import open_hub
 from tests.support.log import Log
 from tests.support.mcp import FAULTY, PATIENCE, Played, failing_at_first, faulty, faulty_http, legacy_http, play, until

@@ -9,11 +9,11 @@ import pytest
 from mcp.server.mcpserver import Context, MCPServer
 from mcp_types import CallToolResult
 
-from agents.base import ToolError
-from agents.events import ToolProgress
-from agents.mcp import McpServer, mcp_server, running
-from agents.react import react_agent
-from agents.values import text_bytes
+from agentcast.agents.base import ToolError
+from agentcast.agents.events import ToolProgress
+from agentcast.agents.mcp import McpServer, mcp_server, running
+from agentcast.agents.react import react_agent
+from agentcast.agents.values import text_bytes
 from tests.support.mcp import PATIENCE, play, raw
 
 TRANSPORTS = pytest.mark.parametrize("kind", ["stdio", "http", "sse"])
@@ -295,7 +295,7 @@ async def test_large_answer_is_cut_whatever_it_is(kind: str, tmp_path: Path):
 async def test_odd_handshake_is_taken(
     kind: str, results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("agents.mcp.connection.PING_EVERY", 0.01)
+    monkeypatch.setattr("agentcast.agents.mcp.connection.PING_EVERY", 0.01)
     async with raw(kind, tmp_path / "script", results=results, tools=[{"name": "a", "inputSchema": {}}]) as server:
         assert server.status.reason is None
         assert await server.call("echo", {}) == "{}"

@@ -15,10 +15,10 @@ import dspy
 import pytest
 from dspy.utils.exceptions import LMTransportError
 
-from agents.llm import Model, Retrying, close_connections
-from agents.llm.model import RETRYING_SETTING
-from agents.registry import Registry
-from agents.streaming import streamify
+from agentcast.agents.llm import Model, Retrying, close_connections
+from agentcast.agents.llm.model import RETRYING_SETTING
+from agentcast.agents.registry import Registry
+from agentcast.agents.streaming import streamify
 from tests.support.client import Client, View
 from tests.support.hub import RunningHub, open_hub
 from tests.support.lms import chat

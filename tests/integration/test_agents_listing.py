@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from agents.base import AgentSpec, Emitter
+from agentcast.agents.base import AgentSpec, Emitter
 from tests.support.agents import Anything, FunctionAgent, agent
 from tests.support.hub import open_hub
 

@@ -20,8 +20,8 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
-from agents.base import Emitter
-from agents.events import MessageEnd, MessageStart, Status, Token
+from agentcast.agents.base import Emitter
+from agentcast.agents.events import MessageEnd, MessageStart, Status, Token
 from tests.support.agents import agent
 from tests.support.forking import open_agentcast, run_agentcast
 from tests.support.hub import RunningHub, open_hub

@@ -4,7 +4,7 @@ from typing import Any
 
 import dspy
 
-from agents.registry import Registry
+from agentcast.agents.registry import Registry
 from tests.support.hub import open_hub
 from tests.support.lms import chat, lm_of
 from tests.support.log import Log

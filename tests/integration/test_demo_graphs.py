@@ -12,7 +12,7 @@ from tests.support.lms import chat
 from tests.support.openai import Say, provider
 from tests.support.process import serve
 
-DEMO = "agents.demo:registry"
+DEMO = "agentcast.agents.demo:registry"
 TICKET = (
     "Hello, since 3 November 2026 the CSV export fails with error 500 in our production account, and all our users are "
     "blocked because they cannot send their monthly reports to the tax office. We expect a fix in 48 hours. Ada"

@@ -53,7 +53,7 @@ async def test_the_demo_is_well_without_any_settings() -> None:
         ["✓", "mcp"],
         ["✓", "port"],
     ]
-    assert "agents.demo:registry: researcher, librarian, report, swarm, triage" in lines[0]
+    assert "agentcast.agents.demo:registry: researcher, librarian, report, swarm, triage" in lines[0]
     assert "offline (the default) answered" in lines[1]
 
 

@@ -6,9 +6,9 @@ import anyio
 import pytest
 from pydantic import BaseModel, Field
 
-from agents import END, AgentTranspiler
-from agents.base import Agent
-from agents.registry import Registry, RegistryError
+from agentcast.agents import END, AgentTranspiler
+from agentcast.agents.base import Agent
+from agentcast.agents.registry import Registry, RegistryError
 from tests.support.graphs import Empty, Text, Topic, graph_of, node, program_of
 from tests.support.hub import open_hub
 from tests.support.lms import chat, lm_of, pieces

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from agents.base import Emitter
-from agents.events import Status
+from agentcast.agents.base import Emitter
+from agentcast.agents.events import Status
 from tests.support.agents import Anything, agent
 from tests.support.hub import RunningHub, open_hub
 from tests.support.raw import exchange

@@ -15,12 +15,12 @@ import pytest
 from mcp.server.mcpserver import Context, MCPServer
 from pydantic import BaseModel
 
-from agents import END, AgentTranspiler, Graph, StatefulNode
-from agents.events import ToolEnd, ToolProgress, ToolStart
-from agents.mcp import McpServer, McpUnavailable, check, mcp_server, running
-from agents.mcp import server as server_module
-from agents.react import react_agent, servers_of
-from agents.registry import Registry
+from agentcast.agents import END, AgentTranspiler, Graph, StatefulNode
+from agentcast.agents.events import ToolEnd, ToolProgress, ToolStart
+from agentcast.agents.mcp import McpServer, McpUnavailable, check, mcp_server, running
+from agentcast.agents.mcp import server as server_module
+from agentcast.agents.react import react_agent, servers_of
+from agentcast.agents.registry import Registry
 from tests.support.forking import run_agentcast
 from tests.support.hub import open_hub
 from tests.support.lms import chat, lm_of
@@ -132,7 +132,7 @@ async def test_new_tools_are_there_for_the_next_run(kind: str):
 
 
 async def test_server_of_an_older_protocol_works_and_tells_of_new_tools(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("agents.mcp.connection.PING_EVERY", 0.05)  # it is asked, and answers, all the while
+    monkeypatch.setattr("agentcast.agents.mcp.connection.PING_EVERY", 0.05)  # it is asked, and answers, all the while
     server = mcp_server("legacy", command=sys.executable, args=["-P", LEGACY])
     async with running(server):
         with anyio.fail_after(PATIENCE):
@@ -410,7 +410,7 @@ async def test_command_line_says_why_an_agent_is_unavailable(tmp_path: Path):
 
 
 async def test_librarian_answers_through_its_server():
-    async with serve(agents="agents.demo:registry", offline_delay="0") as hub, hub.client() as client:
+    async with serve(agents="agentcast.agents.demo:registry", offline_delay="0") as hub, hub.client() as client:
         with anyio.fail_after(PATIENCE):
             run = await client.start("librarian", {"question": "What happens to a slow client?"})
             looked_up = (await client.view(run)).events

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agents.mcp import McpServer, load_servers
-from agents.mcp.server import named_server
+from agentcast.agents.mcp import McpServer, load_servers
+from agentcast.agents.mcp.server import named_server
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "mcp.md").read_text()

@@ -9,9 +9,9 @@ import pytest
 from mcp.server import Server
 from mcp_types import CallToolResult, ListToolsResult, TextContent, Tool
 
-from agents.mcp import mcp_server, running
-from agents.mcp.server import MAX_PROBLEMS
-from agents.react import react_agent
+from agentcast.agents.mcp import mcp_server, running
+from agentcast.agents.mcp.server import MAX_PROBLEMS
+from agentcast.agents.react import react_agent
 from tests.support.log import Log
 from tests.support.mcp import PATIENCE, Move, play, raw, until
 

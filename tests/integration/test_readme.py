@@ -318,7 +318,7 @@ def test_mcp_servers_are_used(folder: Path):
 def test_librarian_and_the_servers_of_a_file(folder: Path):
     run = next(word for word in re.findall(r"`agentcast (run librarian [^`]+)`", README))
     command = next(word for word in re.findall(r"`(agentcast serve --mcp-config [^`]+)`", README))
-    module = ["-m", "agents.demo.librarian_server"]
+    module = ["-m", "agentcast.agents.demo.librarian_server"]
     servers = {"texts": {"command": sys.executable, "args": module}}
     (folder / shlex.split(command)[-1]).write_text(json.dumps({"mcpServers": servers}))
     for url, banner in serve(folder, command):

@@ -12,8 +12,8 @@ import httpx
 import pytest
 from anyio.abc import ByteStream, SocketAttribute
 
-from server.bus.redis import check
-from server.errors import BusError
+from agentcast.server.bus.redis import check
+from agentcast.server.errors import BusError
 from tests.support.log import Log
 from tests.support.process import refused, serve
 from tests.support.redis import PATIENCE, free_port, running_redis

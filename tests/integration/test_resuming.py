@@ -8,8 +8,8 @@ import anyio
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from agents.base import Emitter, ToolError
-from agents.events import Custom, StatePatch
+from agentcast.agents.base import Emitter, ToolError
+from agentcast.agents.events import Custom, StatePatch
 from tests.support.agents import agent
 from tests.support.client import FULL_ONLY, Client, Memory, View
 from tests.support.hub import RunningHub, open_hub

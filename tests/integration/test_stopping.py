@@ -2,8 +2,8 @@
 
 import anyio
 
-from agents.base import Emitter
-from agents.events import Status
+from agentcast.agents.base import Emitter
+from agentcast.agents.events import Status
 from tests.support.agents import Anything, agent
 from tests.support.hub import open_hub
 from tests.support.raw import deaf

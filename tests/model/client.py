@@ -9,9 +9,9 @@ from typing import Any
 
 import orjson
 
-from agents.events import FULL_ONLY_EVENTS, TERMINAL_EVENTS
-from server.bus.base import ACTIVE
-from server.state import RunState
+from agentcast.agents.events import FULL_ONLY_EVENTS, TERMINAL_EVENTS
+from agentcast.server.bus.base import ACTIVE
+from agentcast.server.state import RunState
 from tests.model.world import Connection, Run, World
 
 Document = dict[str, Any]

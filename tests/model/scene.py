@@ -9,9 +9,9 @@ import orjson
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
-from server.bus.base import Created
-from server.hub import Hub
-from server.protocol import Start
+from agentcast.server.bus.base import Created
+from agentcast.server.hub import Hub
+from agentcast.server.protocol import Start
 from tests.model.world import Connection, Run
 from tests.support.buses import HeldBus
 

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-import server.bus.memory
-import server.hub
-import server.outbox
+import agentcast.server.bus.memory
+import agentcast.server.hub
+import agentcast.server.outbox
 from tests.model.client import Client, Line
 from tests.model.world import Run, World
 
@@ -51,10 +51,10 @@ class Hub(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(server.hub, "MAX_DISTANCE", MAX_DISTANCE)
-        self.patch.setattr(server.hub, "_jitter", lambda: 0.0)
-        self.patch.setattr(server.outbox, "TAKE_BYTES", 1)  # one frame at a time
-        self.patch.setattr(server.bus.memory, "PAGE_EVENTS", PAGE_EVENTS)
+        self.patch.setattr(agentcast.server.hub, "MAX_DISTANCE", MAX_DISTANCE)
+        self.patch.setattr(agentcast.server.hub, "_jitter", lambda: 0.0)
+        self.patch.setattr(agentcast.server.outbox, "TAKE_BYTES", 1)  # one frame at a time
+        self.patch.setattr(agentcast.server.bus.memory, "PAGE_EVENTS", PAGE_EVENTS)
 
     @initialize(
         seed=st.integers(min_value=0, max_value=2**32),

@@ -6,7 +6,7 @@ from typing import Any
 import anyio
 import pytest
 
-from server.bus.base import RunInfo
+from agentcast.server.bus.base import RunInfo
 from tests.model.scene import Scene, brief, playing
 from tests.model.world import Run
 

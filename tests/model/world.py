@@ -11,8 +11,8 @@ import orjson
 from anyio.abc import TaskGroup, TaskStatus
 from anyio.lowlevel import checkpoint
 
-from agents.events import FULL_ONLY_EVENTS, TERMINAL_EVENTS
-from server.bus.base import (
+from agentcast.agents.events import FULL_ONLY_EVENTS, TERMINAL_EVENTS
+from agentcast.server.bus.base import (
     ACTIVE,
     Announce,
     Announcement,
@@ -29,14 +29,14 @@ from server.bus.base import (
     Status,
     Subscription,
 )
-from server.bus.memory import MemoryBus
-from server.errors import Unavailable
-from server.hub import Hub
-from server.outbox import Outbox
-from server.protocol import Start, encode_event
-from server.runs import Runs
-from server.session import Session
-from server.state import RunState
+from agentcast.server.bus.memory import MemoryBus
+from agentcast.server.errors import Unavailable
+from agentcast.server.hub import Hub
+from agentcast.server.outbox import Outbox
+from agentcast.server.protocol import Start, encode_event
+from agentcast.server.runs import Runs
+from agentcast.server.session import Session
+from agentcast.server.state import RunState
 
 T = TypeVar("T")
 PRINCIPAL = "ann"
@@ -271,7 +271,7 @@ class Run:
 
 
 class Connection:
-    """What `server.endpoint` makes of a socket, without one."""
+    """What `agentcast.server.endpoint` makes of a socket, without one."""
 
     def __init__(self, hub: Hub, starter: object, queue_frames: int) -> None:
         self._hub = hub

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from agents.base import AgentSpec, Emitter, Task
+from agentcast.agents.base import AgentSpec, Emitter, Task
 
 Function = Callable[[Any, Emitter], Awaitable[Any]]
 

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import anyio
 
-from server.bus.base import (
+from agentcast.server.bus.base import (
     Announce,
     Announcement,
     Created,
@@ -17,7 +17,7 @@ from server.bus.base import (
     Snapshot,
     Subscription,
 )
-from server.bus.memory import MemoryBus
+from agentcast.server.bus.memory import MemoryBus
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from websockets.asyncio.client import connect as ws_connect
 from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
-from server.state import RunState
+from agentcast.server.state import RunState
 
 Frame = dict[str, Any]
 

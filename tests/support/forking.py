@@ -22,7 +22,9 @@ from anyio.abc import ByteReceiveStream, ByteSendStream, Process
 
 ROOT = Path(__file__).parents[2]
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["server.cli", "server.serving", "server.doctor", "agents.demo"])
+_context.set_forkserver_preload(
+    ["agentcast.server.cli", "agentcast.server.serving", "agentcast.server.doctor", "agentcast.agents.demo"]
+)
 
 
 @dataclass
@@ -63,7 +65,7 @@ def fork(
 
 def agentcast(*arguments: str) -> None:
     """What the command does."""
-    from server.cli import main
+    from agentcast.server.cli import main
 
     sys.argv = ["agentcast", *arguments]
     main()

@@ -10,7 +10,7 @@ import dspy
 from dspy.lm15 import Message, Request, Response
 from pydantic import BaseModel
 
-from agents import END, AgentTranspiler, Graph, StatefulNode
+from agentcast.agents import END, AgentTranspiler, Graph, StatefulNode
 from tests.support.lms import USAGE, chat
 
 

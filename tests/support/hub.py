@@ -10,12 +10,12 @@ import anyio
 import httpx
 import uvicorn
 
-from server.app import AgentCast
-from server.asgi import FrameProtocol
-from server.bus.base import Bus
-from server.bus.memory import MemoryBus
-from server.config import Settings
-from server.protocol import MESSAGE_BYTES
+from agentcast.server.app import AgentCast
+from agentcast.server.asgi import FrameProtocol
+from agentcast.server.bus.base import Bus
+from agentcast.server.bus.memory import MemoryBus
+from agentcast.server.config import Settings
+from agentcast.server.protocol import MESSAGE_BYTES
 from tests.support.agents import OFFLINE, FunctionAgent
 from tests.support.client import Client, connect
 

@@ -11,10 +11,10 @@ import anyio
 import dspy
 from anyio.streams.text import TextReceiveStream
 
-from agents.current import emitting
-from agents.events import AgentEvent
-from agents.mcp import McpServer, mcp_server, running
-from agents.streaming import run_program
+from agentcast.agents.current import emitting
+from agentcast.agents.events import AgentEvent
+from agentcast.agents.mcp import McpServer, mcp_server, running
+from agentcast.agents.streaming import run_program
 from tests.support.lms import chat, lm_of
 
 FAULTY = str(Path(__file__).with_name("mcp_faulty.py"))

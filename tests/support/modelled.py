@@ -5,7 +5,7 @@ from typing import Any
 
 import dspy
 
-from agents.registry import Registry
+from agentcast.agents.registry import Registry
 
 OWN = "anthropic/claude-sonnet-4-5"
 FIXED = "ollama/llama3.2"

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from agents.registry import Registry
-from server.rules import FeedReader
+from agentcast.agents.registry import Registry
+from agentcast.server.rules import FeedReader
 
 registry = Registry()
 

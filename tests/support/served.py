@@ -5,9 +5,9 @@ import threading
 
 import anyio
 
-from agents.base import Emitter
-from agents.events import MessageEnd, MessageStart, Status, Token
-from agents.registry import Registry
+from agentcast.agents.base import Emitter
+from agentcast.agents.events import MessageEnd, MessageStart, Status, Token
+from agentcast.agents.registry import Registry
 
 registry = Registry()
 

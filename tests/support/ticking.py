@@ -9,9 +9,9 @@ from pathlib import Path
 
 import anyio
 
-from agents.base import Emitter, Task
-from agents.events import StatePatch, Status
-from agents.registry import Registry
+from agentcast.agents.base import Emitter, Task
+from agentcast.agents.events import StatePatch, Status
+from agentcast.agents.registry import Registry
 
 registry = Registry()
 TICK = 0.02

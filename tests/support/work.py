@@ -5,8 +5,8 @@ import random
 import anyio
 from pydantic import BaseModel
 
-from agents.base import Emitter
-from agents.events import (
+from agentcast.agents.base import Emitter
+from agentcast.agents.events import (
     Failure,
     LmEnd,
     LmStart,

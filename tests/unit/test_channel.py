@@ -12,11 +12,11 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from agents import channel as channel_module
-from agents.base import Stopped
-from agents.channel import Channel
-from agents.events import AgentEvent, Status, Token
-from agents.gate import drive
+from agentcast.agents import channel as channel_module
+from agentcast.agents.base import Stopped
+from agentcast.agents.channel import Channel
+from agentcast.agents.events import AgentEvent, Status, Token
+from agentcast.agents.gate import drive
 
 pytestmark = pytest.mark.anyio
 
@@ -113,7 +113,9 @@ async def all_kinds(channel: Channel) -> None:
 
 
 async def test_events_of_all_kinds_of_producers_keep_their_order_and_none_is_lost(monkeypatch):
-    monkeypatch.setattr("agents.channel.LOOP_BLOCKED_AFTER", 15)  # a slow machine does not look like a blocked loop
+    monkeypatch.setattr(
+        "agentcast.agents.channel.LOOP_BLOCKED_AFTER", 15
+    )  # a slow machine does not look like a blocked loop
     channel = Channel()
     with anyio.fail_after(20):
         async with anyio.create_task_group() as group:

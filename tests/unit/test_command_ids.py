@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server import protocol
-from server.errors import BadRequest
-from server.protocol import Malformed, Ping, Start, parse_command
+from agentcast.server import protocol
+from agentcast.server.errors import BadRequest
+from agentcast.server.protocol import Malformed, Ping, Start, parse_command
 from tests.support.agents import agent
 from tests.support.hub import open_hub
 

@@ -8,13 +8,13 @@ import anyio
 import dspy
 import pytest
 
-from agents.base import Task, ToolError, Turn
-from agents.demo import registry
-from agents.demo.corpus import Corpus, corpus, passages, section
-from agents.demo.researcher import calculate, read, search
-from agents.events import AgentEvent, MessageEnd, Status, Token, ToolEnd, ToolStart
-from agents.offline import offline_lm
-from agents.registry import load
+from agentcast.agents.base import Task, ToolError, Turn
+from agentcast.agents.demo import registry
+from agentcast.agents.demo.corpus import Corpus, corpus, passages, section
+from agentcast.agents.demo.researcher import calculate, read, search
+from agentcast.agents.events import AgentEvent, MessageEnd, Status, Token, ToolEnd, ToolStart
+from agentcast.agents.offline import offline_lm
+from agentcast.agents.registry import load
 
 GUIDE = """\
 # Garden guide
@@ -162,7 +162,7 @@ async def test_missing_folder_is_a_clear_error_without_its_path(docs: Path, monk
 
 
 def test_it_loads_by_name_and_asks_for_a_question_only():
-    spec = load("agents.demo:registry")["researcher"].spec
+    spec = load("agentcast.agents.demo:registry")["researcher"].spec
     assert spec.input_model.model_json_schema()["required"] == ["question"]
     assert set(spec.input_model.model_fields) == {"question"}
     assert spec.description.startswith("Answer a question about a folder of texts")
@@ -245,7 +245,7 @@ def test_index_is_built_once_and_renewed_when_files_change(docs: Path, monkeypat
 def test_own_texts_are_there_without_any_setting(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("AGENTCAST_DOCS", raising=False)
     assert corpus().files()
-    monkeypatch.setattr("agents.demo.corpus._PROJECT", Path("/nowhere"))
+    monkeypatch.setattr("agentcast.agents.demo.corpus._PROJECT", Path("/nowhere"))
     shipped = corpus().files()
     assert shipped
     assert corpus().search("slow client", 1)

@@ -8,12 +8,12 @@ from typing import Any
 import dspy
 import pytest
 
-from agents.base import ToolError
-from agents.demo import registry
-from agents.demo.report import MAX_STEPS, Draft, Evidence, report, verify
-from agents.demo.triage import REPLY_WORDS, SUMMARY_WORDS, Category, Severity, triage
-from agents.offline import offline_lm
-from agents.offline.answering import NOTE
+from agentcast.agents.base import ToolError
+from agentcast.agents.demo import registry
+from agentcast.agents.demo.report import MAX_STEPS, Draft, Evidence, report, verify
+from agentcast.agents.demo.triage import REPLY_WORDS, SUMMARY_WORDS, Category, Severity, triage
+from agentcast.agents.offline import offline_lm
+from agentcast.agents.offline.answering import NOTE
 from tests.support.graphs import Script, events_of, of, told
 
 LONG = (

@@ -10,7 +10,7 @@ from dspy.utils.exceptions import AdapterParseError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from agents.fields import is_text, splitter_for
+from agentcast.agents.fields import is_text, splitter_for
 
 TEXT_FIELDS = {"reasoning": str, "answer": str}
 

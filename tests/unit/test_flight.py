@@ -3,7 +3,7 @@
 import anyio
 import pytest
 
-from server.flight import SingleFlight
+from agentcast.server.flight import SingleFlight
 
 
 class Work:

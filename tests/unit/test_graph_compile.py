@@ -7,7 +7,7 @@ import dspy
 import pytest
 from pydantic import BaseModel, RootModel, create_model
 
-from agents import END, AgentTranspiler, Graph, GraphError, Reducer, StatefulNode
+from agentcast.agents import END, AgentTranspiler, Graph, GraphError, Reducer, StatefulNode
 from tests.support.graphs import Empty, Text, Topic, graph_of, node
 
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from agents.graph import END, Graph, StatefulNode
-from agents.graph.flow import START, Flow, Step
-from agents.graph.shape import Shape
+from agentcast.agents.graph import END, Graph, StatefulNode
+from agentcast.agents.graph.flow import START, Flow, Step
+from agentcast.agents.graph.shape import Shape
 
 
 class Nothing(BaseModel):

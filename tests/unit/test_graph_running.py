@@ -17,8 +17,8 @@ import pytest
 from dspy.utils.exceptions import LMRateLimitError
 from pydantic import BaseModel, ValidationError
 
-from agents import END, AgentTranspiler, Graph, Program, Reducer, StatefulNode
-from agents.graph.errors import (
+from agentcast.agents import END, AgentTranspiler, Graph, Program, Reducer, StatefulNode
+from agentcast.agents.graph.errors import (
     ConflictError,
     InputError,
     NodeCancelled,
@@ -29,8 +29,8 @@ from agents.graph.errors import (
     StepError,
     StepLimitError,
 )
-from agents.registry import Registry
-from agents.streaming import streamify
+from agentcast.agents.registry import Registry
+from agentcast.agents.streaming import streamify
 from tests.support.graphs import Empty, Script, Text, Topic, events_of, graph_of, node, of, program_of, told
 from tests.support.lms import chat, lm_of
 
@@ -127,7 +127,7 @@ async def test_result_is_typed():
 TYPED = """
 from typing import Any, assert_type
 from pydantic import BaseModel
-from agents import AgentTranspiler, Graph
+from agentcast.agents import AgentTranspiler, Graph
 
 class Text(BaseModel):
     text: str

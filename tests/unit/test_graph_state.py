@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, PrivateAttr, RootModel
 
-from agents.graph import Reducer
-from agents.graph.detaching import detached
-from agents.graph.errors import ConflictError
-from agents.graph.flow import START, Step
-from agents.graph.state import State, View
+from agentcast.agents.graph import Reducer
+from agentcast.agents.graph.detaching import detached
+from agentcast.agents.graph.errors import ConflictError
+from agentcast.agents.graph.flow import START, Step
+from agentcast.agents.graph.state import State, View
 
 ADD = {"notes": Reducer(operator.add)}
 

@@ -8,12 +8,12 @@ import dspy
 import pytest
 from pydantic import BaseModel
 
-from agents import END, AgentTranspiler, Graph, StatefulNode
-from agents.base import Emitter, Task, Turn
-from agents.history import HISTORY_TURNS
-from agents.react import react_agent
-from agents.registry import Registry
-from agents.streaming import stream_events
+from agentcast.agents import END, AgentTranspiler, Graph, StatefulNode
+from agentcast.agents.base import Emitter, Task, Turn
+from agentcast.agents.history import HISTORY_TURNS
+from agentcast.agents.react import react_agent
+from agentcast.agents.registry import Registry
+from agentcast.agents.streaming import stream_events
 from tests.support.lms import chat
 from tests.unit.test_react import FINISH, Heard, Script, turn
 

@@ -16,13 +16,13 @@ import pytest
 from anyio.lowlevel import checkpoint
 from pydantic import BaseModel
 
-from agents import AgentTranspiler, Graph, StatefulNode
-from agents.base import Task
-from agents.llm import Model, Retrying, as_model, close_connections
-from agents.llm.model import RETRYING_SETTING
-from agents.llm.setup import configure
-from agents.registry import Registry, RegistryError
-from agents.streaming import stream_events, streamify
+from agentcast.agents import AgentTranspiler, Graph, StatefulNode
+from agentcast.agents.base import Task
+from agentcast.agents.llm import Model, Retrying, as_model, close_connections
+from agentcast.agents.llm.model import RETRYING_SETTING
+from agentcast.agents.llm.setup import configure
+from agentcast.agents.registry import Registry, RegistryError
+from agentcast.agents.streaming import stream_events, streamify
 from tests.support.lms import chat, lm_of, question_of
 
 
@@ -155,7 +155,7 @@ async def test_the_trace_of_a_run_in_a_run_becomes_part_of_it():
 
 def test_the_trace_of_the_process_keeps_nothing_and_is_a_list(monkeypatch: pytest.MonkeyPatch):
     given: dict[str, Any] = {}
-    monkeypatch.setattr("agents.llm.setup._configured", None)
+    monkeypatch.setattr("agentcast.agents.llm.setup._configured", None)
     monkeypatch.setattr(dspy, "configure", given.update)
     monkeypatch.setattr(dspy, "configure_cache", lambda **_: None)
     configure("offline")

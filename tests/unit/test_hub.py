@@ -4,11 +4,11 @@ import anyio
 import orjson
 import pytest
 
-from server.bus.base import Head
-from server.bus.memory import MemoryBus
-from server.hub import Hub
-from server.outbox import Outbox
-from server.protocol import Position, To
+from agentcast.server.bus.base import Head
+from agentcast.server.bus.memory import MemoryBus
+from agentcast.server.hub import Hub
+from agentcast.server.outbox import Outbox
+from agentcast.server.protocol import Position, To
 from tests.contract.support import Log
 
 
@@ -59,6 +59,6 @@ async def test_log_that_is_shorter_than_it_was_is_asked_again_after_a_pause(monk
     def pause() -> float:
         raise Paused
 
-    monkeypatch.setattr("server.hub._jitter", pause)
+    monkeypatch.setattr("agentcast.server.hub._jitter", pause)
     with anyio.fail_after(5), pytest.raises(Paused):
         await hub.catch_up(outbox)

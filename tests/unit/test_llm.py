@@ -9,7 +9,7 @@ from typing import Any
 QUIET = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "AGENTCAST_OFFLINE_DELAY": "0", "OPENAI_API_KEY": "unused-key"}
 PRELUDE = """
 import json, sys
-import agents.llm as llm
+import agentcast.agents.llm as llm
 def tell(**facts): print(json.dumps(facts))
 """
 

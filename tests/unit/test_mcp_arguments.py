@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mcp_types import Tool
 
-from agents.base import ToolError
-from agents.mcp.arguments import Arguments
-from agents.mcp.results import SCHEMA
-from agents.mcp.tools import McpTool, make_tools
-from agents.mcp.validation import ERROR_CHARS
-from agents.offline.prompt import parse
-from agents.react import GuardedTool
+from agentcast.agents.base import ToolError
+from agentcast.agents.mcp.arguments import Arguments
+from agentcast.agents.mcp.results import SCHEMA
+from agentcast.agents.mcp.tools import McpTool, make_tools
+from agentcast.agents.mcp.validation import ERROR_CHARS
+from agentcast.agents.offline.prompt import parse
+from agentcast.agents.react import GuardedTool
 
 TEXT = {"type": "string"}
 NODE = {"type": "object", "properties": {"name": TEXT, "next": {"$ref": "#/$defs/Node"}}, "required": ["name"]}
@@ -324,7 +324,7 @@ async def test_schema_that_would_take_forever_is_given_up_on(case: str):
 async def test_schema_is_compiled_once(monkeypatch: pytest.MonkeyPatch):
     tool = GuardedTool(await made(schema(properties={"a": TEXT})))
     compiled: list[Any] = []
-    monkeypatch.setattr("agents.mcp.arguments.validator_of", compiled.append)
+    monkeypatch.setattr("agentcast.agents.mcp.arguments.validator_of", compiled.append)
     monkeypatch.setattr("dspy.adapters.types.tool.validate", compiled.append)
     for _ in range(3):
         await tool.acall(a="x")

@@ -8,13 +8,13 @@ import dspy
 import pytest
 from mcp_types import Tool
 
-from agents import base
-from agents.base import AgentSpec, redact
-from agents.mcp import McpConfigError, load_servers, mcp_server
-from agents.mcp.sources import Http, Stdio
-from agents.mcp.tools import McpTool, make_tools, told_apart
-from agents.react import ReAct, react_agent, servers_of
-from agents.registry import Registry, RegistryError, add_assistant, servers_used
+from agentcast.agents import base
+from agentcast.agents.base import AgentSpec, redact
+from agentcast.agents.mcp import McpConfigError, load_servers, mcp_server
+from agentcast.agents.mcp.sources import Http, Stdio
+from agentcast.agents.mcp.tools import McpTool, make_tools, told_apart
+from agentcast.agents.react import ReAct, react_agent, servers_of
+from agentcast.agents.registry import Registry, RegistryError, add_assistant, servers_used
 
 
 @pytest.fixture(autouse=True)

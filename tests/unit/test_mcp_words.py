@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mcp_types import CallToolResult, ImageContent, TextContent
 
-from agents import base
-from agents.base import ToolError, keep_secret, redact
-from agents.mcp.oversize import HEAD_BYTES, TAIL_BYTES, Lines, Oversize, salvage
-from agents.mcp.words import clean_error, observation
-from agents.values import VALUE_BYTES, text_bytes
+from agentcast.agents import base
+from agentcast.agents.base import ToolError, keep_secret, redact
+from agentcast.agents.mcp.oversize import HEAD_BYTES, TAIL_BYTES, Lines, Oversize, salvage
+from agentcast.agents.mcp.words import clean_error, observation
+from agentcast.agents.values import VALUE_BYTES, text_bytes
 
 
 @pytest.fixture(autouse=True)

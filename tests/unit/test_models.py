@@ -23,8 +23,8 @@ from dspy.utils.exceptions import (
     LMUnsupportedModelError,
 )
 
-from agents.failures import failure_of
-from agents.llm import (
+from agentcast.agents.failures import failure_of
+from agentcast.agents.llm import (
     Model,
     ModelError,
     Retrying,
@@ -33,9 +33,9 @@ from agents.llm import (
     missing_key,
     takes_litellm,
 )
-from agents.llm.model import RETRYING_SETTING
-from agents.registry import Registry, RegistryError
-from agents.registry.hosting import FunctionAgent, ProgramAgent
+from agentcast.agents.llm.model import RETRYING_SETTING
+from agentcast.agents.registry import Registry, RegistryError
+from agentcast.agents.registry.hosting import FunctionAgent, ProgramAgent
 
 MODEL = "openai/gpt-5-mini"
 SERVER = LMServerError("no", model=MODEL, status=500)

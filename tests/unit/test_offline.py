@@ -11,13 +11,13 @@ import pytest
 from dspy.lm15 import Message, Request
 from pydantic import BaseModel
 
-from agents.arithmetic import evaluate, find_sums, show
-from agents.offline import AsyncOfflineEngine, OfflineEngine, offline_lm
-from agents.offline.answering import NOTE
-from agents.offline.engine import reply
-from agents.offline.evidence import found_nothing, passages, quotes, units
-from agents.offline.prompt import parse
-from agents.offline.splitting import split_question
+from agentcast.agents.arithmetic import evaluate, find_sums, show
+from agentcast.agents.offline import AsyncOfflineEngine, OfflineEngine, offline_lm
+from agentcast.agents.offline.answering import NOTE
+from agentcast.agents.offline.engine import reply
+from agentcast.agents.offline.evidence import found_nothing, passages, quotes, units
+from agentcast.agents.offline.prompt import parse
+from agentcast.agents.offline.splitting import split_question
 
 TOWER = "The tower is 330 m high. It stands in Paris, by the river. It was built in 1889 (not 1900)."
 
@@ -360,8 +360,8 @@ async def test_pace_is_about_the_delay_for_each_word_and_none_for_markers(monkey
     async def sleep(seconds: float) -> None:
         waits.append(seconds)
 
-    monkeypatch.setattr("agents.offline.engine.anyio.sleep", sleep)
-    monkeypatch.setattr("agents.offline.engine.time.sleep", waits.append)
+    monkeypatch.setattr("agentcast.agents.offline.engine.anyio.sleep", sleep)
+    monkeypatch.setattr("agentcast.agents.offline.engine.time.sleep", waits.append)
     monkeypatch.setenv("AGENTCAST_OFFLINE_DELAY", "0.1")
     words = [event async for event in AsyncOfflineEngine().stream(request())][1:-1]
     first, waits = waits, []
@@ -369,7 +369,7 @@ async def test_pace_is_about_the_delay_for_each_word_and_none_for_markers(monkey
     assert min(first) >= 0.085
     assert max(first) <= 0.13
     assert len(set(first)) > 3
-    monkeypatch.setattr("agents.offline.engine.time.sleep", waits.append)
+    monkeypatch.setattr("agentcast.agents.offline.engine.time.sleep", waits.append)
     list(OfflineEngine().stream(request()))
     assert waits == first
     monkeypatch.setenv("AGENTCAST_OFFLINE_DELAY", "nonsense")

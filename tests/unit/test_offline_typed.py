@@ -9,12 +9,12 @@ import dspy
 import pytest
 from pydantic import AfterValidator, BaseModel, Field
 
-from agents.offline import offline_lm
-from agents.offline.answering import NOTE
-from agents.offline.merging import cited, misplaced
-from agents.offline.prompt import Rejection
-from agents.offline.repairing import problems_by_field, repaired
-from agents.offline.typed import choice, days, numbers, stated
+from agentcast.agents.offline import offline_lm
+from agentcast.agents.offline.answering import NOTE
+from agentcast.agents.offline.merging import cited, misplaced
+from agentcast.agents.offline.prompt import Rejection
+from agentcast.agents.offline.repairing import problems_by_field, repaired
+from agentcast.agents.offline.typed import choice, days, numbers, stated
 from tests.support.graphs import Text, events_of, node, of, program_of
 
 TICKET = (

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server import outbox as module
-from server import protocol
-from server.bus.base import Frame, Page, Snapshot
-from server.errors import TooMany
-from server.outbox import Follower, Outbox
-from server.protocol import Detail
+from agentcast.server import outbox as module
+from agentcast.server import protocol
+from agentcast.server.bus.base import Frame, Page, Snapshot
+from agentcast.server.errors import TooMany
+from agentcast.server.outbox import Follower, Outbox
+from agentcast.server.protocol import Detail
 
 RUN, EPOCH = "r", "e"
 

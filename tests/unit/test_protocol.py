@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server import protocol
-from server.errors import (
+from agentcast.server import protocol
+from agentcast.server.errors import (
     AlreadyFinished,
     BadRequest,
     CommandError,
@@ -24,7 +24,17 @@ from server.errors import (
     UnknownAgent,
     UnknownOp,
 )
-from server.protocol import Cancel, Malformed, Ping, Position, Start, Subscribe, To, Unsubscribe, parse_command
+from agentcast.server.protocol import (
+    Cancel,
+    Malformed,
+    Ping,
+    Position,
+    Start,
+    Subscribe,
+    To,
+    Unsubscribe,
+    parse_command,
+)
 
 json_values = st.recursive(
     st.none()

@@ -14,13 +14,13 @@ import pytest
 from dspy.lm15 import Message, Request, Response, Usage
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError
 
-from agents.base import Stopped, ToolError
-from agents.current import emitting, status
-from agents.events import AgentEvent, Status, StepLimit, ToolEnd, ToolStart
-from agents.offline import offline_lm
-from agents.react import ReAct, guarded, react_agent
-from agents.streaming import run_program
-from agents.threads import abandoned_threads, in_thread
+from agentcast.agents.base import Stopped, ToolError
+from agentcast.agents.current import emitting, status
+from agentcast.agents.events import AgentEvent, Status, StepLimit, ToolEnd, ToolStart
+from agentcast.agents.offline import offline_lm
+from agentcast.agents.react import ReAct, guarded, react_agent
+from agentcast.agents.streaming import run_program
+from agentcast.agents.threads import abandoned_threads, in_thread
 
 
 class Heard:
@@ -283,7 +283,7 @@ async def test_sync_tool_does_not_block_the_loop_and_carries_its_run():
 async def test_thread_that_outlives_its_run_is_named_counted_and_does_not_hold_a_place(
     errors_in_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("agents.threads.MAX_THREADS", 1)
+    monkeypatch.setattr("agentcast.agents.threads.MAX_THREADS", 1)
     started, go_on = anyio.Event(), threading.Event()
     loop_token = anyio.lowlevel.current_token()
 

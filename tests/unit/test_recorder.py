@@ -12,8 +12,8 @@ from anyio.lowlevel import checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.channel import Channel
-from agents.events import (
+from agentcast.agents.channel import Channel
+from agentcast.agents.events import (
     AgentEvent,
     CancelRequested,
     Custom,
@@ -37,14 +37,14 @@ from agents.events import (
     Usage,
     ValidationFailed,
 )
-from agents.values import VALUE_BYTES, text_bytes
-from server import recorder as module
-from server.bus.base import APPEND_BYTES, Frame, Head, NewRun, Origin, Snapshot, append_size
-from server.bus.base import Status as RunStatus
-from server.bus.memory import MemoryBus
-from server.errors import Ended, Fenced, NotFound, Unavailable
-from server.recorder import Recorder, Snapshots
-from server.state import RunState
+from agentcast.agents.values import VALUE_BYTES, text_bytes
+from agentcast.server import recorder as module
+from agentcast.server.bus.base import APPEND_BYTES, Frame, Head, NewRun, Origin, Snapshot, append_size
+from agentcast.server.bus.base import Status as RunStatus
+from agentcast.server.bus.memory import MemoryBus
+from agentcast.server.errors import Ended, Fenced, NotFound, Unavailable
+from agentcast.server.recorder import Recorder, Snapshots
+from agentcast.server.state import RunState
 from tests.contract.support import Mail
 
 NEVER = 1_000.0

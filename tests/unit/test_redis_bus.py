@@ -9,16 +9,16 @@ import pytest
 from anyio.lowlevel import checkpoint
 from redis.asyncio.connection import AbstractConnection
 
-from server.bus.base import Frame, Gone, Head, Origin, Snapshot
-from server.bus.redis import RedisBus
-from server.bus.redis.keys import Keys
-from server.bus.redis.lane import Lane, Script, connections
-from server.bus.redis.listener import Listener
-from server.bus.redis.workers import Workers
-from server.config import Settings
-from server.errors import Ended, Fenced, HeadMismatch, NotFound, Unavailable
-from server.runs import Runs
-from server.state import RunState
+from agentcast.server.bus.base import Frame, Gone, Head, Origin, Snapshot
+from agentcast.server.bus.redis import RedisBus
+from agentcast.server.bus.redis.keys import Keys
+from agentcast.server.bus.redis.lane import Lane, Script, connections
+from agentcast.server.bus.redis.listener import Listener
+from agentcast.server.bus.redis.workers import Workers
+from agentcast.server.config import Settings
+from agentcast.server.errors import Ended, Fenced, HeadMismatch, NotFound, Unavailable
+from agentcast.server.runs import Runs
+from agentcast.server.state import RunState
 from tests.contract.support import Log, Mail, new_run
 from tests.support.redis import Redis, running_redis
 from tests.support.waiting import PATIENCE, until
@@ -79,7 +79,7 @@ async def _make_deaf(bus: RedisBus) -> None:
 async def test_a_subscription_that_has_gone_deaf_is_found_out_and_what_it_missed_is_made_up_for_by_the_head(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.bus.redis.news.RECHECK", 1_000.0)
+    monkeypatch.setattr("agentcast.server.bus.redis.news.RECHECK", 1_000.0)
     here, there = RedisBus(redis.url, "one"), RedisBus(redis.url, "two")
     async with running(here, there):
         log = await Log.create(here)
@@ -97,8 +97,8 @@ async def test_a_subscription_that_has_gone_deaf_is_found_out_and_what_it_missed
 
 
 async def test_the_head_of_a_quiet_run_is_asked_for_now_and_then(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.bus.redis.news.RECHECK", 0.2)
-    monkeypatch.setattr("server.bus.redis.bus.RECHECK_TICK", 0.1)
+    monkeypatch.setattr("agentcast.server.bus.redis.news.RECHECK", 0.2)
+    monkeypatch.setattr("agentcast.server.bus.redis.bus.RECHECK_TICK", 0.1)
     bus = RedisBus(redis.url, "one")
     async with running(bus):
         log = await Log.create(bus)
@@ -195,8 +195,8 @@ async def test_the_owner_is_asked_to_verify_a_run_of_which_redis_has_less(redis:
 
 
 async def test_a_run_that_nobody_restores_is_told_to_be_gone(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.bus.redis.bus.RECHECK_TICK", 0.1)
-    monkeypatch.setattr("server.bus.redis.news.GONE_AFTER", 0.3)
+    monkeypatch.setattr("agentcast.server.bus.redis.bus.RECHECK_TICK", 0.1)
+    monkeypatch.setattr("agentcast.server.bus.redis.news.GONE_AFTER", 0.3)
     bus = RedisBus(redis.url, "one")
     async with running(bus):
         log = await Log.create(bus)
@@ -434,7 +434,7 @@ async def test_a_key_of_another_kind_takes_nobody_down(redis: Redis, caplog: pyt
 
 
 async def test_a_probe_that_is_late_is_no_reason_to_connect_anew(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.bus.redis.listener.PROBE_EVERY", 0.02)
+    monkeypatch.setattr("agentcast.server.bus.redis.listener.PROBE_EVERY", 0.02)
     bus = RedisBus(redis.url, "one")
     async with running(bus):
         publish, refused = bus._listener._publish, [True]

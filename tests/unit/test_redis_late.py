@@ -8,15 +8,15 @@ import orjson
 import pytest
 from anyio.lowlevel import checkpoint
 
-from server.bus.base import Frame, Gone, Head
-from server.bus.redis import codec
-from server.bus.redis.commands import Commands
-from server.bus.redis.feed import Feed
-from server.bus.redis.keys import Keys
-from server.bus.redis.lane import Lane
-from server.bus.redis.listener import Listener
-from server.bus.redis.news import News
-from server.errors import Unavailable
+from agentcast.server.bus.base import Frame, Gone, Head
+from agentcast.server.bus.redis import codec
+from agentcast.server.bus.redis.commands import Commands
+from agentcast.server.bus.redis.feed import Feed
+from agentcast.server.bus.redis.keys import Keys
+from agentcast.server.bus.redis.lane import Lane
+from agentcast.server.bus.redis.listener import Listener
+from agentcast.server.bus.redis.news import News
+from agentcast.server.errors import Unavailable
 
 KEYS = Keys("agentcast", 0)
 

@@ -9,14 +9,14 @@ from typing import Any
 import anyio
 import pytest
 
-from agents.channel import Channel
-from agents.events import ToolStart
-from server.bus.base import APPEND_BYTES, PAGE_BYTES, NewRun, Origin, Snapshot, new_run_id
-from server.bus.redis import RedisBus, feed
-from server.bus.redis.lane import BATCH_BYTES, Lane, Script, connections
-from server.bus.redis.pieces import PIECE_BYTES
-from server.errors import Fenced, NotFound, Unavailable
-from server.recorder import Recorder, Snapshots
+from agentcast.agents.channel import Channel
+from agentcast.agents.events import ToolStart
+from agentcast.server.bus.base import APPEND_BYTES, PAGE_BYTES, NewRun, Origin, Snapshot, new_run_id
+from agentcast.server.bus.redis import RedisBus, feed
+from agentcast.server.bus.redis.lane import BATCH_BYTES, Lane, Script, connections
+from agentcast.server.bus.redis.pieces import PIECE_BYTES
+from agentcast.server.errors import Fenced, NotFound, Unavailable
+from agentcast.server.recorder import Recorder, Snapshots
 from tests.contract.support import Log, Mail, frames, new_run
 from tests.support.redis import Redis, running_redis
 from tests.support.waiting import PATIENCE

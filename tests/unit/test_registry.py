@@ -9,11 +9,11 @@ import dspy
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from agents.base import Emitter, Task, Turn
-from agents.events import AgentEvent, Status
-from agents.offline import offline_lm
-from agents.registry import Registry, RegistryError, load
-from agents.registry.book import snake_case
+from agentcast.agents.base import Emitter, Task, Turn
+from agentcast.agents.events import AgentEvent, Status
+from agentcast.agents.offline import offline_lm
+from agentcast.agents.registry import Registry, RegistryError, load
+from agentcast.agents.registry.book import snake_case
 
 
 class Heard:

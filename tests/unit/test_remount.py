@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from server.bus.base import Head
-from server.errors import NotFound
+from agentcast.server.bus.base import Head
+from agentcast.server.errors import NotFound
 from tests.model.scene import Scene, brief, playing
 from tests.model.world import Connection
 from tests.support.buses import Caught

@@ -29,11 +29,11 @@ from pydantic import (
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import TypedDict
 
-from agents import END, AgentTranspiler, Graph, StatefulNode
-from agents.base import Task
-from agents.events import AgentEvent
-from agents.registry import Registry
-from agents.values import plain
+from agentcast.agents import END, AgentTranspiler, Graph, StatefulNode
+from agentcast.agents.base import Task
+from agentcast.agents.events import AgentEvent
+from agentcast.agents.registry import Registry
+from agentcast.agents.values import plain
 from tests.support.hub import open_hub
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server import state as module
-from server.state import RunState
+from agentcast.server import state as module
+from agentcast.server.state import RunState
 
 QUEUED = {"event": "run_queued", "epoch": "e", "input": {"q": None}}
 FAILURE = {"code": "agent_error", "message": "no"}

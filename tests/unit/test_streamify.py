@@ -23,7 +23,7 @@ from dspy.lm15 import TextDelta
 from dspy.streaming import StatusMessage, StatusMessageProvider, StreamListener, StreamResponse
 from dspy.utils.callback import BaseCallback
 
-from agents.streaming import Stream, carrying, streamify
+from agentcast.agents.streaming import Stream, carrying, streamify
 from tests.support.lms import chat, lm_of, pieces, question_of
 
 pytestmark = pytest.mark.anyio

@@ -11,7 +11,7 @@ import anyio
 import dspy
 import pytest
 
-from agents.streaming import streamify
+from agentcast.agents.streaming import streamify
 from benchmarks import freezing
 from benchmarks.freezing import SCENARIOS, lm
 from tests.support.forking import Forked, fork

@@ -12,8 +12,8 @@ import anyio.to_thread
 import dspy
 import pytest
 
-from agents.channel import HARD_CAP
-from agents.streaming import EventStream, Stream, StreamError, stream_events, streamify
+from agentcast.agents.channel import HARD_CAP
+from agentcast.agents.streaming import EventStream, Stream, StreamError, stream_events, streamify
 from tests.support.lms import chat, lm_of, pieces
 
 pytestmark = pytest.mark.anyio
@@ -258,7 +258,7 @@ async def test_closing_lets_the_program_clean_up_with_awaits():
 
 
 async def test_a_program_that_does_not_end_is_left_behind(monkeypatch: pytest.MonkeyPatch):
-    from agents.streaming import stream as module
+    from agentcast.agents.streaming import stream as module
 
     monkeypatch.setattr(module, "GRACE", 0.05)
 
@@ -312,7 +312,7 @@ async def test_a_task_of_its_own_program_may_close_the_stream():
         async def aforward(self) -> Any:
             await streams.pop().aclose()
 
-    from agents.streaming import stream as module
+    from agentcast.agents.streaming import stream as module
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "GRACE", 0.1)
@@ -336,8 +336,8 @@ async def test_the_outcome_is_there_after_the_last_event():
 
 
 async def test_step_limits_and_statuses_of_tools_reach_whoever_streams_events():
-    from agents.current import status
-    from agents.react import react_agent
+    from agentcast.agents.current import status
+    from agentcast.agents.react import react_agent
 
     def reply(prompt: str) -> Iterable[str]:
         if "`[[ ## next_thought ## ]]`" not in prompt:

@@ -23,7 +23,7 @@ from dspy.clients import lm as lm_module
 from dspy.streaming import messages
 from dspy.utils.callback import BaseCallback
 
-from agents.streaming import patch, stream_events, streamify
+from agentcast.agents.streaming import patch, stream_events, streamify
 from tests.support.lms import chat, lm_of, pieces
 
 pytestmark = pytest.mark.anyio
@@ -51,7 +51,7 @@ def test_importing_replaces_nothing_and_the_first_stream_does_it_once():
 import anyio, asyncio, dspy
 from dspy.clients import execution, lm
 from dspy.streaming import messages
-import agents.streaming as ours
+from agentcast.agents import streaming as ours
 names = lambda: (execution.anyio, lm.anyio, messages.sync_send_to_stream)
 async def f(): return 7
 async def main():
@@ -74,7 +74,7 @@ def test_a_dspy_without_some_of_its_modules_is_used_all_the_same():
     script = """
 import asyncio, dspy
 del dspy.RLM, dspy.ReActV2, dspy.Refine
-import agents.streaming as ours
+from agentcast.agents import streaming as ours
 async def look():
     return await dspy.Tool(lambda: 7, name="look", args={}).acall()
 async def main():
@@ -287,7 +287,7 @@ async def test_cancelling_reaches_a_program_that_asks_anyio():
             finally:
                 ended.set()
 
-    from agents.streaming import run_program
+    from agentcast.agents.streaming import run_program
 
     class Nothing(BaseCallback):  # type: ignore[misc]
         async def send(self, event: Any) -> None: ...

@@ -14,9 +14,9 @@ from dspy.lm15 import Request, Response
 from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError, LMError
 
-from agents.base import Stopped, ToolError
-from agents.channel import Channel
-from agents.events import (
+from agentcast.agents.base import Stopped, ToolError
+from agentcast.agents.channel import Channel
+from agentcast.agents.events import (
     AgentEvent,
     LmEnd,
     LmStart,
@@ -32,8 +32,8 @@ from agents.events import (
     ToolStart,
     Usage,
 )
-from agents.gate import drive
-from agents.streaming import Outcome, current_span, is_async, run_program
+from agentcast.agents.gate import drive
+from agentcast.agents.streaming import Outcome, current_span, is_async, run_program
 from tests.support.lms import Engine, chat, lm_of, pieces
 
 pytestmark = pytest.mark.anyio
@@ -902,7 +902,7 @@ async def test_several_candidates_tell_the_first():
 
 @pytest.mark.parametrize("usage", [{"prompt_tokens": None, "cost": 0.5, "is_byok": True}, {"input_tokens": 3}, {}])
 def test_usage_reports_of_any_shape(usage: dict[str, Any]):
-    from agents.streaming.usage import Meter
+    from agentcast.agents.streaming.usage import Meter
 
     meter = Meter(lambda: None)
     meter.add_usage("a", usage)

@@ -31,12 +31,12 @@ from pydantic import (
 )
 from typing_extensions import TypedDict
 
-from agents import END, AgentTranspiler, Graph, StatefulNode
-from agents.base import Emitter, ToolError
-from agents.inputs import RejectedInput, read_input
-from agents.offline import offline_lm
-from agents.registry import Registry
-from server.arguments import typed_input
+from agentcast.agents import END, AgentTranspiler, Graph, StatefulNode
+from agentcast.agents.base import Emitter, ToolError
+from agentcast.agents.inputs import RejectedInput, read_input
+from agentcast.agents.offline import offline_lm
+from agentcast.agents.registry import Registry
+from agentcast.server.arguments import typed_input
 from tests.support.hub import RunningHub, open_hub
 
 STRICT = ConfigDict(strict=True)

@@ -14,15 +14,24 @@ from dspy.streaming import StreamListener, StreamResponse
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents.base import Emitter
-from agents.channel import Channel
-from agents.events import AgentEvent, MessageEnd, MessageRetracted, MessageStart, RunQueued, Status, Token, ToolEnd
-from agents.fields import Messages
-from agents.fields.messages import DELTA_CHARS
-from agents.llm import as_model
-from agents.registry import Registry
-from agents.streaming import run_program, streamify
-from agents.values import (
+from agentcast.agents.base import Emitter
+from agentcast.agents.channel import Channel
+from agentcast.agents.events import (
+    AgentEvent,
+    MessageEnd,
+    MessageRetracted,
+    MessageStart,
+    RunQueued,
+    Status,
+    Token,
+    ToolEnd,
+)
+from agentcast.agents.fields import Messages
+from agentcast.agents.fields.messages import DELTA_CHARS
+from agentcast.agents.llm import as_model
+from agentcast.agents.registry import Registry
+from agentcast.agents.streaming import run_program, streamify
+from agentcast.agents.values import (
     COUNT_BYTES,
     HEAD_CHARS,
     VALUE_BYTES,
@@ -33,12 +42,12 @@ from agents.values import (
     plain,
     plain_fields,
 )
-from server import recorder as module
-from server.bus.base import NewRun, Origin
-from server.bus.memory import MemoryBus
-from server.client import Run
-from server.recorder import Recorder, Snapshots
-from server.state import RunState
+from agentcast.server import recorder as module
+from agentcast.server.bus.base import NewRun, Origin
+from agentcast.server.bus.memory import MemoryBus
+from agentcast.server.client import Run
+from agentcast.server.recorder import Recorder, Snapshots
+from agentcast.server.state import RunState
 from tests.support.agents import agent
 from tests.support.hub import open_hub
 from tests.support.lms import chat, lm_of

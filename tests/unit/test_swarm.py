@@ -15,11 +15,11 @@ import pytest
 from dspy.lm15 import Message, Request, Response, StreamDeltaEvent, StreamEndEvent, StreamStartEvent, TextDelta, Usage
 from pydantic import ValidationError
 
-from agents.base import Task
-from agents.channel import Channel
-from agents.demo import Swarm, registry
-from agents.demo.researcher import calculate, read, search
-from agents.events import (
+from agentcast.agents.base import Task
+from agentcast.agents.channel import Channel
+from agentcast.agents.demo import Swarm, registry
+from agentcast.agents.demo.researcher import calculate, read, search
+from agentcast.agents.events import (
     AgentEvent,
     LmEnd,
     LmStart,
@@ -33,11 +33,11 @@ from agents.events import (
     ToolEnd,
     ToolStart,
 )
-from agents.execution import Execution
-from agents.gate import drive
-from agents.offline.engine import reply
-from agents.registry import Registry
-from agents.threads import abandoned_threads
+from agentcast.agents.execution import Execution
+from agentcast.agents.gate import drive
+from agentcast.agents.offline.engine import reply
+from agentcast.agents.registry import Registry
+from agentcast.agents.threads import abandoned_threads
 
 QUESTION = "When should I cover the roses, how much water do the ferns need, and where is the gate key?"
 PARTS = ("When should I cover the roses?", "How much water do the ferns need?", "Where is the gate key?")

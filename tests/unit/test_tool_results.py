@@ -25,12 +25,12 @@ import orjson
 import pytest
 from pydantic import BaseModel
 
-from agents.base import ToolError
-from agents.current import emitting
-from agents.events import NodeError, ToolEnd
-from agents.react import guarded, react_agent
-from agents.streaming import run_program
-from agents.values import plain
+from agentcast.agents.base import ToolError
+from agentcast.agents.current import emitting
+from agentcast.agents.events import NodeError, ToolEnd
+from agentcast.agents.react import guarded, react_agent
+from agentcast.agents.streaming import run_program
+from agentcast.agents.values import plain
 from tests.support.lms import chat, lm_of
 from tests.unit.test_react import ANSWER, FINISH, Heard, Script, play, turn
 

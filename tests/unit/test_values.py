@@ -16,7 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
-from agents.values import COUNT_BYTES, FIELDS_BYTES, VALUE_BYTES, clean_text, cut_text, plain, plain_fields, text_bytes
+from agentcast.agents.values import (
+    COUNT_BYTES,
+    FIELDS_BYTES,
+    VALUE_BYTES,
+    clean_text,
+    cut_text,
+    plain,
+    plain_fields,
+    text_bytes,
+)
 
 
 class Colour(enum.Enum):

@@ -11,11 +11,11 @@ import dspy
 import pytest
 from pydantic import TypeAdapter
 
-from agents.base import Task
-from agents.events import AgentEvent
-from agents.registry import Registry
-from agents.streaming import stream_events
-from agents.values import plain
+from agentcast.agents.base import Task
+from agentcast.agents.events import AgentEvent
+from agentcast.agents.registry import Registry
+from agentcast.agents.streaming import stream_events
+from agentcast.agents.values import plain
 from tests.support.zoo import ADAPTERS, TYPES, ZOO, settings_for, signature
 
 REFUSED_BY_DSPY = {

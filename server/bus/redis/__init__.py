@@ -4,7 +4,7 @@
 `pieces`, `commands` and `workers` build on them; `bus` puts all together. `check` refuses servers that will not do.
 """
 
-from server.bus.redis.bus import RedisBus
-from server.bus.redis.check import check
+from agentcast.server.bus.redis.bus import RedisBus
+from agentcast.server.bus.redis.check import check
 
 __all__ = ["RedisBus", "check"]

@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 from anyio.abc import TaskStatus
 
-from server.bus.base import (
+from agentcast.server.bus.base import (
     ACTIVE,
     FEED_LENGTH,
     KEY_TTL,
@@ -44,17 +44,17 @@ from server.bus.base import (
     new_epoch,
     stamp,
 )
-from server.bus.redis import scripts
-from server.bus.redis.codec import INFO, announcement, flags, infos, unpack
-from server.bus.redis.commands import Commands
-from server.bus.redis.feed import Feed
-from server.bus.redis.keys import Keys
-from server.bus.redis.lane import Lane, Script, connections
-from server.bus.redis.listener import Listener
-from server.bus.redis.news import News, Position
-from server.bus.redis.pieces import Pieces
-from server.bus.redis.workers import Workers
-from server.errors import Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
+from agentcast.server.bus.redis import scripts
+from agentcast.server.bus.redis.codec import INFO, announcement, flags, infos, unpack
+from agentcast.server.bus.redis.commands import Commands
+from agentcast.server.bus.redis.feed import Feed
+from agentcast.server.bus.redis.keys import Keys
+from agentcast.server.bus.redis.lane import Lane, Script, connections
+from agentcast.server.bus.redis.listener import Listener
+from agentcast.server.bus.redis.news import News, Position
+from agentcast.server.bus.redis.pieces import Pieces
+from agentcast.server.bus.redis.workers import Workers
+from agentcast.server.errors import Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
 
 RECHECK_TICK = 5.0
 RESTORING = 5.0

@@ -7,9 +7,9 @@ import anyio
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError, RedisError
 
-from server.bus.redis.keys import Keys
-from server.bus.redis.lane import connections, reason
-from server.errors import BusError
+from agentcast.server.bus.redis.keys import Keys
+from agentcast.server.bus.redis.lane import connections, reason
+from agentcast.server.errors import BusError
 
 OLDEST = (6, 2)
 LOADING_PATIENCE = 30.0

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from server.bus.base import Announcement, Frame, Head, NewRun, RunInfo
+from agentcast.server.bus.base import Announcement, Frame, Head, NewRun, RunInfo
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ import anyio
 import orjson
 from anyio.abc import TaskGroup, TaskStatus
 
-from server.bus.base import CommandHandler, Registration, Subscription
-from server.bus.redis.keys import Keys
-from server.bus.redis.lane import PATIENCE
-from server.errors import CommandError, Unavailable, command_error
+from agentcast.server.bus.base import CommandHandler, Registration, Subscription
+from agentcast.server.bus.redis.keys import Keys
+from agentcast.server.bus.redis.lane import PATIENCE
+from agentcast.server.errors import CommandError, Unavailable, command_error
 
 MAX_HANDLED = 256
 """Commands of other processes that are handled at once; more are refused."""

@@ -8,10 +8,10 @@ the feed is to reach back.
 from collections.abc import Sequence
 from typing import Any
 
-from server.bus.base import Announce, Announcement, Registration, Subscription
-from server.bus.redis import codec
-from server.bus.redis.keys import Keys
-from server.bus.redis.lane import Lane
+from agentcast.server.bus.base import Announce, Announcement, Registration, Subscription
+from agentcast.server.bus.redis import codec
+from agentcast.server.bus.redis.keys import Keys
+from agentcast.server.bus.redis.lane import Lane
 
 PAGE_ENTRIES = 500
 PAGE_BYTES = 128 * 1024

@@ -3,7 +3,7 @@
 Channels carry the database's number as well: Redis keeps the keys of its databases apart, but not their channels.
 """
 
-from server.bus.base import ACTIVE, Filter
+from agentcast.server.bus.base import ACTIVE, Filter
 
 
 class Keys:

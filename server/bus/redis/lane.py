@@ -25,7 +25,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from server.errors import Unavailable
+from agentcast.server.errors import Unavailable
 
 PATIENCE = 0.95
 """Seconds until a call is given up."""

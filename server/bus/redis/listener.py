@@ -18,8 +18,8 @@ import anyio
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError
 
-from server.bus.redis.lane import EXCHANGE_TIMEOUT, Connect, reason
-from server.errors import Unavailable
+from agentcast.server.bus.redis.lane import EXCHANGE_TIMEOUT, Connect, reason
+from agentcast.server.errors import Unavailable
 
 PROBE_EVERY = 1.0
 DEAF_AFTER = 2.5

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 import anyio
 
-from server.bus.base import Deliver, Frame, Gone, Head, Registration, Subscription
-from server.bus.redis import codec
-from server.bus.redis.keys import Keys
-from server.bus.redis.lane import Lane
-from server.bus.redis.listener import Listener
+from agentcast.server.bus.base import Deliver, Frame, Gone, Head, Registration, Subscription
+from agentcast.server.bus.redis import codec
+from agentcast.server.bus.redis.keys import Keys
+from agentcast.server.bus.redis.lane import Lane
+from agentcast.server.bus.redis.listener import Listener
 
 RECHECK = 15.0
 """Seconds without news after which the head of a followed run is compared."""

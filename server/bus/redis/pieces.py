@@ -7,11 +7,11 @@ gets the same bytes.
 from collections.abc import Sequence
 from typing import Any
 
-from server.bus.base import Snapshot
-from server.bus.redis import scripts
-from server.bus.redis.keys import Keys
-from server.bus.redis.lane import Lane, Script
-from server.errors import Fenced, Unavailable
+from agentcast.server.bus.base import Snapshot
+from agentcast.server.bus.redis import scripts
+from agentcast.server.bus.redis.keys import Keys
+from agentcast.server.bus.redis.lane import Lane, Script
+from agentcast.server.errors import Fenced, Unavailable
 
 PIECE_BYTES = 128 * 1024
 STAGED_TTL = 60

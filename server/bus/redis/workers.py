@@ -11,10 +11,10 @@ from itertools import islice
 
 import anyio
 
-from server.bus.redis import scripts
-from server.bus.redis.keys import Keys
-from server.bus.redis.lane import Lane, Script
-from server.errors import Unavailable
+from agentcast.server.bus.redis import scripts
+from agentcast.server.bus.redis.keys import Keys
+from agentcast.server.bus.redis.lane import Lane, Script
+from agentcast.server.errors import Unavailable
 
 BEAT_EVERY = 1.0
 BEAT_EXPIRES = 4

@@ -11,9 +11,9 @@ from typing import Any
 import anyio
 import orjson
 
-from agents.base import Emitter, Task
-from agents.events import MessageEnd, MessageStart, StatePatch, Status, Token, ToolEnd, ToolStart
-from agents.registry import Registry
+from agentcast.agents.base import Emitter, Task
+from agentcast.agents.events import MessageEnd, MessageStart, StatePatch, Status, Token, ToolEnd, ToolStart
+from agentcast.agents.registry import Registry
 
 registry = Registry()
 

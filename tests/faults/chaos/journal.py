@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from server.state import RunState
+from agentcast.server.state import RunState
 
 ENDS = {"done": "run_end", "failed": "run_error", "cancelled": "run_cancelled"}
 

@@ -1,0 +1,1 @@
+"""Runs many LLM agents at once and lets any number of people watch them live."""
