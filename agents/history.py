@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import dspy
-from dspy.adapters.utils import format_field_value
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from agentcast.agents._dspy import format_field_value
 from agentcast.agents.base import Turn
 from agentcast.agents.contract import is_history
 from agentcast.agents.media import holds_media, media_validator

@@ -14,10 +14,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from dspy.adapters.types.base_type import Type as CustomType
-from dspy.adapters.utils import format_field_value
+import dspy
 from pydantic.fields import FieldInfo
 
+from agentcast.agents._dspy import format_field_value
 from agentcast.agents.base import ToolError, public_message, redact
 from agentcast.agents.failures import is_failure
 from agentcast.agents.threads import is_async_callable
@@ -72,13 +72,13 @@ def contained() -> Iterator[None]:
 
 def observation(result: Any) -> Any:
     """`result` as plain data. DSPy's own types, such as `dspy.Image`, stay what they are, in a list, too."""
-    if isinstance(result, CustomType):
+    if isinstance(result, dspy.Type):
         return result
     if isinstance(result, bytes | bytearray):
         with contextlib.suppress(UnicodeDecodeError):
             result = result.decode()
     if holds_types(result):
-        return [item if isinstance(item, CustomType) else plain(item, other=_text) for item in result]
+        return [item if isinstance(item, dspy.Type) else plain(item, other=_text) for item in result]
     found = plain(result, other=_text)
     # A prompt shows a tuple as JSON, and a list of texts as a numbered one.
     return tuple(found) if isinstance(result, _JSON_LISTS) and isinstance(found, list) else found
@@ -90,7 +90,7 @@ def showable(result: Any) -> Any:
         format_field_value(_TEXT_FIELD, result)
         return result
     found = observation(result)
-    return found if isinstance(found, CustomType) else prompt_text(found)
+    return found if isinstance(found, dspy.Type) else prompt_text(found)
 
 
 def prompt_text(value: Any) -> Any:
@@ -106,7 +106,7 @@ def prompt_text(value: Any) -> Any:
 def holds_types(result: Any) -> bool:
     """Whether `result` is a list, not a long one, with some of DSPy's own types in it: texts and images, say."""
     is_short_list = isinstance(result, list | tuple) and len(result) <= _TYPED_ITEMS
-    return is_short_list and any(isinstance(item, CustomType) for item in result)
+    return is_short_list and any(isinstance(item, dspy.Type) for item in result)
 
 
 def _listed(result: Any) -> Any:

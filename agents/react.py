@@ -23,7 +23,7 @@ from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError
 from pydantic import PrivateAttr, ValidationError
 
 from agentcast.agents.base import ToolError, public_message
-from agentcast.agents.current import emit_event, status
+from agentcast.agents.context import emit_event, status
 from agentcast.agents.events import StepLimit
 from agentcast.agents.history import told_as_text
 from agentcast.agents.mcp import TOOLS_AT_ONCE, McpServer, McpTool, told_apart

@@ -18,8 +18,9 @@ import dspy
 from dspy.streaming import StreamListener
 
 from agentcast.agents.base import Emitter
+from agentcast.agents.context import carrying, current
 from agentcast.agents.events import Status
-from agentcast.agents.streaming import EMITTER_SETTING, carrying, stream_events, streamify
+from agentcast.agents.streaming import stream_events, streamify
 from benchmarks.freezing import SCENARIOS, lm
 from benchmarks.report import Row, percentile
 
@@ -135,7 +136,9 @@ class Busy(dspy.Module):  # type: ignore[misc]
         self.each = each
 
     async def aforward(self, seed: int) -> int:
-        producers = Producers(dspy.settings[EMITTER_SETTING], self.each, seed)
+        emitter = current().emitter
+        assert emitter is not None
+        producers = Producers(emitter, self.each, seed)
         foreign = threading.Thread(target=carrying(producers.blocking), args=("foreign thread",))
         foreign.start()
         async with anyio.create_task_group() as group:

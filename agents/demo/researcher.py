@@ -8,7 +8,7 @@ import dspy
 
 from agentcast.agents.arithmetic import evaluate, show
 from agentcast.agents.base import ToolError
-from agentcast.agents.current import status
+from agentcast.agents.context import status
 from agentcast.agents.demo.corpus import corpus, excerpt, found
 from agentcast.agents.registry import Registry
 

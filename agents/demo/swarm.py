@@ -13,7 +13,7 @@ import dspy
 from pydantic import BaseModel, Field
 
 from agentcast.agents.base import public_message
-from agentcast.agents.current import status
+from agentcast.agents.context import status
 from agentcast.agents.demo.researcher import Researcher, calculate, read, registry, search
 from agentcast.agents.react import react_agent
 from agentcast.agents.threads import in_thread

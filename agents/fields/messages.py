@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import orjson
-from dspy.adapters import ChatAdapter, JSONAdapter, XMLAdapter
+from dspy import ChatAdapter, JSONAdapter, XMLAdapter
 
 from agentcast.agents.events import AgentEvent, MessageEnd, MessageRetracted, MessageStart, Token
 from agentcast.agents.fields.base import Delta, Splitter, is_text

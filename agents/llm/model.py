@@ -21,17 +21,15 @@ from typing import Any
 import anyio
 import dspy
 import httpx
-from dspy.clients.call_context import adapter_fallback_scope
 from dspy.utils.exceptions import LMError
 
+from agentcast.agents._dspy import adapter_fallback_scope
 from agentcast.agents.base import keep_secret
-from agentcast.agents.current import status
+from agentcast.agents.context import current, status, wait_in_thread
 from agentcast.agents.failures import failure_of
 from agentcast.agents.llm.retrying import Retrying
-from agentcast.agents.streaming import add_cost, can_retract, wait_in_thread
+from agentcast.agents.streaming import add_cost
 
-RETRYING_SETTING = "agentcast_retrying"
-"""Key in DSPy's settings of the `Retrying` that holds."""
 CONNECT = 10.0
 """Seconds that connecting may take."""
 QUEUE = 86_400.0
@@ -136,7 +134,7 @@ class _Attempts:
     """The attempts of one LM call."""
 
     def __init__(self, lm: Model, options: Mapping[str, Any]) -> None:
-        self._retrying: Retrying = dspy.settings.get(RETRYING_SETTING) or Retrying()
+        self._retrying: Retrying = current().retrying or Retrying()
         self._started = time.monotonic()
         self._made = 0
         self._showed_text = False
@@ -165,11 +163,17 @@ class _Attempts:
         :raises LMError: `error`, if there is none.
         """
         pause = self._retrying.pause(error, self._made, time.monotonic() - self._started)
-        if pause is None or (self._showed_text and not can_retract()):
+        if pause is None or (self._showed_text and not _can_retract()):
             raise error
         what = failure_of(error).message.partition(";")[0]
         status(f"{what}; trying again in {pause:.1f} s (attempt {self._made + 1} of {self._retrying.attempts})")
         return pause
+
+
+def _can_retract() -> bool:
+    """Whether text that an LM call streams here is void once the call fails, so that the call may be made again."""
+    observer = current().observer
+    return dspy.settings.send_stream is None or (observer is not None and observer.retracts)
 
 
 def _on_event_loop() -> bool:

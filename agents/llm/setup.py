@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import dspy
-from dspy.clients.backend_selection import select_backend
 from dspy.lm15 import LMRouter, NotConfiguredError, RouterConfig
 
-from agentcast.agents.llm.model import RETRYING_SETTING, as_model
+from agentcast.agents._dspy import select_backend
+from agentcast.agents.context import SETTING, RunContext
+from agentcast.agents.llm.model import as_model
 from agentcast.agents.llm.retrying import Retrying
 from agentcast.agents.offline import offline_lm
 
@@ -75,9 +76,10 @@ def configure(model: str | None = None, retrying: Retrying | None = None) -> Mod
         if _configured is not None and _configured.name == name:
             return _configured
         lm = make_lm(name)
-        settings = {"disable_history": True, "max_history_size": 0, "trace": _NoTrace()}
+        context = RunContext(retrying=retrying or Retrying())
+        settings = {"disable_history": True, "max_history_size": 0, "trace": _NoTrace(), SETTING: context}
         try:
-            dspy.configure(lm=lm, adapter=dspy.ChatAdapter(), **settings, **{RETRYING_SETTING: retrying or Retrying()})
+            dspy.configure(lm=lm, adapter=dspy.ChatAdapter(), **settings)
         except RuntimeError:  # DSPy allows it to the first task only
             current = "another model" if _configured is None else _configured.name
             raise ModelError(name, f"this process already uses {current}") from None

@@ -18,14 +18,13 @@ from anyio.lowlevel import EventLoopToken, current_token
 from mcp_types import Tool
 
 from agentcast.agents.base import ToolError, redact
-from agentcast.agents.current import current_emitter
+from agentcast.agents.context import current
 from agentcast.agents.events import ToolProgress
 from agentcast.agents.mcp.calls import Call, sendable
 from agentcast.agents.mcp.connection import Connection
 from agentcast.agents.mcp.sources import Http, InProcess, Source, Stdio, is_address
 from agentcast.agents.mcp.tools import McpTool, make_tools
 from agentcast.agents.mcp.words import observation
-from agentcast.agents.streaming import current_span
 from agentcast.agents.values import cut_text
 
 CALL_TIMEOUT = 120.0
@@ -125,7 +124,7 @@ class McpServer:
         """
         connection = await self._connected()
         call = Call(tool, sendable(args), self._timeout)
-        emit, span = current_emitter(), current_span()
+        emit, span = current().emitter, current().span
         connection.submit(call)
         try:
             async for progress, total, message in call.progress():

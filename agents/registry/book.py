@@ -9,6 +9,7 @@ from typing import Any, TypeVar, overload
 import dspy
 from pydantic import BaseModel
 
+from agentcast.agents._dspy import missing_runtime
 from agentcast.agents.base import DEFAULT_MAX_CONCURRENT, DEFAULT_TIMEOUT, Agent, AgentSpec
 from agentcast.agents.contract import SchemaError, function_call, module_contract, signature_contract
 from agentcast.agents.llm import ModelError, as_model, make_lm
@@ -16,7 +17,6 @@ from agentcast.agents.mcp import McpServer
 from agentcast.agents.react import DEFAULT_MAX_ITERS, ReAct, react_agent
 from agentcast.agents.registry.errors import RegistryError
 from agentcast.agents.registry.hosting import FunctionAgent, ProgramAgent
-from agentcast.agents.streaming.dspy_calls import missing_runtime
 from agentcast.agents.transpiler import Program
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")

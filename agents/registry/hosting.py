@@ -11,12 +11,12 @@ import dspy
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from agentcast.agents.base import AgentSpec, Emitter, Task
+from agentcast.agents.context import within
 from agentcast.agents.contract import Call, Contract
-from agentcast.agents.current import emitting
 from agentcast.agents.history import history_messages, history_text
 from agentcast.agents.llm import RunModels
 from agentcast.agents.react import servers_of
-from agentcast.agents.streaming import MODELS_SETTING, replace_methods, run_program
+from agentcast.agents.streaming import replace_methods, run_program
 from agentcast.agents.values import plain
 
 
@@ -44,7 +44,7 @@ class ProgramAgent:
         inputs = _fields(task.input)
         for name, kind in self._contract.history.items():
             inputs[name] = history_text(task.history) if kind is str else self._history(task)
-        with _hosted(emit, self.lm):
+        with _hosted(task, emit, self.lm):
             outcome = await run_program(self.program, inputs, emit, messages=self._messages, name=self.spec.name)
         return self._result(outcome.prediction)
 
@@ -81,7 +81,7 @@ class FunctionAgent:
             arguments[call.emit] = emit
         if call.task:
             arguments[call.task] = task
-        with _hosted(emit, self.lm):
+        with _hosted(task, emit, self.lm):
             result = await self.function(**arguments)
         return result if call.result is None else self._checked(call.result, result)
 
@@ -99,12 +99,12 @@ class FunctionAgent:
 
 
 @contextmanager
-def _hosted(emit: Emitter, lm: Any) -> Iterator[None]:
-    """Inside is a run: events go to `emit`, plain LMs are called as `Model`s, `lm` is the one of predictors that have
-    none (None: the process's), and DSPy's trace is a list of the run's own."""
+def _hosted(task: Task, emit: Emitter, lm: Any) -> Iterator[None]:
+    """Inside is the run of `task`: events go to `emit`, plain LMs are called as `Model`s, `lm` is the one of predictors
+    that have none (None: the process's), and DSPy's trace is a list of the run's own."""
     replace_methods()
-    settings = {MODELS_SETTING: RunModels(), "trace": []}
-    with emitting(emit), dspy.context(**settings, **({} if lm is None else {"lm": lm})):
+    settings = {"trace": [], **({} if lm is None else {"lm": lm})}
+    with dspy.context(**settings), within(emitter=emit, task=task, models=RunModels()):
         yield
 
 

@@ -20,40 +20,32 @@ be something else, they are retracted, and the value follows as a new message. A
 the LM wrote, or else its value's JSON.
 
 Threads. What a program does in `dspy.Parallel`, `asyncio.to_thread`, `anyio.to_thread`, and on a second event loop in a
-thread is streamed like the rest; a bare pool or thread takes the run along with `carrying`.
+thread is streamed like the rest; a bare pool or thread takes the run along with `agents.context.carrying`.
 
 An error in making an event fails the run with that error; DSPy would log and forget it. It must not be known here what
 a run is called, or that there is a server.
 """
 
-from agentcast.agents.streaming.bridge import wait_in_thread
-from agentcast.agents.streaming.carrying import carrying
-from agentcast.agents.streaming.drop_in import streamify
-from agentcast.agents.streaming.dspy_calls import is_async
-from agentcast.agents.streaming.methods import EMITTER_SETTING, MODELS_SETTING, replace_methods
-from agentcast.agents.streaming.nodes import NodeSpan, node_span, tell_step_limit
-from agentcast.agents.streaming.program import Outcome, add_cost, can_retract, current_span, run_program
+from agentcast.agents.streaming.calls import call_in_thread, can_be_awaited, is_async
+from agentcast.agents.streaming.methods import replace_methods
+from agentcast.agents.streaming.program import EventStream, Outcome, add_cost, run_program, stream_events
+from agentcast.agents.streaming.run import NodeSpan, node_span
 from agentcast.agents.streaming.stream import Stream, StreamError
-from agentcast.agents.streaming.typed import EventStream, stream_events
+from agentcast.agents.streaming.streamify import streamify
 
 __all__ = [
-    "EMITTER_SETTING",
-    "MODELS_SETTING",
     "EventStream",
     "NodeSpan",
     "Outcome",
     "Stream",
     "StreamError",
     "add_cost",
-    "can_retract",
-    "carrying",
-    "current_span",
+    "call_in_thread",
+    "can_be_awaited",
     "is_async",
     "node_span",
     "replace_methods",
     "run_program",
     "stream_events",
     "streamify",
-    "tell_step_limit",
-    "wait_in_thread",
 ]

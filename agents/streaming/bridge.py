@@ -1,53 +1,69 @@
-"""What every bridge from a DSPy program has: its settings, its sink, and how it ends.
+"""What every bridge from a DSPy program has: its settings, its sink, the call that code is in, and how it ends.
 
-DSPy tells what happens through two seams that every run gets for itself: a callback object and a `send_stream` sink,
+DSPy reports what happens through two seams that every run gets for itself: a callback object and a `send_stream` sink,
 both closed over the run's emitter. Nothing of a run is kept on programs, LMs or in globals (G8). Nothing here waits on
-the event loop (G3). What a bridge tells is for its subclasses to know, how items travel for nobody here.
+the event loop (G3), and whoever can wait for room does wait while the run is held back (G5). What a bridge makes of
+calls and chunks is for its subclasses to know; how items travel is known to nobody here.
 """
 
 import asyncio
-import contextlib
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, NoReturn
+from dataclasses import replace
+from typing import Any, NamedTuple, NoReturn
 
 import dspy
 from dspy.utils.callback import BaseCallback
 
+from agentcast.agents._dspy import ThreadStream, install, set_settings
 from agentcast.agents.base import Stopped
-from agentcast.agents.streaming.methods import RUN_SETTING, replace_methods
-from agentcast.agents.streaming.patch import install
-from agentcast.agents.streaming.sink import Sink
+from agentcast.agents.context import SETTING, current
+from agentcast.agents.streaming.methods import replace_methods
 from agentcast.agents.values import clean_texts
 
 
-class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
-    """One run of one program: DSPy's callbacks and LM chunks in, items for `emit` out.
+class _Entered(NamedTuple):
+    """A call that is going on, and what to set when it ends."""
 
-    `emit` is an `agentcast.agents.base.Emitter`, or a channel that takes items of another kind in the same way.
+    call: Any
+    around: Any
+    before: dict[str, Any]
+    """Fields of the context."""
+    settings: dict[str, Any]
+
+
+class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
+    """One run of one program: DSPy's callbacks and LM chunks in, items for `emit` out; an `Observer`.
+
+    `emit` is an `agents.base.Emitter`, or a channel that takes items of another kind in the same way.
     """
+
+    retracts = False
 
     def __init__(self, emit: Any) -> None:
         self.emit = emit
         self.sink = Sink(self)
         self._closed = threading.Event()
         self._failure: Exception | None = None
-        self._muted: dict[str, contextlib.AbstractContextManager[Any]] = {}
+        self._entered: dict[str, _Entered] = {}
 
     def read(self, chunk: Any) -> Iterable[Any]:
-        """The items that a chunk makes; see `sink.Reader`."""
+        """The items that `chunk` makes. Called where the chunk is produced, in the context of its LM call."""
         raise NotImplementedError
 
-    async def conduct(self, call: Callable[[], Awaitable[Any]], **settings: Any) -> Any:
-        """Await `call()` with DSPy telling this bridge what happens, and with `settings` of DSPy.
+    async def conduct(self, call: Callable[[], Awaitable[Any]], *, emitter: Any = None, **settings: Any) -> Any:
+        """Await `call()` with DSPy reporting to this bridge what happens, and with `settings` of DSPy. `emitter` is the
+        one for code that is not given any; by default, that of the run around.
 
         :raises Stopped: the run was stopped.
-        :raises Exception: whatever the program raises, as it is.
+        :raises Exception: what the program raises, as it is.
         """
         install()
         replace_methods()
-        own = {"callbacks": [*dspy.settings.callbacks, self], "send_stream": self.sink, RUN_SETTING: self}
+        context = replace(current(), observer=self)
+        if emitter is not None:
+            context = replace(context, emitter=emitter, span=None)
+        own = {"callbacks": [*dspy.settings.callbacks, self], "send_stream": self.sink, SETTING: context}
         try:
             with dspy.context(**own, **settings):
                 return await call()
@@ -59,7 +75,44 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
     @property
     def is_innermost(self) -> bool:
         """Whether the calling code is in this run, and not in another one that goes on inside it."""
-        return dspy.settings.get(RUN_SETTING) is self
+        return current().observer is self
+
+    # -- The call that code is in ----------------------------------------------------------------------------------
+
+    def here(self) -> Any:
+        """What was given to `enter` for the call that the calling code is in; None: it is in none."""
+        return current().calls.get(self)
+
+    def enter(self, call_id: str, call: Any, *, span: str | None = None, streams: bool = True) -> None:
+        """From here to `leave`, both called in its own context, DSPy's call `call_id` is going on. Unless it `streams`,
+        LM calls inside keep the retries and fallbacks that DSPy gives up for streams.
+
+        To be called last in a start callback: if that raises, DSPy does not call the end callback.
+        """
+        context, stream = current(), dspy.settings.send_stream
+        before: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
+        changes: dict[str, Any] = {"calls": {**context.calls, self: call}}
+        if span is not None and context.observer is self:
+            before["span"], changes["span"] = context.span, span
+        if not streams and stream is self.sink:  # else it streams to a run inside this one, or not at all
+            settings["send_stream"] = stream
+            set_settings(send_stream=None)
+        self._entered[call_id] = _Entered(call, context.calls.get(self), before, settings)
+        set_settings(**{SETTING: replace(context, **changes)})
+
+    def leave(self, call_id: str) -> Any:
+        """The call has ended. What was given to `enter`, or None.
+
+        Only what this bridge has set is set back: of two bridges the outer one enters, and leaves, first.
+        """
+        entered = self._entered.pop(call_id, None)
+        if entered is None:
+            return None
+        context = current()
+        changes = {"calls": {**context.calls, self: entered.around}, **entered.before}
+        set_settings(**{SETTING: replace(context, **changes), **entered.settings})
+        return entered.call
 
     # -- Ending ----------------------------------------------------------------------------------------------------
 
@@ -116,32 +169,37 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
         elif isinstance(made, dict):
             made |= clean_texts(made)
 
-    # -- Calls that do not stream ----------------------------------------------------------------------------------
 
-    def mute(self, call_id: str) -> None:
-        """Have DSPy not stream inside this call, until `unmute`. Both run in the call's own context."""
-        if dspy.settings.send_stream is self.sink:  # else it streams to a run inside this one, or not at all
-            muted = self._muted[call_id] = dspy.context(send_stream=None)
-            muted.__enter__()
+class Sink(ThreadStream):
+    """DSPy's `send_stream` of one run: takes the chunks of LM calls, from the program's event loop and from other loops
+    (`send`) and from threads (`send_nowait`).
 
-    def unmute(self, call_id: str) -> None:
-        muted = self._muted.pop(call_id, None)
-        if muted is not None:
-            muted.__exit__(None, None, None)
-
-
-def innermost() -> Any:
-    """The bridge of the run that the calling code is in, or None."""
-    return dspy.settings.get(RUN_SETTING)
-
-
-def wait_in_thread(seconds: float) -> None:
-    """Wait in a thread, for no longer than the run goes on that the calling code is in.
-
-    :raises Stopped: the run is over.
+    It closes over its bridge, so that a chunk reaches the run that it belongs to wherever it is produced (G8).
     """
-    run: Bridge | None = innermost()
-    if run is None:
-        time.sleep(seconds)
-    else:
-        run.wait(seconds)
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+
+    async def send(self, chunk: Any) -> None:
+        """Take `chunk`, waiting while the run is held back.
+
+        :raises Stopped: the run is over.
+        """
+        self._bridge.check()
+        try:
+            for item in self._bridge.read(chunk):
+                await self._bridge.emit.send(item)
+        except Exception as error:  # noqa: BLE001 -- kept, and raised where the run is awaited; no failure of the LM
+            self._bridge.fail(error)
+
+    def send_nowait(self, chunk: Any) -> None:
+        """Take `chunk` from synchronous code: on the loop without waiting, in a thread waiting for room.
+
+        :raises Stopped: the run is over.
+        """
+        self._bridge.check()
+        try:
+            for item in self._bridge.read(chunk):
+                self._bridge.emit.nowait(item)
+        except Exception as error:  # noqa: BLE001 -- as above
+            self._bridge.fail(error)

@@ -7,8 +7,8 @@
 - `BestOfN.forward` and `Refine.forward` count failed attempts on the module, those of all its calls together; in a run
   they count on a copy.
 - `Predict.forward` and `aforward` call the LM that the predictor has, or DSPy's settings; in an agent's run they call
-  what `MODELS_SETTING` makes of it, so that nobody's predictors need to be changed. And `aforward` cannot await an LM
-  that has no asynchronous side; it then does on a thread what `forward` does, outside of runs, too.
+  what the context's `models` makes of it, so that nobody's predictors need to be changed. And `aforward` cannot await
+  an LM that has no asynchronous side; it then does on a thread what `forward` does, outside of runs, too.
 
 They are public methods, replaced when the first run begins, once in a process. What else is called outside of runs does
 what DSPy does.
@@ -24,16 +24,10 @@ from typing import Any
 
 import dspy
 
+from agentcast.agents.context import current
 from agentcast.agents.observations import contained, observed, showable
-from agentcast.agents.streaming.dspy_calls import call_in_thread, can_be_awaited
+from agentcast.agents.streaming.calls import call_in_thread, can_be_awaited
 from agentcast.agents.threads import unblocking
-
-RUN_SETTING = "agentcast_run"
-"""Key of the innermost bridge in DSPy's settings, which DSPy also carries into the threads of `dspy.Parallel`."""
-EMITTER_SETTING = "agentcast_emitter"
-"""Key in DSPy's settings of the emitter that tools use (`agentcast.agents.current`)."""
-MODELS_SETTING = "agentcast_models"
-"""Key in DSPy's settings of a function from an LM to the one that a predictor calls in its place."""
 
 _lock = threading.Lock()
 
@@ -52,16 +46,12 @@ def _replace() -> None:
             setattr(owner, name, replacement(getattr(owner, name)))
 
 
-def _in_run() -> bool:
-    return dspy.settings.get(RUN_SETTING) is not None or dspy.settings.get(EMITTER_SETTING) is not None
-
-
 def _awaited_tool(acall: Callable[..., Any]) -> Callable[..., Any]:
     """`Tool.acall`."""
 
     @functools.wraps(acall)
     async def call(tool: Any, /, **args: Any) -> Any:
-        if not _in_run():
+        if not current():
             return await acall(tool, **args)
         with contained(), _shown(tool) as is_shown:
             function = unblocking(_listing(tool.func) if is_shown else tool.func, f"tool {tool.name}")
@@ -76,7 +66,7 @@ def _called_tool(tool_call: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(tool_call)
     def call(tool: Any, /, **args: Any) -> Any:
-        if not _in_run():
+        if not current():
             return tool_call(tool, **args)
         with contained(), _shown(tool) as is_shown:
             result = tool_call(_calling(_listing(tool.func), tool) if is_shown else tool, **args)
@@ -121,7 +111,7 @@ def _all_on_a_thread(aforward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(aforward)
     async def call(module: Any, /, **inputs: Any) -> Any:
-        if not _in_run():
+        if not current():
             return await aforward(module, **inputs)
         forward = functools.partial(type(module).forward, module, **inputs)
         return await call_in_thread(forward, f"module {type(module).__name__}")
@@ -134,13 +124,13 @@ def _on_a_copy(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def call(module: Any, /, **inputs: Any) -> Any:
-        return forward(copy.copy(module) if _in_run() else module, **inputs)
+        return forward(copy.copy(module) if current() else module, **inputs)
 
     return call
 
 
 def _with_model(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`Predict.forward` that calls the LM that `MODELS_SETTING` gives."""
+    """`Predict.forward` that calls the LM that the context's `models` gives."""
 
     @functools.wraps(forward)
     def call(predictor: Any, /, **inputs: Any) -> Any:
@@ -164,7 +154,7 @@ def _with_model_awaited(aforward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _modelled(predictor: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    models = dspy.settings.get(MODELS_SETTING)
+    models = current().models
     if models is None:
         return inputs
     lm = inputs.get("lm", predictor.lm) or dspy.settings.lm

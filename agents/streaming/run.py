@@ -1,60 +1,68 @@
 """One run of one program: DSPy's callbacks and LM chunks in, events out.
 
-This module must not know how programs are called or how events travel.
+This module must not know how programs are called or how events travel, nor what a graph is.
 """
 
 import functools
 import itertools
 import re
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import dspy
-from dspy.adapters.types.base_type import Type as CustomType
-from dspy.utils.callback import ACTIVE_CALL_ID
 from dspy.utils.exceptions import AdapterParseError, LMError
 
+from agentcast.agents._dspy import streams
 from agentcast.agents.base import Emitter, public_message
+from agentcast.agents.context import current, within
 from agentcast.agents.events import (
     AgentEvent,
     Failure,
     LmEnd,
     LmStart,
     MessageEnd,
+    MessageRetracted,
     NodeEnd,
     NodeError,
     NodeStart,
     ToolEnd,
     ToolStart,
     Usage,
+    ValidationFailed,
 )
 from agentcast.agents.failures import failure_of, is_failure
 from agentcast.agents.fields import Messages
 from agentcast.agents.observations import holds_types
 from agentcast.agents.streaming.bridge import Bridge
-from agentcast.agents.streaming.dspy_calls import can_stream, decides
-from agentcast.agents.streaming.usage import Meter
+from agentcast.agents.streaming.calls import decides
 
 
 @dataclass(slots=True, eq=False)
-class _Call:
-    """A DSPy call that has not ended."""
+class Call:
+    """A call that has not ended. Its state is touched by its own, sequential, flow of control only."""
 
     span: str
     name: str
     started: float
+    parent: str | None = None
     module: Any = None
     messages: Messages | None = None
     """Of a predictor, and of its LM calls."""
     usage: Usage | None = None
-    told: bool = True
+    is_span: bool = True
     """Whether the call is a span of its own; otherwise `span` is the one around it."""
     parts: frozenset[int] = frozenset()
     """Ids of modules whose calls are this node's own work and no spans of their own."""
     spoken: list[str] | None = None
     """Messages that have ended in the attempt of the node around."""
+
+    @property
+    def duration(self) -> float:
+        """Seconds since it started."""
+        return time.monotonic() - self.started
 
 
 def _handler(method: Callable[..., None]) -> Callable[..., None]:
@@ -71,18 +79,15 @@ def _handler(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class Run(Bridge):
-    """One run of one program: DSPy's callbacks and LM chunks in, events out.
+    """One run of one program. Calls of adapters, evaluators and interpreters are no spans: what they call is called by
+    the call around them."""
 
-    Keyed by DSPy's call ids. In a start as in an end callback ACTIVE_CALL_ID is the id of the call around; in the sink
-    it is that of the LM call. The state of a call is touched by its own, sequential, flow of control only.
-    """
+    retracts = True
 
     def __init__(
         self, program: Any, emit: Emitter, shown: Collection[str] | None, name: str | None, *, root: bool = True
     ) -> None:
         super().__init__(emit)
-        self.meter = Meter(self.call_here)
-        self.calls: dict[str | None, _Call] = {}
         self._program = program
         self._root = root
         self._shown = shown
@@ -91,13 +96,9 @@ class Run(Bridge):
         self._spans = itertools.count(1)
         self._message_ids = itertools.count(1)
 
-    def call_here(self) -> _Call | None:
-        """The call that the calling code is in; in a callback, the one around the call that starts or ends."""
-        return self.calls.get(ACTIVE_CALL_ID.get())
-
     def read(self, chunk: Any) -> Iterable[AgentEvent]:
-        """A chunk in the shape of OpenAI's. Of several candidates only the first one is told."""
-        call = self.call_here()
+        """A chunk in the shape of OpenAI's. Of several candidates only the first one is shown."""
+        call = self.here()
         if call is None or call.messages is None:
             return
         for choice in getattr(chunk, "choices", None) or ():
@@ -113,167 +114,195 @@ class Run(Bridge):
 
     @_handler
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        around = self.call_here()
+        around = self.here()
         if around is None and instance is self._program and not self._root:
             return
-        parent = None if around is None else around.span
         if around is not None and id(instance) in around.parts:
-            call = self.calls[call_id] = replace(around, started=time.monotonic(), messages=None, told=False)
+            call = replace(around, started=time.monotonic(), messages=None, is_span=False)
         else:
-            call, parent = self._open(call_id, self._names.get(id(instance)) or type(instance).__name__)
+            call = self._new(self._names.get(id(instance)) or type(instance).__name__)
         call.module = instance
-        if isinstance(instance, dspy.Predict):
+        is_predictor = isinstance(instance, dspy.Predict)
+        if is_predictor:
             call.messages = Messages(call.span, self._shown, lambda: f"m{next(self._message_ids)}")
-            if decides(instance):
-                self.mute(call_id)
-        if not call.told:
-            return
-        kind: Literal["agent", "module"] = "agent" if instance is self._program and parent is None else "module"
-        self.tell([NodeStart(span=call.span, parent=parent, node=call.name, kind=kind)])
+        if call.is_span:
+            kind: Literal["agent", "module"] = "agent" if instance is self._program and around is None else "module"
+            self.tell([NodeStart(span=call.span, parent=call.parent, node=call.name, kind=kind)])
+        self.enter(call_id, call, span=call.span, streams=not (is_predictor and decides(instance)))
 
     @_handler
     def on_module_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        call = self.calls.pop(call_id, None)
+        call = self.leave(call_id)
         if call is None:
             return
-        self.unmute(call_id)
-        span, node, duration = call.span, call.name, _since(call)
         events: list[AgentEvent] = []
         if exception is not None:
             failure = _failure(exception)
             events += call.messages.retract(failure.message) if call.messages else []
-            end: AgentEvent = NodeError(span=span, node=node, duration=duration, error=failure)
+            end: AgentEvent = NodeError(span=call.span, node=call.name, duration=call.duration, error=failure)
         else:
             if call.messages is not None and isinstance(outputs, dspy.Prediction):
                 fields = [field for field in outputs.keys() if field != "logprobs"]
                 events += call.messages.settle({field: outputs[field] for field in fields})
-            end = NodeEnd(span=span, node=node, duration=duration)
+            end = NodeEnd(span=call.span, node=call.name, duration=call.duration)
         if call.spoken is not None:
             call.spoken += [event.message for event in events if isinstance(event, MessageEnd)]
-        self.tell([*events, end] if call.told else events, exception)
+        self.tell([*events, end] if call.is_span else events, exception)
 
-    # -- Nodes of graphs: spans that are told of by `nodes` ----------------------------------------------------------
-
-    def open_node(self, call_id: str, name: str, parts: Iterable[Any]) -> tuple[_Call, str | None]:
-        """A new span for a node whose own work is done by the modules `parts`, and the span around it."""
-        call, parent = self._open(call_id, name)
-        call.parts, call.spoken = frozenset(map(id, parts)), []
-        return call, parent
-
-    def close_node(self, call_id: str) -> None:
-        """The node's span has ended; its messages are the attempt's of a node around it."""
-        call, around = self.calls.pop(call_id, None), self.call_here()
-        if call is not None and around is not None and around.spoken is not None:
-            around.spoken += call.spoken or ()
-
-    def node_error(self, call: _Call, error: BaseException) -> NodeError:
-        code = "timeout" if isinstance(error, TimeoutError) else "error"
-        return NodeError(span=call.span, node=call.name, error=_failure(error, code), duration=_since(call))
-
-    # -- Adapters, and whatever else has call ids: no spans, but LM calls may be inside -----------------------------
+    # -- Adapters --------------------------------------------------------------------------------------------------
 
     @_handler
     def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        around = self.call_here()
-        if around is not None and around.messages is not None and "signature" in inputs:  # nested calls: the inner one
+        call = self.here()
+        if call is not None and call.messages is not None and "signature" in inputs:  # nested calls: the inner one
             fields = inputs["signature"].output_fields
-            around.messages.expect(type(instance), {field: info.annotation for field, info in fields.items()})
-        self._pass_through(call_id)
-
-    @_handler
-    def _start_pass_through(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        self._pass_through(call_id)
-
-    def _end_pass_through(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        self.calls.pop(call_id, None)
+            call.messages.expect(type(instance), {field: info.annotation for field, info in fields.items()})
 
     def on_adapter_format_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         self.clean(outputs)
-        self.calls.pop(call_id, None)
 
     on_adapter_parse_end = on_adapter_format_end
-    on_adapter_parse_start = on_evaluate_start = on_compile_start = _start_pass_through
-    on_interpreter_execute_start = on_interpreter_tool_call_start = _start_pass_through
-    on_evaluate_end = on_compile_end = _end_pass_through
-    on_interpreter_execute_end = on_interpreter_tool_call_end = _end_pass_through
 
     # -- LMs -------------------------------------------------------------------------------------------------------
 
     @_handler
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        around = self.call_here()
+        around = self.here()
         model = str(getattr(instance, "model", type(instance).__name__))
-        call, parent = self._open(call_id, model)
-        call.messages = around.messages if around else None
-        events: list[AgentEvent] = [LmStart(span=call.span, parent=parent, model=model)]
-        if call.messages is not None:
-            events += call.messages.begin()
-        if call.messages is None or not call.messages.can_stream or not can_stream(instance):
-            # A call that shows nothing keeps the retries and fallbacks that DSPy gives up for streams.
-            self.mute(call_id)
+        call = self._new(model)
+        call.messages = messages = around.messages if around else None
+        events: list[AgentEvent] = [LmStart(span=call.span, parent=call.parent, model=model)]
+        if messages is not None:
+            events += messages.begin()
         self.tell(events)
+        is_shown = messages is not None and messages.can_stream and streams(instance)
+        self.enter(call_id, call, span=call.span, streams=is_shown)
 
     @_handler
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         self.clean(outputs)
-        call = self._close(call_id)
+        call = self.leave(call_id)
         if call is None:
             return
         error = None if exception is None else _failure(exception)
         events: list[AgentEvent] = []
         if call.messages is not None:
             events += call.messages.finish() if error is None else call.messages.retract(error.message)
-        events.append(LmEnd(span=call.span, duration=_since(call), usage=call.usage, error=error))
+        events.append(LmEnd(span=call.span, duration=call.duration, usage=call.usage, error=error))
         self.tell(events, exception)
 
     # -- Tools -----------------------------------------------------------------------------------------------------
 
     @_handler
     def on_tool_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        around = self.call_here()
+        around = self.here()
         if instance.name == "finish" and around is not None and isinstance(around.module, dspy.ReAct):
-            self._pass_through(call_id)  # not a tool, but how the loop ends
-            return
-        call, parent = self._open(call_id, instance.name)
+            return  # not a tool, but how the loop ends
+        call = self._new(instance.name)
         args, server = inputs.get("kwargs", {}), getattr(instance, "server", None)
-        self.tell([ToolStart(span=call.span, parent=parent, tool=call.name, args=args, server=server)])
+        self.tell([ToolStart(span=call.span, parent=call.parent, tool=call.name, args=args, server=server)])
+        self.enter(call_id, call, span=call.span)
 
     @_handler
     def on_tool_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        call = self._close(call_id)
+        call = self.leave(call_id)
         if call is None:
             return
         error = None if exception is None else _failure(exception, "tool_error")
-        end = ToolEnd(span=call.span, tool=call.name, duration=_since(call), result=_shown(outputs), error=error)
+        end = ToolEnd(span=call.span, tool=call.name, duration=call.duration, result=_shown(outputs), error=error)
         self.tell([end], exception)
 
     # -- What they share -------------------------------------------------------------------------------------------
 
-    def _open(self, call_id: str, name: str) -> tuple[_Call, str | None]:
-        """A new span, and the one around it."""
-        around = self.call_here()
-        call = self.calls[call_id] = _Call(str(next(self._spans)), name, time.monotonic())
+    def _new(self, name: str) -> Call:
+        """A call that is a span inside the one around it."""
+        around = self.here()
+        call = Call(str(next(self._spans)), name, time.monotonic())
         if around is not None:
-            call.spoken = around.spoken
-        return call, None if around is None else around.span
-
-    def _pass_through(self, call_id: str) -> None:
-        """Take what is called inside this call as called by the one around it."""
-        around = self.call_here()
-        if around is not None:
-            self.calls[call_id] = _Call(around.span, around.name, around.started, messages=around.messages, told=False)
-
-    def _close(self, call_id: str) -> _Call | None:
-        """The call that ends, if it is a span."""
-        call = self.calls.pop(call_id, None)
-        if call is None or not call.told:
-            return None
-        self.unmute(call_id)
+            call.parent, call.spoken = around.span, around.spoken
         return call
 
+    # -- Nodes of graphs -------------------------------------------------------------------------------------------
 
-def _since(call: _Call) -> float:
-    return time.monotonic() - call.started
+    @contextmanager
+    def node(self, name: str, inputs: Mapping[str, Any], parts: Iterable[Any]) -> Iterator["NodeSpan"]:
+        """See `node_span`."""
+        around, call = self.here(), self._new(name)
+        call.parts, call.spoken = frozenset(map(id, parts)), []
+        span = NodeSpan(self, call)
+        self.tell([NodeStart(span=call.span, parent=call.parent, node=name, kind="graph", inputs=dict(inputs))])
+        try:
+            with within(calls={**current().calls, self: call}, span=call.span):
+                yield span
+        except BaseException as error:
+            span.fail(error)
+            raise
+        finally:
+            if around is not None and around.spoken is not None:  # its messages are the attempt's of a node around it
+                around.spoken += call.spoken
+
+
+class NodeSpan:
+    """A node of a graph that is running. In no run, all its methods do nothing.
+
+    A node reports what it is given, each failed attempt, and what it sets. What goes on inside, LM and tool calls and
+    messages, becomes part of its span by the run.
+    """
+
+    def __init__(self, run: Run | None = None, call: Any = None) -> None:
+        self._run = run
+        self._call = call
+
+    def attempt(self) -> None:
+        """An attempt begins: what its calls say from here on is void if it is rejected."""
+        if self._run is not None:
+            self._call.spoken.clear()
+
+    def reject(self, attempt: int, max_retries: int, error: str, failed_fields: Iterable[str]) -> None:
+        """The attempt has failed. `attempt` counts from 1."""
+        if self._run is None:
+            return
+        reason = "the output was rejected"
+        retracted = [MessageRetracted(message=message, reason=reason) for message in self._call.spoken]
+        self._call.spoken.clear()
+        failed = ValidationFailed(
+            span=self._call.span,
+            node=self._call.name,
+            attempt=attempt,
+            max_retries=max_retries,
+            error=error,
+            failed_fields=tuple(failed_fields),
+        )
+        self._run.tell([*retracted, failed])
+
+    def end(self, patch: Callable[[], Mapping[str, Any]]) -> None:
+        """The node has set the fields of `patch()`."""
+        if self._run is not None:
+            call = self._call
+            self._run.tell([NodeEnd(span=call.span, node=call.name, patch=dict(patch()), duration=call.duration)])
+
+    def fail(self, error: BaseException) -> None:
+        """The node has failed, or is cancelled."""
+        if self._run is not None:
+            call = self._call
+            failure = _failure(error, "timeout" if isinstance(error, TimeoutError) else "error")
+            end = NodeError(span=call.span, node=call.name, error=failure, duration=call.duration)
+            self._run.tell([end], error)
+
+
+@contextmanager
+def node_span(name: str, inputs: Callable[[], Mapping[str, Any]], parts: Iterable[Any] = ()) -> Iterator[NodeSpan]:
+    """Inside, the node `name` is running, and what is called is called by it. `parts` are the modules that do its own
+    work: their calls are no spans beside it.
+
+    To be left after `NodeSpan.end`, or by an exception, which is reported.
+    """
+    run = current().observer
+    if isinstance(run, Run):
+        with run.node(name, inputs(), parts) as span:
+            yield span
+    else:
+        yield NodeSpan()
 
 
 def _display_name(path: str) -> str:
@@ -283,9 +312,9 @@ def _display_name(path: str) -> str:
 
 def _shown(result: Any) -> Any:
     """Images and the like as the data that they hold, not as the text that stands for them in a prompt."""
-    if isinstance(result, CustomType):
+    if isinstance(result, dspy.Type):
         return dict(result)
-    return [dict(item) if isinstance(item, CustomType) else item for item in result] if holds_types(result) else result
+    return [dict(item) if isinstance(item, dspy.Type) else item for item in result] if holds_types(result) else result
 
 
 def _failure(error: BaseException, code: str = "error") -> Failure:

@@ -14,8 +14,7 @@ from agentcast.agents.fields.base import is_text
 from agentcast.agents.graph import StatefulNode
 from agentcast.agents.graph.detaching import detached
 from agentcast.agents.react import react_agent
-from agentcast.agents.streaming import is_async
-from agentcast.agents.streaming.dspy_calls import call_in_thread
+from agentcast.agents.streaming import call_in_thread, is_async
 from agentcast.agents.threads import unblocking
 from agentcast.agents.transpiler.attempts import Ask, Rejected, answer_text
 from agentcast.agents.transpiler.signatures import PREVIOUS_ANSWER, PROBLEMS, aliases, correcting, signature_of

@@ -10,6 +10,8 @@ import dspy
 from pydantic import BaseModel, ValidationError
 
 from agentcast.agents.base import public_message
+from agentcast.agents.context import emit_event
+from agentcast.agents.events import StepLimit
 from agentcast.agents.graph.building import Route, StatefulNode
 from agentcast.agents.graph.detaching import detached
 from agentcast.agents.graph.errors import (
@@ -24,7 +26,7 @@ from agentcast.agents.graph.errors import (
 )
 from agentcast.agents.graph.flow import Flow, Step
 from agentcast.agents.graph.state import State, View
-from agentcast.agents.streaming import NodeSpan, node_span, replace_methods, tell_step_limit
+from agentcast.agents.streaming import NodeSpan, node_span, replace_methods
 from agentcast.agents.threads import unblocking
 from agentcast.agents.transpiler.asking import asker, parts_of, retries_of
 from agentcast.agents.transpiler.attempts import settle
@@ -64,7 +66,7 @@ class Play:
         if self._flow.limited and not self._limited:
             self._limited = True
             limit = self._plan.shape.max_steps
-            tell_step_limit(limit, limit_text(limit))
+            emit_event(StepLimit(max_steps=limit, message=limit_text(limit)))
             if self._plan.graph.on_loop_limit == "raise":
                 raise StepLimitError(limit)
 

@@ -9,10 +9,10 @@ from typing import Any, Generic, Self, TypeVar, overload
 import dspy
 from pydantic import BaseModel
 
+from agentcast.agents.context import current
 from agentcast.agents.graph import Graph
 from agentcast.agents.graph.checking import is_sound
 from agentcast.agents.graph.drawing import described, mermaid
-from agentcast.agents.streaming.bridge import innermost
 from agentcast.agents.transpiler.asking import module_of
 from agentcast.agents.transpiler.attempts import ErrorFormatter, default_formatter
 from agentcast.agents.transpiler.plan import Plan, plan_of
@@ -115,7 +115,7 @@ class Program(dspy.Module, Generic[T]):  # type: ignore[misc]  # dspy is untyped
     def _handed_over(self, result: Any) -> Any:
         """`result`, save to `dspy.streamify` itself, which never ends without a prediction."""
         settings = dspy.settings
-        if settings.send_stream is None or innermost() is not None or settings.caller_modules != [self]:
+        if settings.send_stream is None or current().observer is not None or settings.caller_modules != [self]:
             return result
         return result if isinstance(result, dspy.Prediction) else dspy.Prediction(**dict(result))
 

@@ -15,8 +15,8 @@ import dspy
 import pytest
 from dspy.utils.exceptions import LMTransportError
 
+from agentcast.agents.context import within
 from agentcast.agents.llm import Model, Retrying, close_connections
-from agentcast.agents.llm.model import RETRYING_SETTING
 from agentcast.agents.registry import Registry
 from agentcast.agents.streaming import streamify
 from tests.support.client import Client, View
@@ -54,7 +54,7 @@ PROGRAMS = {"awaited": lambda: dspy.Predict("question -> answer"), "blocking": B
 
 @contextmanager
 def retrying(how: Retrying) -> Iterator[None]:
-    with dspy.context(adapter=dspy.ChatAdapter(), **{RETRYING_SETTING: how}):
+    with dspy.context(adapter=dspy.ChatAdapter()), within(retrying=how):
         yield
 
 

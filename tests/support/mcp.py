@@ -11,7 +11,7 @@ import anyio
 import dspy
 from anyio.streams.text import TextReceiveStream
 
-from agentcast.agents.current import emitting
+from agentcast.agents.context import within
 from agentcast.agents.events import AgentEvent
 from agentcast.agents.mcp import McpServer, mcp_server, running
 from agentcast.agents.streaming import run_program
@@ -135,7 +135,7 @@ async def play(agent: Any, moves: Sequence[Move], played: Played | None = None) 
         played.prompts.append(prompt)
         return replies.pop(0)
 
-    with dspy.context(lm=lm_of(reply), adapter=dspy.ChatAdapter()), emitting(played.heard):
+    with dspy.context(lm=lm_of(reply), adapter=dspy.ChatAdapter()), within(emitter=played.heard):
         outcome = await run_program(agent, {"question": "Q-1-Z"}, played.heard)
     trajectory = outcome.prediction.trajectory
     played.observations = [trajectory[f"observation_{number}"] for number in range(len(moves))]

@@ -14,13 +14,12 @@ from pydantic import BaseModel
 
 from agentcast.agents import END, AgentTranspiler, Graph, Reducer, StatefulNode
 from agentcast.agents.base import Task
+from agentcast.agents.context import within
 from agentcast.agents.contract import module_contract
-from agentcast.agents.current import emitting
 from agentcast.agents.events import LmEnd, LmStart, MessageEnd, NodeEnd, ToolEnd, ValidationFailed
 from agentcast.agents.react import react_agent
 from agentcast.agents.registry import Registry
-from agentcast.agents.streaming import run_program, stream_events, streamify
-from agentcast.agents.streaming.dspy_calls import can_be_awaited
+from agentcast.agents.streaming import can_be_awaited, run_program, stream_events, streamify
 from tests.support.graphs import Script, Text, Topic, events_of, node, of, program_of, told
 from tests.support.lms import Engine, chat, lm_of
 from tests.unit.test_react import FINISH, Heard, turn
@@ -276,7 +275,7 @@ def look(word: str = "x") -> str:
 @every_lm
 async def test_programs_run_as_agents_and_in_streams(make: Callable[[Reply], Any], program: Any):
     heard = Heard()
-    with dspy.context(lm=make(answering), adapter=dspy.ChatAdapter()), emitting(heard):
+    with dspy.context(lm=make(answering), adapter=dspy.ChatAdapter()), within(emitter=heard):
         result = await Registry().add("asker", program).run(task_of(program), heard)
         assert result["text"] == "hi"
         async with stream_events(program, {"topic": "x"}) as events:

@@ -18,8 +18,8 @@ from pydantic import BaseModel
 
 from agentcast.agents import AgentTranspiler, Graph, StatefulNode
 from agentcast.agents.base import Task
+from agentcast.agents.context import within
 from agentcast.agents.llm import Model, Retrying, as_model, close_connections
-from agentcast.agents.llm.model import RETRYING_SETTING
 from agentcast.agents.llm.setup import configure
 from agentcast.agents.registry import Registry, RegistryError
 from agentcast.agents.streaming import stream_events, streamify
@@ -346,7 +346,7 @@ async def test_a_program_is_left_as_it_was(make: Callable[[], Any], tmp_path: Pa
     agent: Any = Registry().add("mine", program)
     assert fingerprint(program) == before
     task = Task(run="r", input=agent.spec.input_model(question="q"))
-    with dspy.context(adapter=dspy.ChatAdapter(), **{RETRYING_SETTING: Retrying(attempts=1)}):
+    with dspy.context(adapter=dspy.ChatAdapter()), within(retrying=Retrying(attempts=1)):
         with pytest.raises(dspy.utils.exceptions.LMError):
             await agent.run(task, Ignored())
     await close_connections()
@@ -400,9 +400,8 @@ async def test_a_predictors_own_lm_is_called_as_all_others_are():
     settings = {
         "callbacks": [Hears()],
         "adapter": dspy.ChatAdapter(),
-        RETRYING_SETTING: Retrying(attempts=2, backoff=0),
     }
-    with dspy.context(**settings):
+    with dspy.context(**settings), within(retrying=Retrying(attempts=2, backoff=0)):
         for agent in registry:
             task = Task(run="r", input=agent.spec.input_model(question="q"))
             with pytest.raises(dspy.utils.exceptions.LMError):
@@ -415,7 +414,7 @@ async def test_a_predictors_own_lm_is_called_as_all_others_are():
 async def test_an_lm_without_a_timeout_gets_none_of_ours():
     lm = as_model(nobody())
     before = dict(lm.kwargs)
-    with dspy.context(**{RETRYING_SETTING: Retrying(attempts=1)}), pytest.raises(dspy.utils.exceptions.LMError):
+    with within(retrying=Retrying(attempts=1)), pytest.raises(dspy.utils.exceptions.LMError):
         await lm.acall("Hello")
     await close_connections()
     assert lm.kwargs == before

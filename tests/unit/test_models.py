@@ -23,6 +23,7 @@ from dspy.utils.exceptions import (
     LMUnsupportedModelError,
 )
 
+from agentcast.agents.context import within
 from agentcast.agents.failures import failure_of
 from agentcast.agents.llm import (
     Model,
@@ -33,7 +34,6 @@ from agentcast.agents.llm import (
     missing_key,
     takes_litellm,
 )
-from agentcast.agents.llm.model import RETRYING_SETTING
 from agentcast.agents.registry import Registry, RegistryError
 from agentcast.agents.registry.hosting import FunctionAgent, ProgramAgent
 
@@ -194,7 +194,7 @@ async def test_silence_is_told_from_a_queue_for_connections(monkeypatch: pytest.
 
     monkeypatch.setattr(dspy.LM, "acall", acall)
     lm, given = as_model(dspy.LM(MODEL, cache=False)), as_model(dspy.LM(MODEL, cache=False, timeout=3))
-    with dspy.context(**{RETRYING_SETTING: Retrying(attempts=1, idle=7)}):
+    with within(retrying=Retrying(attempts=1, idle=7)):
         await lm.acall("Hello")
         await given.acall("Hello")
         await lm.acall("Hello", timeout=4)

@@ -15,7 +15,7 @@ from dspy.lm15 import Message, Request, Response, Usage
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError
 
 from agentcast.agents.base import Stopped, ToolError
-from agentcast.agents.current import emitting, status
+from agentcast.agents.context import status, within
 from agentcast.agents.events import AgentEvent, Status, StepLimit, ToolEnd, ToolStart
 from agentcast.agents.offline import offline_lm
 from agentcast.agents.react import ReAct, guarded, react_agent
@@ -80,7 +80,7 @@ async def play(agent: Any, *replies: str | Exception) -> tuple[Any, Heard, Scrip
     """Run `agent` with scripted replies of the model; the last one, the answer, is added."""
     script, heard = Script(*replies, ANSWER), Heard()
     adapter = dspy.ChatAdapter(use_json_adapter_fallback=False)
-    with dspy.context(lm=script.lm(), adapter=adapter), emitting(heard):
+    with dspy.context(lm=script.lm(), adapter=adapter), within(emitter=heard):
         outcome = await run_program(agent, {"question": "q"}, heard)
     return outcome.prediction, heard, script
 

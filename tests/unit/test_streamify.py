@@ -23,7 +23,8 @@ from dspy.lm15 import TextDelta
 from dspy.streaming import StatusMessage, StatusMessageProvider, StreamListener, StreamResponse
 from dspy.utils.callback import BaseCallback
 
-from agentcast.agents.streaming import Stream, carrying, streamify
+from agentcast.agents.context import carrying
+from agentcast.agents.streaming import Stream, streamify
 from tests.support.lms import chat, lm_of, pieces, question_of
 
 pytestmark = pytest.mark.anyio

@@ -336,7 +336,7 @@ async def test_the_outcome_is_there_after_the_last_event():
 
 
 async def test_step_limits_and_statuses_of_tools_reach_whoever_streams_events():
-    from agentcast.agents.current import status
+    from agentcast.agents.context import status
     from agentcast.agents.react import react_agent
 
     def reply(prompt: str) -> Iterable[str]:

@@ -16,6 +16,7 @@ from dspy.utils.exceptions import AdapterParseError, LMError
 
 from agentcast.agents.base import Stopped, ToolError
 from agentcast.agents.channel import Channel
+from agentcast.agents.context import current
 from agentcast.agents.events import (
     AgentEvent,
     LmEnd,
@@ -33,7 +34,7 @@ from agentcast.agents.events import (
     Usage,
 )
 from agentcast.agents.gate import drive
-from agentcast.agents.streaming import Outcome, current_span, is_async, run_program
+from agentcast.agents.streaming import Outcome, is_async, run_program
 from tests.support.lms import Engine, chat, lm_of, pieces
 
 pytestmark = pytest.mark.anyio
@@ -139,7 +140,7 @@ async def test_everything_arrives_in_order_with_the_right_parents():
     spans: list[str | None] = []
 
     async def add(a: int, b: int) -> int:
-        spans.append(current_span())
+        spans.append(current().span)
         return a + b
 
     events: list[AgentEvent] = []
@@ -176,7 +177,7 @@ async def test_everything_arrives_in_order_with_the_right_parents():
         "node_end 1",
     ]
     assert spans == ["4"]
-    assert current_span() is None
+    assert current().span is None
     assert len(of(Token, events)) > 10
     assert all(end.usage == Usage(input_tokens=10, output_tokens=5, cached_tokens=4) for end in of(LmEnd, events))
     assert outcome.usage == Usage(input_tokens=30, output_tokens=15, cached_tokens=12)
@@ -902,7 +903,7 @@ async def test_several_candidates_tell_the_first():
 
 @pytest.mark.parametrize("usage", [{"prompt_tokens": None, "cost": 0.5, "is_byok": True}, {"input_tokens": 3}, {}])
 def test_usage_reports_of_any_shape(usage: dict[str, Any]):
-    from agentcast.agents.streaming.usage import Meter
+    from agentcast.agents.streaming.program import Meter
 
     meter = Meter(lambda: None)
     meter.add_usage("a", usage)

@@ -26,7 +26,7 @@ import pytest
 from pydantic import BaseModel
 
 from agentcast.agents.base import ToolError
-from agentcast.agents.current import emitting
+from agentcast.agents.context import within
 from agentcast.agents.events import NodeError, ToolEnd
 from agentcast.agents.react import guarded, react_agent
 from agentcast.agents.streaming import run_program
@@ -398,7 +398,7 @@ async def test_image_is_shown_to_the_model_as_an_image_and_to_people_as_data():
             )
 
         heard = Heard()
-        with dspy.context(lm=Messages(reply), adapter=dspy.ChatAdapter()), emitting(heard):
+        with dspy.context(lm=Messages(reply), adapter=dspy.ChatAdapter()), within(emitter=heard):
             await run_program(agent, {"question": "q"}, heard)
         assert {"type": "image_url", "image_url": {"url": image.url}} in parts[1][-1]["content"]
         assert heard.of(ToolEnd)[0].result == shown

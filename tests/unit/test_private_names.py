@@ -1,15 +1,19 @@
-"""The private names that the bridge replaces: that they are what it takes them for, and that nobody else is touched.
+"""The private names of other packages: that they are what `_dspy` takes them for, and that nobody else is touched.
 
-Each of these fails when DSPy, or anyio, changes what is replaced.
+Each of these fails when DSPy, or anyio, changes what is used or replaced.
 """
 
+import ast
 import asyncio
+import importlib.metadata
 import inspect
+import pkgutil
 import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,15 +27,56 @@ from dspy.clients import lm as lm_module
 from dspy.streaming import messages
 from dspy.utils.callback import BaseCallback
 
-from agentcast.agents.streaming import patch, stream_events, streamify
+from agentcast.agents import _dspy
+from agentcast.agents.streaming import stream_events, streamify
 from tests.support.lms import chat, lm_of, pieces
 
 pytestmark = pytest.mark.anyio
+ROOT = Path(__file__).parents[2]
+
+
+SOURCES = sorted(path for folder in ("agents", "server") for path in (ROOT / folder).rglob("*.py"))
+PUBLIC = {
+    "dspy.experimental",
+    "dspy.lm15",
+    "dspy.streaming",
+    "dspy.utils.callback",
+    "dspy.utils.exceptions",
+}
+"""Modules whose names DSPy documents, or exports for engines of one's own."""
+
+
+def test_the_versions_that_are_checked_are_those_that_are_tested_with():
+    for package, version in _dspy.CHECKED.items():
+        assert importlib.metadata.version(package).startswith(version)
+
+
+@pytest.mark.parametrize("name", _dspy.PRIVATE)
+def test_each_private_name_is_there(name: str):
+    holder, _, last = name.rpartition(".")
+    found: Any = pkgutil.resolve_name(holder)
+    made = {"LM": lambda: dspy.LM("openai/x"), "RLM": lambda: dspy.RLM("question -> answer")}
+    found = made[found.__name__]() if isinstance(found, type) and found.__name__ in made else found
+    assert hasattr(found, last), name
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=[str(path.relative_to(ROOT)) for path in SOURCES])
+def test_no_other_module_imports_a_private_name(source: Path):
+    if source.name == "_dspy.py":
+        return
+    for node in ast.walk(ast.parse(source.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = [node.module]
+        for name in names:
+            if name.startswith("dspy."):
+                assert any(f"{name}.".startswith(f"{public}.") for public in PUBLIC), f"{name} belongs into _dspy"
+            assert not (name.startswith("anyio.") and "._" in name), f"{name} belongs into _dspy"
 
 
 def test_these_are_dspys_only_ways_out_of_a_synchronous_call():
     """Whatever else DSPy calls would bypass the bridge; what is gone need not be replaced any more."""
-    assert dspy.__version__.startswith(patch.TESTED)
+    assert dspy.__version__.startswith(_dspy.CHECKED["dspy"])
     uses = {
         module.__name__: re.findall(r"\banyio\.[\w.]+\(.*\)", inspect.getsource(module))
         for module in (execution, lm_module)
@@ -88,7 +133,7 @@ print("ok")
 
 @pytest.fixture
 def installed() -> None:
-    assert patch.install()
+    assert _dspy.install()
 
 
 async def test_other_users_of_dspy_stream_as_before(installed: None):
@@ -176,7 +221,7 @@ async def test_a_chunk_from_a_foreign_thread_takes_no_event_loop_of_its_own(monk
         def forward(self) -> Any:
             return dspy.Parallel(num_threads=2, disable_progress_bar=True)([(self.ask, {"question": "?"})] * 2)[0]
 
-    monkeypatch.delattr(patch, "_run_aside")
+    monkeypatch.delattr(_dspy, "_run_aside")
     with dspy.context(lm=lm_of(lambda _: pieces(chat(answer="x"), 9))):
         items = [item async for item in streamify(Both())()]
     assert len(items) > 6
@@ -200,9 +245,9 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(execution, "anyio", anyio)
     monkeypatch.setattr(lm_module, "anyio", anyio)
     monkeypatch.setattr(messages, "sync_send_to_stream", _dspys_own(messages.sync_send_to_stream))
-    patch._replace_names.cache_clear()
+    _dspy._replace_names.cache_clear()
     yield
-    patch._replace_names.cache_clear()  # the next one finds what is replaced
+    _dspy._replace_names.cache_clear()  # the next one finds what is replaced
 
 
 def _dspys_own(function: Any) -> Any:
@@ -256,8 +301,8 @@ def test_a_dspy_without_a_private_name_is_told_once_and_left_alone(
     monkeypatch.setattr(dspy, "__version__", version)
     monkeypatch.delattr(module, name)
     left = {each.__name__: dict(vars(each)) for each in (execution, lm_module, messages)}
-    assert not patch.install()
-    assert not patch.install()
+    assert not _dspy.install()
+    assert not _dspy.install()
     assert {each.__name__: dict(vars(each)) for each in (execution, lm_module, messages)} == left
     (record,) = caplog.records
     assert version in record.getMessage()
@@ -269,7 +314,7 @@ def test_a_dspy_without_a_module_is_told_once_and_left_alone(
 ):
     monkeypatch.setattr(dspy, "__version__", "9.0.1")
     monkeypatch.setitem(sys.modules, name, None)
-    assert not patch.install()
+    assert not _dspy.install()
     assert len(caplog.records) == 1
 
 

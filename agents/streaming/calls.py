@@ -1,24 +1,14 @@
-"""What DSPy does not tell of its calls: whether one can stream, and how a program is called.
+"""How DSPy's programs and LMs are called. This module must not know runs or events."""
 
-This module must not know runs or events.
-"""
-
-import importlib.util
-import inspect
-import shutil
-import sys
 from collections.abc import Callable, Set
-from types import FrameType
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import dspy
 from dspy.experimental import Choice, Noul, Score
-from dspy.primitives import resolve_interpreter_factory
-from dspy.utils.callback import BaseCallback
 
-from agentcast.agents.streaming.patch import as_worker_thread, reaches_stream
+from agentcast.agents._dspy import as_worker_thread, has_engine_of_its_own
 from agentcast.agents.threads import in_thread
 
 LINGER = 2.0
@@ -36,10 +26,7 @@ def can_be_awaited(lm: Any) -> bool:
     than its synchronous one. What is no `dspy.BaseLM` is taken to have one."""
     if not isinstance(lm, dspy.BaseLM):
         return True
-    engine = getattr(lm, "engine", None)
-    if engine is not None and not isinstance(engine, str) and getattr(lm, "_async_engine_spec", None) is None:
-        return False
-    return _comes_first(lm, {"aforward", "acall"}, {"forward", "__call__"})
+    return not has_engine_of_its_own(lm) and _comes_first(lm, {"aforward", "acall"}, {"forward", "__call__"})
 
 
 def _comes_first(instance: Any, asynchronous: Set[str], synchronous: Set[str]) -> bool:
@@ -63,40 +50,6 @@ async def call_in_thread(program: Callable[[], Any], name: str, limiter: anyio.C
                 return program()
 
         return await in_thread(call, name, limiter=limiter or anyio.CapacityLimiter(1), linger=LINGER)
-
-
-def can_stream(lm: Any) -> bool:
-    """Whether the call of `lm` whose start callback is running can send chunks."""
-    awaited = _is_awaited()
-    engine = getattr(lm, "_async_engine_spec", None) if awaited else getattr(lm, "engine", None)
-    if engine is not None and not isinstance(engine, str) and not callable(getattr(engine, "stream", None)):
-        return False
-    return awaited or reaches_stream()
-
-
-def missing_runtime(program: Any) -> str | None:
-    """What a module in `program` needs to run code, and is not installed; None: nothing."""
-    for path, part in program.named_sub_modules():
-        factory = getattr(part, "_interpreter_factory", None)
-        if factory is None or resolve_interpreter_factory(factory) is not dspy.PythonInterpreter:
-            continue
-        if shutil.which("deno") is None and importlib.util.find_spec("deno") is None:
-            where = path.removeprefix("self").removeprefix(".")
-            return f"{type(part).__name__}{f' ({where})' if where else ''} runs code with Deno, which is not installed"
-    return None
-
-
-def _is_awaited() -> bool:
-    """Whether the call whose start callback is running is a coroutine. Callbacks are not told; but the wrapper in which
-    DSPy runs them is a coroutine if the call is, and is on the stack."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals["__name__"] != BaseCallback.__module__:
-        frame = frame.f_back
-    while frame is not None and frame.f_globals["__name__"] == BaseCallback.__module__:
-        if frame.f_code.co_flags & inspect.CO_COROUTINE:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def decides(predictor: Any) -> bool:
