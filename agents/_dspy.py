@@ -209,7 +209,7 @@ def _run_aside(func: Callable[..., Any], *args: Any) -> Any:
     def run() -> None:
         try:
             outcome.append((asyncio.run(func(*args)), None))
-        except BaseException as error:  # noqa: BLE001 -- raised again by whoever waits for it
+        except BaseException as error:  # noqa: BLE001 -- raised again where the call is awaited
             outcome.append((None, error))
 
     thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True)
@@ -247,7 +247,7 @@ def as_worker_thread(token: EventLoopToken, scope: anyio.CancelScope) -> Iterato
         del _worker.current_token, _worker.current_cancel_scope
 
 
-# -- What DSPy does not tell of its calls ------------------------------------------------------------------------------
+# -- What DSPy does not say about its calls ----------------------------------------------------------------------------
 
 
 def is_lm_chunk(value: Any) -> bool:
@@ -274,8 +274,8 @@ def streams(lm: Any) -> bool:
 
 
 def is_awaited() -> bool:
-    """Whether the call whose start callback is running is a coroutine. Callbacks are not told; but the wrapper in which
-    DSPy runs them is a coroutine if the call is, and is on the stack."""
+    """Whether the call whose start callback is running is a coroutine. Callbacks do not learn it; but the wrapper in
+    which DSPy runs them is a coroutine if the call is, and is on the stack."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals["__name__"] != BaseCallback.__module__:
         frame = frame.f_back

@@ -76,11 +76,11 @@ class AgentSpec:
     max_concurrent: int = DEFAULT_MAX_CONCURRENT
     """Runs at once, in one hub process; more wait in the queue."""
     graph: Mapping[str, Any] | None = None
-    """Of a compiled graph: its nodes, edges and entry, for whoever draws it."""
+    """Of a compiled graph: its nodes, edges and entry, for a page that draws it."""
 
 
 class Agent(Protocol):
-    """Anything that runs. Most are made by a `Registry`; whoever needs more writes a class of this shape."""
+    """Anything that runs. Most are made by a `Registry`; any class of this shape will do."""
 
     @property
     def spec(self) -> AgentSpec: ...
@@ -88,12 +88,12 @@ class Agent(Protocol):
     async def run(self, task: Task, emit: Emitter) -> Any:
         """Do the task and return the result: plain data, a pydantic model or a dataclass.
 
-        Whatever it raises ends the run with `run_error`; see `public_message` for what of it clients are told.
+        What it raises ends the run with `run_error`; `public_message` gives what clients see of it.
         """
 
 
 def unavailable(agent: Agent) -> str | None:
-    """Why `agent` cannot run just now, for people; `None`: it can. To be asked anew each time.
+    """Why `agent` cannot run just now, for people; `None`: it can. To be asked each time.
 
     An agent that depends on something outside has a property `unavailable` that says so.
     """
@@ -101,7 +101,7 @@ def unavailable(agent: Agent) -> str | None:
 
 
 class ToolError(Exception):
-    """A tool failed in a way that the LM, and people, should be told about: the text is shown to both as it is."""
+    """A tool failed in a way that the LM, and people, should know about: both see the text as it is."""
 
 
 class Stopped(BaseException):
@@ -113,7 +113,7 @@ class Stopped(BaseException):
 
 
 def public_message(error: BaseException) -> str:
-    """What clients and LMs may be told of `error`: no traceback, no path, no secret (G9).
+    """What clients and LMs may see of `error`: no traceback, no path, no secret (G9).
 
     The text of `ToolError` and `ValueError` was written to be read; pydantic's is rebuilt without the input; of an
     `OSError` only `strerror` is safe; of anything else only the type's name.

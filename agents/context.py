@@ -92,7 +92,7 @@ def emit_event(event: AgentEvent) -> None:
 
 
 def status(message: str) -> None:
-    """Tell everyone who watches the run what is going on, in words: `status("Reading guide.md")`.
+    """Say in words what is going on, to everyone who watches the run: `status("Reading guide.md")`.
 
     :raises Stopped: as `emit_event`.
     """

@@ -1,4 +1,4 @@
-"""The event vocabulary: every fact that a run can tell, one frozen model each, one union.
+"""The event vocabulary: every fact that a run can report, one frozen model each, one union.
 
 Field names are those of the wire (docs/protocol.md). What the hub adds to each event (`run`, `seq`, `prev`, `ts`,
 `agent`) is not part of the fact and not here. All user data is copied and bounded on construction (`values`), so an
@@ -109,7 +109,7 @@ class NodeError(_Fact):
 
 
 class ValidationFailed(_Fact):
-    """An output broke its contract. `attempt` counts from 1; `error` is what people and the LM are told."""
+    """An output broke its contract. `attempt` counts from 1; `error` is the text for people and for the LM."""
 
     event: Literal["validation_error"] = "validation_error"
     span: Id

@@ -1,4 +1,4 @@
-"""Why a run failed, as clients are told: a code, a text that says what to do, and whether trying again may help (G9).
+"""Why a run failed, as clients see it: a code, a text that says what to do, and whether trying again may help (G9).
 
 DSPy has one family of errors for language models, whichever client raised them; here each gets a code of `lm_…`. The
 texts are ours. Of the provider's own, only what it says about a request that it refuses is passed on.
@@ -115,10 +115,10 @@ def lm_code(error: LMError) -> str:
 
 
 def _unclassified(error: LMProviderError) -> str:
-    """The code of an error of the provider's that DSPy has no class for, such as one that is told in a stream that has
+    """The code of an error of the provider's that DSPy has no class for, such as one that comes in a stream that has
     begun: there gateways give the status as the error's code, and others have words of their own for their failures."""
-    told = str(error.provider_code or "")
-    status = error.status or (int(told) if told.isdecimal() and len(told) == 3 else 500)
+    given = str(error.provider_code or "")
+    status = error.status or (int(given) if given.isdecimal() and len(given) == 3 else 500)
     return _STATUSES.get(status, "lm_bad_request" if 300 <= status < 500 else "lm_unavailable")
 
 

@@ -2,8 +2,8 @@
 
 DSPy itself retries too, but in silence, without jitter, blocking its thread, and never once text has been streamed.
 Here each attempt is a call of its own, with a span of its own: when one breaks, its text is retracted (by the bridge,
-as for any failed call), a `status` tells people what happens, and the next attempt streams anew. A stream that knows no
-retraction, such as `streamify`'s, is not repeated once it has shown text.
+as for any failed call), a `status` tells people what happens, and the next attempt streams from the start. A stream
+that knows no retraction, such as `streamify`'s, is not repeated once it has shown text.
 
 Also here, since DSPy keeps it to its history, which is off: what a call cost.
 """
@@ -79,7 +79,7 @@ class Model(dspy.LM):  # type: ignore[misc]  # dspy is untyped
             await anyio.sleep(pause)
 
     def update_history(self, entry: dict[str, Any]) -> None:
-        """Of a call's entry, tell the run what it cost, and keep nothing."""
+        """Report to the run what a call cost, and keep nothing of the entry."""
         if entry.get("cost") is not None:
             add_cost(self.model, entry["cost"])
 
@@ -158,7 +158,7 @@ class _Attempts:
                 self._showed_text = progress.emitted
 
     def pause_after(self, error: LMError) -> float:
-        """Seconds until the next attempt, which watchers are told of.
+        """Seconds until the next attempt, which a status announces.
 
         :raises LMError: `error`, if there is none.
         """

@@ -107,7 +107,7 @@ def make_lm(name: str) -> Any:
 
 def missing_key(lm: Any) -> str | None:
     """The variables of which one must be set before `lm` can be called: "OPENAI_API_KEY". None: no key is missing, or
-    it cannot be told without a call."""
+    only a call would show."""
     if not isinstance(getattr(lm, "engine", None), str) or not (selection := select_backend(lm)).native:
         return None
     route, clients = selection.resolution, selection.clients

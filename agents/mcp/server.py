@@ -33,7 +33,7 @@ START_TIMEOUT = 30.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds between attempts to start: the first pause; each is twice the one before, up to the longest."""
 STEADY_AFTER = 30.0
-"""Seconds after which a connection counts as good, so that the pauses begin anew."""
+"""Seconds after which a connection counts as good, so that the pauses start from the first again."""
 MAX_PROBLEMS, PROBLEM_BYTES = 20, 1_000
 """Entries of a listing that are named as unusable, and the size of what is said of one."""
 RETRY_PATIENCE = 10.0
@@ -68,7 +68,7 @@ class McpServer:
     def __init__(self, name: str, source: Source | None = None, timeout: float = CALL_TIMEOUT) -> None:
         self.name = name
         self.tools: tuple[McpTool, ...] = ()
-        """Of the newest listing. Each listing is a tuple of its own, so that it can be told apart by identity."""
+        """Of the newest listing. Each listing is a tuple of its own, so that identity distinguishes it."""
         self._source = source
         self._timeout = timeout
         self._state: State = "stopped"
@@ -118,7 +118,7 @@ class McpServer:
         await self._connected()
 
     async def call(self, tool: str, args: dict[str, Any]) -> Any:
-        """Call a tool, telling the run that this happens in of its progress. Gives plain, bounded data.
+        """Call a tool, reporting its progress to the run that this happens in. Gives plain, bounded data.
 
         :raises ToolError: it failed, took too long, its arguments cannot be sent, or the server is not available.
         """

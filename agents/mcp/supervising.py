@@ -34,7 +34,7 @@ async def running(*servers: McpServer, within: float = START_TIMEOUT) -> AsyncIt
 
 
 async def check(servers: Iterable[McpServer], within: float = START_TIMEOUT) -> list[ServerStatus]:
-    """Start `servers`, tell how each stands after its first attempt or after `within` seconds, and end them.
+    """Start `servers`, say how each stands after its first attempt or after `within` seconds, and end them.
 
     One that nobody has defined counts as stopped, and one that is running already is left as it is.
     """

@@ -124,7 +124,7 @@ class Registry:
     ) -> Callable[[S], S]:
         """Decorate a `dspy.Signature` class: a ReAct agent that answers it with `tools` (see `react.react_agent`).
 
-        :raises RegistryError: as `add`; or what is decorated is no signature, or a tool is of no use.
+        :raises RegistryError: as `add`; or what is decorated is no signature, or a tool cannot be used.
         """
 
         def decorate(signature: S) -> S:
@@ -332,7 +332,7 @@ def kind_of(value: Any) -> str:
 
 
 def _place() -> str:
-    """File and line of whoever called into this module."""
+    """File and line of the code that called into this module."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__") == __name__:
         frame = frame.f_back

@@ -31,7 +31,7 @@ class ProgramAgent:
         self.program = program
         self.lm = lm
         self.servers = servers_of(program)
-        """The MCP servers that it uses: whoever hosts it keeps them running."""
+        """The MCP servers that it uses: the host keeps them running."""
         self._contract = contract
         self._messages = messages
 

@@ -36,7 +36,7 @@ def add_assistant(registry: Registry, servers: Sequence[McpServer]) -> Registry:
 
 
 def servers_used(agents: Iterable[Agent]) -> tuple[McpServer, ...]:
-    """The MCP servers of `agents`, each once. Whoever hosts the agents keeps them running
+    """The MCP servers of `agents`, each once. The host of the agents keeps them running
     (`agentcast.agents.mcp.supervise`).
 
     :raises RegistryError: two different ones have one name, or one is known by name only.

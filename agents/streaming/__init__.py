@@ -13,7 +13,7 @@ Spans. The program is a node of kind `agent`; modules and predictors in it are n
 name in the program; LM and tool calls are spans, too. Nodes carry neither `inputs` nor `patch`: in a loop these would
 repeat the whole trajectory at each step, and what matters of them arrives as messages.
 
-Messages. The output fields of each predictor call, told of the predictor's span: start, deltas, end. An empty text
+Messages. The output fields of each predictor call, on the predictor's span: start, deltas, end. An empty text
 makes no message. What cannot be streamed comes whole at the predictor's end: cached answers, engines without `stream`,
 adapters that are not known. The text of a `str` field is the value that the program gets; should the deltas turn out to
 be something else, they are retracted, and the value follows as a new message. A field of another type has the text that

@@ -2,7 +2,7 @@
 
 DSPy reports what happens through two seams that every run gets for itself: a callback object and a `send_stream` sink,
 both closed over the run's emitter. Nothing of a run is kept on programs, LMs or in globals (G8). Nothing here waits on
-the event loop (G3), and whoever can wait for room does wait while the run is held back (G5). What a bridge makes of
+the event loop (G3), and what can wait for room waits while the run is held back (G5). What a bridge makes of
 calls and chunks is for its subclasses to know; how items travel is known to nobody here.
 """
 
@@ -139,7 +139,7 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
         self._closed.set()
         raise Stopped from error
 
-    def tell(self, items: Iterable[Any], exception: BaseException | None = None) -> None:
+    def report(self, items: Iterable[Any], exception: BaseException | None = None) -> None:
         """Emit, from whatever thread. Where a call ends by cancellation, that goes on rather than `Stopped`."""
         try:
             for item in items:

@@ -143,7 +143,7 @@ async def _stream(
 
 
 def add_cost(model: str, dollars: float) -> None:
-    """What the LM call costs that the calling code is in, unless the provider's usage has told it."""
+    """What the LM call costs that the calling code is in, unless the provider's usage says so."""
     meter = dspy.settings.usage_tracker
     if isinstance(meter, Meter):
         meter.add_cost(model, dollars)

@@ -127,7 +127,7 @@ class Run(Bridge):
             call.messages = Messages(call.span, self._shown, lambda: f"m{next(self._message_ids)}")
         if call.is_span:
             kind: Literal["agent", "module"] = "agent" if instance is self._program and around is None else "module"
-            self.tell([NodeStart(span=call.span, parent=call.parent, node=call.name, kind=kind)])
+            self.report([NodeStart(span=call.span, parent=call.parent, node=call.name, kind=kind)])
         self.enter(call_id, call, span=call.span, streams=not (is_predictor and decides(instance)))
 
     @_handler
@@ -147,7 +147,7 @@ class Run(Bridge):
             end = NodeEnd(span=call.span, node=call.name, duration=call.duration)
         if call.spoken is not None:
             call.spoken += [event.message for event in events if isinstance(event, MessageEnd)]
-        self.tell([*events, end] if call.is_span else events, exception)
+        self.report([*events, end] if call.is_span else events, exception)
 
     # -- Adapters --------------------------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class Run(Bridge):
         events: list[AgentEvent] = [LmStart(span=call.span, parent=call.parent, model=model)]
         if messages is not None:
             events += messages.begin()
-        self.tell(events)
+        self.report(events)
         is_shown = messages is not None and messages.can_stream and streams(instance)
         self.enter(call_id, call, span=call.span, streams=is_shown)
 
@@ -189,7 +189,7 @@ class Run(Bridge):
         if call.messages is not None:
             events += call.messages.finish() if error is None else call.messages.retract(error.message)
         events.append(LmEnd(span=call.span, duration=call.duration, usage=call.usage, error=error))
-        self.tell(events, exception)
+        self.report(events, exception)
 
     # -- Tools -----------------------------------------------------------------------------------------------------
 
@@ -200,7 +200,7 @@ class Run(Bridge):
             return  # not a tool, but how the loop ends
         call = self._new(instance.name)
         args, server = inputs.get("kwargs", {}), getattr(instance, "server", None)
-        self.tell([ToolStart(span=call.span, parent=call.parent, tool=call.name, args=args, server=server)])
+        self.report([ToolStart(span=call.span, parent=call.parent, tool=call.name, args=args, server=server)])
         self.enter(call_id, call, span=call.span)
 
     @_handler
@@ -210,7 +210,7 @@ class Run(Bridge):
             return
         error = None if exception is None else _failure(exception, "tool_error")
         end = ToolEnd(span=call.span, tool=call.name, duration=call.duration, result=_shown(outputs), error=error)
-        self.tell([end], exception)
+        self.report([end], exception)
 
     # -- What they share -------------------------------------------------------------------------------------------
 
@@ -230,7 +230,7 @@ class Run(Bridge):
         around, call = self.here(), self._new(name)
         call.parts, call.spoken = frozenset(map(id, parts)), []
         span = NodeSpan(self, call)
-        self.tell([NodeStart(span=call.span, parent=call.parent, node=name, kind="graph", inputs=dict(inputs))])
+        self.report([NodeStart(span=call.span, parent=call.parent, node=name, kind="graph", inputs=dict(inputs))])
         try:
             with within(calls={**current().calls, self: call}, span=call.span):
                 yield span
@@ -273,13 +273,13 @@ class NodeSpan:
             error=error,
             failed_fields=tuple(failed_fields),
         )
-        self._run.tell([*retracted, failed])
+        self._run.report([*retracted, failed])
 
     def end(self, patch: Callable[[], Mapping[str, Any]]) -> None:
         """The node has set the fields of `patch()`."""
         if self._run is not None:
             call = self._call
-            self._run.tell([NodeEnd(span=call.span, node=call.name, patch=dict(patch()), duration=call.duration)])
+            self._run.report([NodeEnd(span=call.span, node=call.name, patch=dict(patch()), duration=call.duration)])
 
     def fail(self, error: BaseException) -> None:
         """The node has failed, or is cancelled."""
@@ -287,7 +287,7 @@ class NodeSpan:
             call = self._call
             failure = _failure(error, "timeout" if isinstance(error, TimeoutError) else "error")
             end = NodeError(span=call.span, node=call.name, error=failure, duration=call.duration)
-            self._run.tell([end], error)
+            self._run.report([end], error)
 
 
 @contextmanager

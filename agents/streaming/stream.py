@@ -2,7 +2,7 @@
 
 `Stream` is a plain async iterator and an async context manager. It is no async generator, since a generator that is
 abandoned cleans up somewhere else, later, and raises there. The program starts with the first item that is asked for,
-in the context of whoever asks. It stops when the stream is closed, when whoever waits for an item is cancelled, and
+in the context of the code that asks. It stops when the stream is closed, when the wait for an item is cancelled, and
 when the stream is dropped; never is anything raised into the consumer's task because of it. It must not be known here
 what the items are, nor what DSPy is.
 
@@ -36,7 +36,7 @@ GRACE = 2.0
 T_co = TypeVar("T_co", covariant=True)
 
 Play = Callable[[Any], Coroutine[Any, Any, Any]]
-"""A run that puts items into a channel; made anew for each stream."""
+"""A run that puts items into a channel; made for each stream."""
 
 
 class StreamError(RuntimeError):
@@ -249,7 +249,7 @@ class _Host:
         self._loop, self._end = self._started.result()
 
     def next(self) -> Any:
-        """The stream's next item. The stream runs in the context of whoever asks for its first one."""
+        """The stream's next item. The stream runs in the context of the code that asks for its first one."""
         return asyncio.run_coroutine_threadsafe(self._stream.__anext__(), self._loop).result()
 
     def end(self) -> None:

@@ -11,11 +11,11 @@ is kept:
 
 - Each LM chunk makes one chunk, and a field's last one says so (`is_last_chunk`).
 - Text that arrives while it is open whether the field ends waits for that to be known, and may then be the last chunk.
-  If everything had been told before, the last chunk is empty: the only empty one.
+  If everything was out before, the last chunk is empty: the only empty one.
 - Text that arrives in one LM chunk with the field's name waits for the next LM chunk.
 - With the JSON adapter the text is the JSON of the value, with its quotes and escapes.
 
-Calls of one predictor that go on at once are told apart by the attribute `call` of their chunks, which DSPy's lack.
+Calls of one predictor that go on at once differ in the attribute `call` of their chunks, which DSPy's lack.
 
 A listener of a class of the user's own is copied for each LM call, its state renewed, and asked as DSPy would ask it.
 """
@@ -80,8 +80,8 @@ def streamify(
         if threaded:
             call = functools.partial(call_in_thread, call, f"program {name}")
         value = await relay.conduct(call, stream_listeners=listeners)
-        told = listening is not None and listening.heard
-        if include_final_prediction_in_output_stream or not told or not isinstance(value, dspy.Prediction):
+        heard = listening is not None and listening.heard
+        if include_final_prediction_in_output_stream or not heard or not isinstance(value, dspy.Prediction):
             await channel.send(value)
 
     def stream(*args: Any, **inputs: Any) -> Stream[Any]:
@@ -94,7 +94,7 @@ def streamify(
 
 
 def _find_predictors(program: Any, listeners: Sequence[Any]) -> None:
-    """Tell each listener which predictor it listens to, unless it knows."""
+    """Give each listener the predictor that it listens to, unless it has one."""
     searching = [listener for listener in listeners if not listener.predict]
     if not searching:
         return
@@ -117,9 +117,9 @@ class Relay(Bridge):
 
     def __init__(self, emit: Any, provider: StatusMessageProvider, listening: "Listening | None") -> None:
         super().__init__(emit)
-        # Whoever has configured DSPy's own status callback wants that one's messages, not these.
-        told = any(isinstance(each, StatusStreamingCallback) for each in dspy.settings.callbacks)
-        self._provider = None if told else provider
+        # A status callback of DSPy's own that is configured sends the messages then, and these would double them.
+        has_own = any(isinstance(each, StatusStreamingCallback) for each in dspy.settings.callbacks)
+        self._provider = None if has_own else provider
         self._listening = listening
 
     def read(self, chunk: Any) -> Iterable[Any]:
@@ -129,26 +129,26 @@ class Relay(Bridge):
         return call.hear(chunk) if isinstance(call, HeardCall) else []
 
     @property
-    def _teller(self) -> StatusMessageProvider | None:
+    def _statuses(self) -> StatusMessageProvider | None:
         return self._provider if self.is_innermost else None
 
     def _status(self, message: str | None, exception: BaseException | None = None) -> None:
         if message:
-            self.tell([StatusMessage(message)], exception)
+            self.report([StatusMessage(message)], exception)
             self.emit.hand_over()  # what announces a tool is out before the tool begins
 
     # -- Modules ---------------------------------------------------------------------------------------------------
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        if teller := self._teller:
-            self._status(teller.module_start_status_message(instance, inputs))
+        if statuses := self._statuses:
+            self._status(statuses.module_start_status_message(instance, inputs))
         is_muted = isinstance(instance, dspy.Predict) and decides(instance)
         self.enter(call_id, _Answer(), streams=not is_muted)
 
     def on_module_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         self.leave(call_id)
-        if teller := self._teller:
-            self._status(teller.module_end_status_message(outputs), exception)
+        if statuses := self._statuses:
+            self._status(statuses.module_end_status_message(outputs), exception)
 
     # -- Adapters: no statuses, but LM calls may be inside ------------------------------------------------------------
 
@@ -166,8 +166,8 @@ class Relay(Bridge):
     # -- LMs -------------------------------------------------------------------------------------------------------
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        if teller := self._teller:
-            self._status(teller.lm_start_status_message(instance, inputs))
+        if statuses := self._statuses:
+            self._status(statuses.lm_start_status_message(instance, inputs))
         call, can_stream = self.here(), streams(instance)
         if can_stream and self._listening is not None and dspy.settings.send_stream is self.sink:
             expected = call.expected if isinstance(call, _Answer) else None
@@ -178,19 +178,19 @@ class Relay(Bridge):
         self.clean(outputs)
         call = self.leave(call_id)
         if isinstance(call, HeardCall) and exception is None:
-            self.tell(call.finish())
-        if teller := self._teller:
-            self._status(teller.lm_end_status_message(outputs), exception)
+            self.report(call.finish())
+        if statuses := self._statuses:
+            self._status(statuses.lm_end_status_message(outputs), exception)
 
     # -- Tools -----------------------------------------------------------------------------------------------------
 
     def on_tool_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        if instance.name != FINISH and (teller := self._teller):
-            self._status(teller.tool_start_status_message(instance, inputs))
+        if instance.name != FINISH and (statuses := self._statuses):
+            self._status(statuses.tool_start_status_message(instance, inputs))
 
     def on_tool_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        if not (isinstance(outputs, str) and outputs == COMPLETED) and (teller := self._teller):
-            self._status(teller.tool_end_status_message(outputs), exception)
+        if not (isinstance(outputs, str) and outputs == COMPLETED) and (statuses := self._statuses):
+            self._status(statuses.tool_end_status_message(outputs), exception)
 
 
 # -- What listeners hear -----------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ class HeardCall:
 
 
 def _renewed(listener: Any) -> Any:
-    """A copy with DSPy's state made anew; what a subclass adds is shared."""
+    """A copy with a new state of DSPy's; what a subclass adds is shared."""
     state = copy.copy(listener)
     if isinstance(state, StreamListener):
         name, predict, path = listener.signature_field_name, listener.predict, listener.predict_name
