@@ -10,7 +10,7 @@ from dspy.streaming.messages import StatusMessageProvider
 from dspy.streaming.streaming_listener import find_predictor_for_stream_listeners
 
 from agentcast.agents.streaming.blocking import BlockingStream
-from agentcast.agents.streaming.dspy_calls import call_in_thread
+from agentcast.agents.streaming.dspy_calls import call_in_thread, submits
 from agentcast.agents.streaming.listening import Listening
 from agentcast.agents.streaming.relay import Relay
 from agentcast.agents.streaming.stream import Stream
@@ -67,8 +67,16 @@ def _find_predictors(program: Any, listeners: Sequence[Any]) -> None:
     searching = [listener for listener in listeners if not listener.predict]
     if not searching:
         return
+    parts = [(path.removeprefix("self").removeprefix("."), part) for path, part in program.named_sub_modules()]
+    loops = [(f"{path}.react".removeprefix("."), part) for path, part in parts if submits(part)]
     known = {field for _, part in program.named_predictors() for field in part.signature.output_fields}
     for listener in searching:
-        if listener.signature_field_name not in known:
-            raise ValueError(f"Signature field {listener.signature_field_name} is not a field of any predictor")
+        name = listener.signature_field_name
+        found = [(path, loop.react) for path, loop in loops if name in loop.signature.output_fields]
+        if len(found) + (name in known) > 1:
+            raise ValueError(f"Signature field {name} is of several predictors; give the listener the one to listen to")
+        if found:
+            ((listener.predict_name, listener.predict),) = found
+        elif name not in known:
+            raise ValueError(f"Signature field {name} is not a field of any predictor")
     find_predictor_for_stream_listeners(program, searching)

@@ -99,6 +99,27 @@ def _is_awaited() -> bool:
     return False
 
 
+def annotations(signature: Any) -> dict[str, Any]:
+    """The output fields of `signature`: name → annotation."""
+    return {field: info.annotation for field, info in signature.output_fields.items()}
+
+
+_LOOPS = tuple(getattr(dspy, name) for name in ("ReAct", "ReActV2") if hasattr(dspy, name))
+"""DSPy's own loops with tools. `ReAct` may be what `ReActV2` is."""
+
+
+def submits(module: Any) -> bool:
+    """Whether `module` is a loop whose answer is what its tool `submit` is called with."""
+    return isinstance(module, _LOOPS) and hasattr(module, "react") and not hasattr(module, "extract")
+
+
+def ending_tool(module: Any) -> str | None:
+    """The name of the tool with which the loop `module` ends. It is no tool of the user's."""
+    if submits(module):
+        return "submit"
+    return "finish" if isinstance(module, dspy.ReAct) else None
+
+
 def decides(predictor: Any) -> bool:
     """Whether `predictor` has decision outputs, which DSPy refuses to make while streaming."""
     lm = predictor.lm or dspy.settings.lm

@@ -9,34 +9,28 @@ is kept:
 
 - Each LM chunk makes one chunk, and a field's last one says so (`is_last_chunk`).
 - Text that arrives while it is open whether the field ends waits for that to be known, and may then be the last chunk.
-  If everything had been told before, the last chunk is empty: the only empty one.
+  If nothing is left for it, the last chunk is empty: the only empty one.
 - Text that arrives in one LM chunk with the field's name waits for the next LM chunk.
 - With the JSON adapter the text is the JSON of the value, with its quotes and escapes.
 
-Calls of one predictor that go on at once are told apart by the attribute `call` of their chunks, which DSPy's lack.
+DSPy's listeners know only the predictors' own fields. These hear the outputs of a `dspy.ReActV2` program, too: as the
+arguments of its tool `submit`, unescaped, whatever the adapter.
+
+Calls of one predictor that go on at once differ in the attribute `call` of their chunks, which DSPy's lack.
 
 A listener of a class of the user's own is copied for each LM call, its state renewed, and asked as DSPy would ask it.
 """
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from dspy.adapters.types import Type
 from dspy.streaming.messages import StreamResponse
 from dspy.streaming.streaming_listener import StreamListener
 
-from agentcast.agents.fields import Splitter, splitter_for
-from agentcast.agents.values import Pieces
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """What an LM call is to answer: output fields (name → annotation), in the form of an adapter."""
-
-    adapter: type
-    fields: dict[str, Any]
+from agentcast.agents.fields import Piece, Reader, piece_of
 
 
 class Listening:
@@ -48,11 +42,10 @@ class Listening:
         self._listeners = listeners
         self._owners: dict[int, str] = {}
 
-    def begin(self, call: str, predictor: Any, expected: Expected | None) -> "HeardCall":
-        """An LM call of `predictor` starts. `call` is its id."""
+    def begin(self, call: str, predictor: Any, reader: Reader | None) -> "HeardCall":
+        """An LM call of `predictor` starts. `call` is its id, `reader` reads it."""
         listeners = [listener for listener in self._listeners if listener.predict is predictor]
-        splitter = None if expected is None else splitter_for(expected.adapter, expected.fields, raw=True)
-        return HeardCall(self, call, listeners, splitter)
+        return HeardCall(self, call, listeners, reader)
 
     def admits(self, listener: Any, call: str) -> bool:
         """Whether `listener` has an ear for `call`: it hears but one call in a run unless it allows reuse."""
@@ -63,13 +56,12 @@ class Listening:
 class HeardCall:
     """The state of all listeners in one LM call."""
 
-    def __init__(self, run: Listening, call: str, listeners: Iterable[Any], splitter: Splitter | None) -> None:
+    def __init__(self, run: Listening, call: str, listeners: Iterable[Any], reader: Reader | None) -> None:
         self._run = run
         self._call = call
         self._plain: dict[str, list[Any]] = {}
         self._own: list[tuple[Any, Any]] = []
-        self._splitter = splitter
-        self._pieces = Pieces()
+        self._reader = reader
         self._held: dict[str, str] = {}
         self._said: set[str] = set()
         self._open: str | None = None
@@ -82,16 +74,15 @@ class HeardCall:
 
     def hear(self, chunk: Any) -> list[Any]:
         """What the listeners make of `chunk`. Of several candidates only the first one is heard."""
-        choice: Any = next(iter(getattr(chunk, "choices", None) or ()), None)
-        if self._over or getattr(choice, "index", None):
+        piece = piece_of(chunk)
+        if self._over or piece is None:
             return []
-        text = getattr(getattr(choice, "delta", None), "content", None)
-        heard = [*self._native(chunk), *self._split(text if isinstance(text, str) else "")]
+        heard = [*self._native(chunk), *self._split(piece)]
         for listener, state in self._own:
             response = state.receive(chunk)
             if response and self._run.admits(listener, self._call):
                 heard.append(response)
-        if getattr(choice, "finish_reason", None) is not None:
+        if piece.is_last:
             heard += self.finish()
         return heard
 
@@ -101,8 +92,8 @@ class HeardCall:
             return []
         self._over = True
         heard = []
-        if self._splitter is not None:
-            for field, text in [*self._splitter.feed(self._pieces.end()), *self._splitter.finish()]:
+        if self._reader is not None:
+            for field, text in chain(*self._reader.finish()):
                 self._held[field] = self._held.get(field, "") + text
             if self._open is not None:
                 heard += self._end(self._open, self._held.pop(self._open, ""))
@@ -120,15 +111,15 @@ class HeardCall:
                 if kind is not None and (value := kind.parse_stream_chunk(chunk)):
                     yield from self._say(field, value, last=False, listeners=[listener])
 
-    def _split(self, text: str) -> list[Any]:
-        splitter = self._splitter
-        if splitter is None:
+    def _split(self, piece: Piece) -> list[Any]:
+        reader = self._reader
+        if reader is None:
             return []
         before = self._open
         new: dict[str, str] = {} if before is None else {before: ""}
-        for field, delta in splitter.feed(self._pieces.push(text)):
+        for field, delta in chain(*reader.feed(piece)):
             new[field] = new.get(field, "") + delta
-        self._open = splitter.field if splitter.field in self._plain else None
+        self._open = reader.field if reader.field in self._plain else None
         heard: list[Any] = []
         for field, delta in new.items():
             if field in self._plain:
@@ -139,7 +130,7 @@ class HeardCall:
         text = self._held.pop(field, "") + text
         if ended:
             return self._end(field, text)
-        if began or (self._splitter is not None and self._splitter.undecided):
+        if began or (self._reader is not None and self._reader.undecided):
             self._held[field] = text
             return []
         return self._say(field, text, last=False) if text else []

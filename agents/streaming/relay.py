@@ -3,7 +3,7 @@
 This module must not know how programs are called or how items travel.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import dspy
@@ -11,13 +11,14 @@ from dspy.clients.engines.streaming import EngineChunk
 from dspy.streaming.messages import StatusMessage, StatusMessageProvider, StatusStreamingCallback
 from dspy.utils.callback import ACTIVE_CALL_ID
 
+from agentcast.agents.fields import Reader
 from agentcast.agents.streaming.bridge import Bridge
-from agentcast.agents.streaming.dspy_calls import can_stream, decides
-from agentcast.agents.streaming.listening import Expected, HeardCall, Listening
+from agentcast.agents.streaming.dspy_calls import annotations, can_stream, decides, ending_tool, submits
+from agentcast.agents.streaming.listening import HeardCall, Listening
 
 FINISH = "finish"
 COMPLETED = "Completed."
-"""The tool with which ReAct loops end, and what it returns: not told, as DSPy does not."""
+"""The tool with which ReAct loops end, and what it returns: no statuses, as in DSPy. Nor are there any for `submit`."""
 
 
 class Relay(Bridge):
@@ -29,14 +30,17 @@ class Relay(Bridge):
 
     def __init__(self, emit: Any, provider: StatusMessageProvider, listening: Listening | None) -> None:
         super().__init__(emit)
-        # Whoever has configured DSPy's own status callback wants that one's messages, not these.
-        told = any(isinstance(each, StatusStreamingCallback) for each in dspy.settings.callbacks)
-        self._provider = None if told else provider
+        # Where DSPy's own status callback is configured, that one's messages are wanted, not these.
+        has_own = any(isinstance(each, StatusStreamingCallback) for each in dspy.settings.callbacks)
+        self._provider = None if has_own else provider
         self._listening = listening
         self._roots: dict[str | None, str | None] = {}
         """Adapter call → the predictor call that it is part of."""
-        self._expected: dict[str | None, Expected] = {}
+        self._expected: dict[str | None, tuple[type, dict[str, Any]]] = {}
+        """Predictor call → adapter of its next LM call, and the output fields in the LM's text."""
         self._heard: dict[str | None, HeardCall] = {}
+        self._endings: set[str] = set()
+        """Calls of the tools with which loops end."""
 
     def read(self, chunk: Any) -> Iterable[Any]:
         if self._listening is None or not is_lm_chunk(chunk):
@@ -72,9 +76,7 @@ class Relay(Bridge):
     def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         root = self._enter(call_id)
         if "signature" in inputs:
-            fields = inputs["signature"].output_fields
-            annotations = {field: info.annotation for field, info in fields.items()}
-            self._expected[root] = Expected(type(instance), annotations)
+            self._expected[root] = type(instance), annotations(inputs["signature"])
 
     def on_adapter_parse_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         self._enter(call_id)
@@ -98,7 +100,8 @@ class Relay(Bridge):
         elif self._listening is not None and dspy.settings.send_stream is self.sink:
             around = ACTIVE_CALL_ID.get()
             expected = self._expected.get(self._roots.get(around, around))
-            self._heard[call_id] = self._listening.begin(call_id, dspy.settings.caller_predict, expected)
+            reader = None if expected is None else Reader(*expected, raw=True, answer=_submitted(expected[1]))
+            self._heard[call_id] = self._listening.begin(call_id, dspy.settings.caller_predict, reader)
         if teller := self._teller:
             self._status(teller.lm_start_status_message(instance, inputs))
 
@@ -114,12 +117,31 @@ class Relay(Bridge):
     # -- Tools -----------------------------------------------------------------------------------------------------
 
     def on_tool_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        if instance.name != FINISH and (teller := self._teller):
+        if instance.name in (FINISH, ending_tool(_caller(-1))):
+            self._endings.add(call_id)
+        elif teller := self._teller:
             self._status(teller.tool_start_status_message(instance, inputs))
 
     def on_tool_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        if not (isinstance(outputs, str) and outputs == COMPLETED) and (teller := self._teller):
+        if call_id in self._endings:
+            self._endings.remove(call_id)
+        elif not (isinstance(outputs, str) and outputs == COMPLETED) and (teller := self._teller):
             self._status(teller.tool_end_status_message(outputs), exception)
+
+
+def _caller(position: int) -> Any:
+    """The module at `position` among those whose calls go on, or None. The innermost one is at -1."""
+    callers = dspy.settings.caller_modules or []
+    return callers[position] if len(callers) >= -position else None
+
+
+def _submitted(fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The outputs of the loop around the predictor that is being called, if its answer is submitted; without `fields`,
+    which are the predictor's own."""
+    loop = _caller(-2)
+    if not submits(loop):
+        return None
+    return {name: annotation for name, annotation in annotations(loop.signature).items() if name not in fields}
 
 
 def is_lm_chunk(value: Any) -> bool:

@@ -31,10 +31,10 @@ from agentcast.agents.events import (
     Usage,
 )
 from agentcast.agents.failures import failure_of, is_failure
-from agentcast.agents.fields import Messages
+from agentcast.agents.fields import FieldMessages, Messages, piece_of
 from agentcast.agents.observations import holds_types
 from agentcast.agents.streaming.bridge import Bridge
-from agentcast.agents.streaming.dspy_calls import can_stream, decides
+from agentcast.agents.streaming.dspy_calls import annotations, can_stream, decides, ending_tool, submits
 from agentcast.agents.streaming.usage import Meter
 
 
@@ -48,6 +48,8 @@ class _Call:
     module: Any = None
     messages: Messages | None = None
     """Of a predictor, and of its LM calls."""
+    answer: FieldMessages | None = None
+    """Of a loop whose answer is what its tool `submit` is called with."""
     usage: Usage | None = None
     told: bool = True
     """Whether the call is a span of its own; otherwise `span` is the one around it."""
@@ -91,22 +93,19 @@ class Run(Bridge):
         self._spans = itertools.count(1)
         self._message_ids = itertools.count(1)
 
+    def _new_message(self) -> str:
+        return f"m{next(self._message_ids)}"
+
     def call_here(self) -> _Call | None:
         """The call that the calling code is in; in a callback, the one around the call that starts or ends."""
         return self.calls.get(ACTIVE_CALL_ID.get())
 
     def read(self, chunk: Any) -> Iterable[AgentEvent]:
         """A chunk in the shape of OpenAI's. Of several candidates only the first one is told."""
-        call = self.call_here()
-        if call is None or call.messages is None:
-            return
-        for choice in getattr(chunk, "choices", None) or ():
-            if getattr(choice, "index", 0):
-                continue
-            text = getattr(getattr(choice, "delta", None), "content", None)
-            if isinstance(text, str) and text:
-                yield from call.messages.feed(text)
-            if getattr(choice, "finish_reason", None) is not None:
+        call, piece = self.call_here(), piece_of(chunk)
+        if call is not None and call.messages is not None and piece is not None:
+            yield from call.messages.feed(piece)
+            if piece.is_last:
                 yield from call.messages.finish()
 
     # -- Modules ---------------------------------------------------------------------------------------------------
@@ -118,14 +117,19 @@ class Run(Bridge):
             return
         parent = None if around is None else around.span
         if around is not None and id(instance) in around.parts:
-            call = self.calls[call_id] = replace(around, started=time.monotonic(), messages=None, told=False)
+            call = replace(around, started=time.monotonic(), messages=None, answer=None, told=False)
+            self.calls[call_id] = call
         else:
             call, parent = self._open(call_id, self._names.get(id(instance)) or type(instance).__name__)
         call.module = instance
         if isinstance(instance, dspy.Predict):
-            call.messages = Messages(call.span, self._shown, lambda: f"m{next(self._message_ids)}")
+            fields, answer = annotations(instance.signature), None if around is None else around.answer
+            call.messages = Messages(call.span, self._shown, self._new_message, fields, answer)
             if decides(instance):
                 self.mute(call_id)
+        elif submits(instance):
+            fields = annotations(instance.signature)
+            call.answer = FieldMessages(call.span, self._shown, self._new_message, fields)
         if not call.told:
             return
         kind: Literal["agent", "module"] = "agent" if instance is self._program and parent is None else "module"
@@ -138,15 +142,16 @@ class Run(Bridge):
             return
         self.unmute(call_id)
         span, node, duration = call.span, call.name, _since(call)
+        messages = call.messages or call.answer
         events: list[AgentEvent] = []
         if exception is not None:
             failure = _failure(exception)
-            events += call.messages.retract(failure.message) if call.messages else []
+            events += messages.retract(failure.message) if messages else []
             end: AgentEvent = NodeError(span=span, node=node, duration=duration, error=failure)
         else:
-            if call.messages is not None and isinstance(outputs, dspy.Prediction):
-                fields = [field for field in outputs.keys() if field != "logprobs"]
-                events += call.messages.settle({field: outputs[field] for field in fields})
+            if messages is not None and isinstance(outputs, dspy.Prediction):
+                fields = call.answer.fields if call.answer else [each for each in outputs.keys() if each != "logprobs"]
+                events += messages.settle({field: outputs[field] for field in fields})
             end = NodeEnd(span=span, node=node, duration=duration)
         if call.spoken is not None:
             call.spoken += [event.message for event in events if isinstance(event, MessageEnd)]
@@ -176,8 +181,7 @@ class Run(Bridge):
     def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         around = self.call_here()
         if around is not None and around.messages is not None and "signature" in inputs:  # nested calls: the inner one
-            fields = inputs["signature"].output_fields
-            around.messages.expect(type(instance), {field: info.annotation for field, info in fields.items()})
+            around.messages.expect(type(instance), annotations(inputs["signature"]))
         self._pass_through(call_id)
 
     @_handler
@@ -231,7 +235,7 @@ class Run(Bridge):
     @_handler
     def on_tool_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         around = self.call_here()
-        if instance.name == "finish" and around is not None and isinstance(around.module, dspy.ReAct):
+        if around is not None and instance.name == ending_tool(around.module):
             self._pass_through(call_id)  # not a tool, but how the loop ends
             return
         call, parent = self._open(call_id, instance.name)
