@@ -104,13 +104,11 @@ def annotations(signature: Any) -> dict[str, Any]:
     return {field: info.annotation for field, info in signature.output_fields.items()}
 
 
-_LOOPS = tuple(getattr(dspy, name) for name in ("ReAct", "ReActV2") if hasattr(dspy, name))
-"""DSPy's own loops with tools. `ReAct` may be what `ReActV2` is."""
-
-
 def submits(module: Any) -> bool:
-    """Whether `module` is a loop whose answer is what its tool `submit` is called with."""
-    return isinstance(module, _LOOPS) and hasattr(module, "react") and not hasattr(module, "extract")
+    """Whether `module` is a loop whose answer is what its tool `submit` is called with: a `dspy.ReActV2`, which is
+    `dspy.ReAct` from DSPy 3.5 on. It is known by its parts, not by either name."""
+    is_loop = isinstance(getattr(module, "react", None), dspy.Predict) and not hasattr(module, "extract")
+    return is_loop and "submit" in getattr(module, "tools", ())
 
 
 def ending_tool(module: Any) -> str | None:
