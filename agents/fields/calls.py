@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from agentcast.agents.fields.json import JsonSplitter
-from agentcast.agents.fields.splitter import Delta
+from agentcast.agents.fields.splitter import Delta, Restart
 from agentcast.agents.values import Pieces
 
 _NAME = "name"
@@ -26,14 +26,16 @@ class CallFragment(NamedTuple):
 
 
 class CallSplitter:
-    """Reads all calls of one LM call, and gives the arguments of `tool`'s first one: `fields` (name → annotation).
+    """Reads all calls of one LM call, and gives the arguments `fields` (name → annotation) of that of `tool`.
 
-    Strings are unescaped, other values as they are written, as with `JsonSplitter`.
+    Strings are unescaped, other values as they are written, as with `JsonSplitter`. If `tool` is called again, which of
+    the calls counts is known at the end only, and what was streamed of the first is void.
     """
 
     def __init__(self, tool: str, fields: Mapping[str, Any]) -> None:
         self._tool = tool
         self._arguments = JsonSplitter(fields)
+        self._streamed: set[str] = set()
         self._native: dict[int, _NativeCall] = {}
         self._chosen: Any = None
         self._text = _WrittenCalls(self)
@@ -66,10 +68,15 @@ class CallSplitter:
 
     def arguments_of(self, call: object, name: str, text: str) -> list[Delta]:
         """More of the arguments of `call`, of the tool `name`."""
-        if name != self._tool or self._chosen not in (None, call):
+        if name != self._tool:
             return []
+        if self._chosen not in (None, call):
+            void, self._streamed, self._arguments = self._streamed, set(), JsonSplitter({})
+            return [Restart(field, "") for field in sorted(void)]
         self._chosen = call
-        return self._arguments.feed(text)
+        deltas = self._arguments.feed(text)
+        self._streamed |= {delta.field for delta in deltas}
+        return deltas
 
 
 class _NativeCall:

@@ -44,23 +44,28 @@ class Piece(NamedTuple):
 
 def piece_of(chunk: Any) -> Piece | None:
     """Read a chunk in the shape of OpenAI's; None if it has nothing of the first candidate."""
-    choice: Any = next((each for each in getattr(chunk, "choices", None) or () if not getattr(each, "index", 0)), None)
-    if choice is None:
-        return None
-    delta = getattr(choice, "delta", None)
-    calls = tuple(map(_fragment, getattr(delta, "tool_calls", None) or ()))
-    is_last = getattr(choice, "finish_reason", None) is not None
-    return Piece(_text(delta, "content"), _text(delta, "reasoning_content"), calls, is_last)
+    for choice in _get(chunk, "choices") or ():
+        if not _get(choice, "index"):
+            delta = _get(choice, "delta")
+            calls = tuple(map(_fragment, _get(delta, "tool_calls") or ()))
+            is_last = _get(choice, "finish_reason") is not None
+            return Piece(_text(delta, "content"), _text(delta, "reasoning_content"), calls, is_last)
+    return None
 
 
 def _fragment(call: Any) -> CallFragment:
-    function = getattr(call, "function", None)
+    function = _get(call, "function")
     name, identity = _text(function, "name") or None, _text(call, "id") or None
-    return CallFragment(getattr(call, "index", 0) or 0, identity, name, _text(function, "arguments"))
+    return CallFragment(_get(call, "index") or 0, identity, name, _text(function, "arguments"))
+
+
+def _get(holder: Any, name: str) -> Any:
+    """DSPy's own chunks are dicts, LiteLLM's are objects."""
+    return holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
 
 
 def _text(holder: Any, name: str) -> str:
-    value = getattr(holder, name, None)
+    value = _get(holder, name)
     return value if isinstance(value, str) else ""
 
 
@@ -109,30 +114,34 @@ class Reader:
 
     def feed(self, piece: Piece) -> Read:
         """What became certain with `piece`."""
-        own = self._think(self._thought_pieces.push(piece.thought))
-        read = self._split(self._splitter.feed(self._text_pieces.push(piece.text)) if self._splitter else [])
+        own = self._think(self._thought_pieces.push(piece.thought)) if piece.thought else []
+        answer: list[Delta] = []
+        if piece.text and self._splitter is not None:
+            read = self._divide(self._splitter.feed(self._text_pieces.push(piece.text)))
+            own, answer = own + read.own, read.answer
         if self._calls is not None:
             for fragment in piece.calls:
-                read.answer.extend(self._calls.feed_native(fragment))
-        return Read(own + read.own, read.answer)
+                answer = answer + self._calls.feed_native(fragment)
+        return Read(own, answer)
 
     def finish(self) -> Read:
         """What becomes certain since nothing more comes."""
         own = self._think(self._thought_pieces.end())
         if self._splitter is None:
             return Read(own, [])
-        read = self._split([*self._splitter.feed(self._text_pieces.end()), *self._splitter.finish()])
+        read = self._divide([*self._splitter.feed(self._text_pieces.end()), *self._splitter.finish()])
         return Read(own + read.own, read.answer)
 
     def _think(self, text: str) -> list[Delta]:
         self._has_thought = self._has_thought or bool(text)
         return [Delta(field, text) for field in self._thoughts] if text else []
 
-    def _split(self, deltas: list[Delta]) -> Read:
+    def _divide(self, deltas: list[Delta]) -> Read:
         answer: list[Delta] = []
-        for field, text in deltas:
-            if self._calls is not None and field == self._calls_field:
-                answer += self._calls.feed(text)
+        if self._calls is not None:
+            for field, text in deltas:
+                if field == self._calls_field:
+                    answer += self._calls.feed(text)
         if self._has_thought:
             deltas = [delta for delta in deltas if delta.field not in self._thoughts]
         return Read(deltas, answer)

@@ -17,7 +17,7 @@ class Delta(NamedTuple):
 
 
 class Restart(Delta):
-    """The text of an output field up to here, which was streamed differently; empty: it cannot be streamed at all."""
+    """What was streamed of an output field is void, and its text so far is this. Empty: it cannot be streamed."""
 
 
 class Splitter(Protocol):

@@ -115,7 +115,7 @@ def test_text_on_an_indented_header_line_is_cut_as_the_adapter_cuts_it(indent: s
         assert split(dspy.ChatAdapter, TEXT_FIELDS, cut(text, [size])) == expected
 
 
-def test_chat_text_is_told_as_soon_as_it_is_certain():
+def test_chat_text_is_streamed_as_soon_as_it_is_certain():
     splitter = splitter_for(dspy.ChatAdapter, TEXT_FIELDS)
     assert splitter is not None
     assert splitter.feed("[[ ## answer ## ]]\nHel") == [("answer", "Hel")]
@@ -201,7 +201,7 @@ def test_json_that_is_broken_silences_the_splitter(text: str):
     assert streamed.get("reasoning", "") in ("", "a", "a, ")
 
 
-def test_json_string_is_told_as_it_comes():
+def test_json_string_is_streamed_as_it_comes():
     splitter = splitter_for(dspy.JSONAdapter, TEXT_FIELDS)
     assert splitter is not None
     assert splitter.feed('{"answer": "Hel') == [("answer", "Hel")]
@@ -322,7 +322,7 @@ def test_raw_json_is_the_json_of_the_value(values: dict[str, str], sizes: list[i
     assert {field: json.loads(text) for field, text in streamed.items()} == values
 
 
-def test_raw_json_tells_values_of_any_type_and_null():
+def test_raw_json_gives_values_of_any_type_and_null():
     text = '{"reasoning": null, "answer": {"a": ["]", 1]}, "other": 1}'
     splitter = splitter_for(dspy.JSONAdapter, TEXT_FIELDS, raw=True)
     assert splitter is not None
@@ -330,7 +330,7 @@ def test_raw_json_tells_values_of_any_type_and_null():
 
 
 @pytest.mark.parametrize("adapter", [dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter])
-def test_a_splitter_tells_which_field_is_open(adapter: type):
+def test_a_splitter_knows_which_field_is_open(adapter: type):
     texts = {
         dspy.ChatAdapter: "[[ ## answer ## ]]\nyes\n[[ ## completed ## ]]\n",
         dspy.JSONAdapter: '{"answer": "yes"}',
@@ -346,7 +346,7 @@ def test_a_splitter_tells_which_field_is_open(adapter: type):
     assert seen == [None, "answer", None]
 
 
-def test_the_chat_splitter_tells_when_the_field_may_be_about_to_end():
+def test_the_chat_splitter_knows_when_the_field_may_be_about_to_end():
     splitter = splitter_for(dspy.ChatAdapter, TEXT_FIELDS)
     assert splitter is not None
     undecided = []

@@ -1,15 +1,18 @@
 """Tool calls while they are written: natively and as text, any arguments, any chunking."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import dspy
 import pytest
+from dspy.clients.call_result import attributes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from agentcast.agents.fields import Delta, Piece, Reader
+from agentcast.agents.fields import Delta, Piece, Reader, piece_of
 from agentcast.agents.fields.calls import CallFragment, CallSplitter
+from agentcast.agents.fields.splitter import Restart
 from agentcast.agents.values import clean_texts
 from tests.support.lms import pieces
 
@@ -72,7 +75,7 @@ def call(name: str, args: Any, form: str) -> Any:
 def test_arguments_written_as_text_are_streamed(
     args: dict[str, Any], before: list[dict[str, Any]], form: str, is_list: bool, size: int
 ):
-    calls = [*(call("look", each, form) for each in before), call("submit", args, form), call("submit", {}, form)]
+    calls = [*(call("look", each, form) for each in before), call("submit", args, form)]
     text = json.dumps(calls if is_list else {"tool_calls": calls}, indent=1 if is_list else None)
     assert dspy.ToolCalls.model_validate(json.loads(text)).tool_calls[len(before)].args == args
     splitter = CallSplitter("submit", FIELDS)
@@ -87,13 +90,13 @@ def test_native_arguments_are_streamed_whichever_way_calls_interleave(
     if not ascii_only:  # LMs cannot send half a character unescaped
         args = clean_texts(args)
     streams = []
-    for index, (name, value) in enumerate([*(("look", each) for each in before), ("submit", args), ("submit", {})]):
+    for index, (name, value) in enumerate([*(("look", each) for each in before), ("submit", args)]):
         written = pieces(json.dumps(value, ensure_ascii=ascii_only), size)
         rest = [CallFragment(index, None, None, piece) for piece in written]
         streams.append([CallFragment(index, f"c{index}", name, ""), *rest])
     fragments = []
     while streams:
-        stream = random.choice(streams[:-1] or streams)  # the second `submit` comes last
+        stream = random.choice(streams)
         fragments.append(stream.pop(0))
         streams = [each for each in streams if each]
     splitter = CallSplitter("submit", FIELDS)
@@ -106,13 +109,22 @@ def test_native_arguments_are_streamed_whichever_way_calls_interleave(
         [(0, "a", None, '{"answer": '), (0, None, "submit", '"yes"}')],  # the name comes late
         [(0, "a", "submit", '{"answer": '), (0, "a", "submit", '"yes"}')],  # id and name are repeated
         [(0, "a", "look", "{}"), (0, "b", "submit", '{"answer": "yes"}')],  # all calls have one index
-        [(0, "a", "submit", '{"answer": "y'), (1, "b", "submit", '{"answer": "no"}'), (0, None, None, 'es"}')],
     ],
 )
 def test_providers_differ_in_how_they_number_and_name_calls(fragments: list[Any]):
     splitter = CallSplitter("submit", FIELDS)
     deltas = [delta for fragment in fragments for delta in splitter.feed_native(CallFragment(*fragment))]
     assert joined(deltas) == {"answer": "yes"}
+
+
+def test_of_two_calls_it_is_not_known_which_one_counts():
+    splitter = CallSplitter("submit", FIELDS)
+    assert splitter.feed_native(CallFragment(0, "a", "submit", '{"answer": "y')) == [("answer", "y")]
+    (void,) = splitter.feed_native(CallFragment(1, "b", "submit", '{"answer": "no'))
+    assert void == Restart("answer", "")
+    assert isinstance(void, Restart)
+    assert splitter.feed_native(CallFragment(0, None, None, 'es"}')) == []
+    assert splitter.feed_native(CallFragment(1, None, None, '"}')) == []
 
 
 @pytest.mark.parametrize(
@@ -155,3 +167,24 @@ def test_a_models_own_reasoning_is_the_thought_whatever_its_text_says():
     assert reader.feed(Piece(thought="I th\ud83d")).own == [("next_thought", "I th")]
     assert reader.feed(Piece(thought="\ude00ink.")).own == [("next_thought", "😀ink.")]
     assert reader.feed(Piece("[[ ## next_thought ## ]]\nno\n[[ ## answer ## ]]\nyes")).own == [("answer", "yes")]
+
+
+def holder(**values: Any) -> Any:
+    """An object with the attributes that LiteLLM's have."""
+    return SimpleNamespace(**values)
+
+
+@pytest.mark.parametrize("make", [holder, lambda **values: attributes(values)], ids=["LiteLLM's", "DSPy's"])
+def test_a_chunk_is_read_for_its_first_candidate(make: Any):
+    function = make(name="submit", arguments='{"a')
+    calls = [make(index=1, id="c", type="function", function=function), make(index=2, function=make(arguments=None))]
+    delta = make(content=None, reasoning_content="hm", tool_calls=calls)
+    chunk = make(choices=[make(index=1, delta=make(content="no")), make(index=0, delta=delta, finish_reason=None)])
+    assert piece_of(chunk) == Piece(
+        thought="hm", calls=(CallFragment(1, "c", "submit", '{"a'), CallFragment(2, None, None, ""))
+    )
+    assert piece_of(make(choices=[make(index=0, delta=make(content="x"), finish_reason="stop")])) == Piece(
+        "x", is_last=True
+    )
+    assert piece_of(make(choices=[])) is None
+    assert piece_of(make(choices=[make(index=1, delta=delta)])) is None

@@ -147,15 +147,22 @@ async def test_an_answer_that_the_tool_refuses_is_retracted_when_the_model_tries
     ]
 
 
-async def test_of_two_answers_the_last_is_the_programs_and_the_first_is_retracted():
-    replies = [calling(("submit", {"answer": "one"}), ("submit", {"answer": "two"}))]
-    prediction, events = await events_of(replies)
-    assert prediction.answer == "two"
-    assert shape(events) == [
+@pytest.mark.parametrize("native", [True, False])
+async def test_of_two_answers_the_last_is_the_programs_and_the_first_is_retracted(native: bool):
+    calls = [("submit", {"answer": "one", "places": [1]}), ("submit", {"answer": "two", "places": [2, 3]})]
+    prediction, events = await events_of(
+        [(calling if native else in_text)(*calls)], signature="question -> answer, places: list[int]", native=native
+    )
+    assert (prediction.answer, prediction.places) == ("two", [2, 3])
+    assert [line for line in shape(events) if "next_thought" not in line] == [
         "answer of 1",
+        "places of 1",
         "answer retracted: the answer was read differently in the end",
+        "places retracted: the answer was read differently in the end",
         "answer of 1",
         "answer: two",
+        "places of 1",
+        "places: [2,3]",
     ]
 
 
