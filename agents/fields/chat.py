@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from agentcast.agents.fields.base import Delta, Output, Strip
+from agentcast.agents.fields.splitter import Delta, Output, Strip
 
 _BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 """Where `str.splitlines` breaks lines, and so the adapter; it joins them with a newline."""

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from agentcast.agents.fields.base import Delta, Output, is_text
+from agentcast.agents.fields.splitter import Delta, Output, is_text
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _KEY = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
@@ -24,7 +24,7 @@ class JsonSplitter:
     does a field of text whose value is no string.
     """
 
-    _tells_null = False
+    _shows_null = False
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self.field: str | None = None
@@ -90,7 +90,11 @@ class JsonSplitter:
         return self._expect({":": self._value})
 
     def _comma(self) -> bool:
-        return self._expect({",": self._key, "}": self._silent})
+        return self._expect({",": self._key, "}": self._after})
+
+    def _after(self) -> bool:
+        """What follows the object."""
+        return self._silent()
 
     def _expect(self, states: Mapping[str, Callable[[], bool]]) -> bool:
         char = self._next()
@@ -157,7 +161,7 @@ class JsonSplitter:
         scalar = _SCALAR.match(self._text, self._at)
         if scalar is None:
             return self._fall_silent() if self._text[self._at] in ",}]" else False
-        if scalar.group() == "null" and not self._tells_null:
+        if scalar.group() == "null" and not self._shows_null:
             self.field = None
         self._emit(scalar.end())
         return self._end_value()
@@ -198,7 +202,7 @@ class JsonSplitter:
 class RawJsonSplitter(JsonSplitter):
     """All values as they are written, strings with their quotes and escapes, and whatever the types of the fields."""
 
-    _tells_null = True
+    _shows_null = True
 
     def _value(self) -> bool:
         self._of_text = False

@@ -52,6 +52,25 @@ async def call_in_thread(program: Callable[[], Any], name: str, limiter: anyio.C
         return await in_thread(call, name, limiter=limiter or anyio.CapacityLimiter(1), linger=LINGER)
 
 
+def annotations(signature: Any) -> dict[str, Any]:
+    """The output fields of `signature`: name → annotation."""
+    return {field: info.annotation for field, info in signature.output_fields.items()}
+
+
+def submits(module: Any) -> bool:
+    """Whether `module` is a loop whose answer is what its tool `submit` is called with: a `dspy.ReActV2`, which is
+    `dspy.ReAct` from DSPy 3.5 on. It is known by its parts, not by either name."""
+    is_loop = isinstance(getattr(module, "react", None), dspy.Predict) and not hasattr(module, "extract")
+    return is_loop and "submit" in getattr(module, "tools", ())
+
+
+def ending_tool(module: Any) -> str | None:
+    """The name of the tool with which the loop `module` ends. It is no tool of the user's."""
+    if submits(module):
+        return "submit"
+    return "finish" if isinstance(module, dspy.ReAct) else None
+
+
 def decides(predictor: Any) -> bool:
     """Whether `predictor` has decision outputs, which DSPy refuses to make while streaming."""
     lm = predictor.lm or dspy.settings.lm

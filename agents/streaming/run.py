@@ -34,10 +34,10 @@ from agentcast.agents.events import (
     ValidationFailed,
 )
 from agentcast.agents.failures import failure_of, is_failure
-from agentcast.agents.fields import Messages
+from agentcast.agents.fields import FieldMessages, Messages, piece_of
 from agentcast.agents.observations import holds_types
 from agentcast.agents.streaming.bridge import Bridge
-from agentcast.agents.streaming.calls import decides
+from agentcast.agents.streaming.calls import annotations, decides, ending_tool, submits
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +51,8 @@ class Call:
     module: Any = None
     messages: Messages | None = None
     """Of a predictor, and of its LM calls."""
+    answer: FieldMessages | None = None
+    """Of a loop whose answer is what its tool `submit` is called with."""
     usage: Usage | None = None
     is_span: bool = True
     """Whether the call is a span of its own; otherwise `span` is the one around it."""
@@ -98,16 +100,10 @@ class Run(Bridge):
 
     def read(self, chunk: Any) -> Iterable[AgentEvent]:
         """A chunk in the shape of OpenAI's. Of several candidates only the first one is shown."""
-        call = self.here()
-        if call is None or call.messages is None:
-            return
-        for choice in getattr(chunk, "choices", None) or ():
-            if getattr(choice, "index", 0):
-                continue
-            text = getattr(getattr(choice, "delta", None), "content", None)
-            if isinstance(text, str) and text:
-                yield from call.messages.feed(text)
-            if getattr(choice, "finish_reason", None) is not None:
+        call, piece = self.here(), piece_of(chunk)
+        if call is not None and call.messages is not None and piece is not None:
+            yield from call.messages.feed(piece)
+            if piece.is_last:
                 yield from call.messages.finish()
 
     # -- Modules ---------------------------------------------------------------------------------------------------
@@ -118,13 +114,17 @@ class Run(Bridge):
         if around is None and instance is self._program and not self._root:
             return
         if around is not None and id(instance) in around.parts:
-            call = replace(around, started=time.monotonic(), messages=None, is_span=False)
+            call = replace(around, started=time.monotonic(), messages=None, answer=None, is_span=False)
         else:
             call = self._new(self._names.get(id(instance)) or type(instance).__name__)
         call.module = instance
         is_predictor = isinstance(instance, dspy.Predict)
         if is_predictor:
-            call.messages = Messages(call.span, self._shown, lambda: f"m{next(self._message_ids)}")
+            fields, answer = annotations(instance.signature), None if around is None else around.answer
+            call.messages = Messages(call.span, self._shown, self._new_message, fields, answer)
+        elif submits(instance):
+            fields = annotations(instance.signature)
+            call.answer = FieldMessages(call.span, self._shown, self._new_message, fields)
         if call.is_span:
             kind: Literal["agent", "module"] = "agent" if instance is self._program and around is None else "module"
             self.report([NodeStart(span=call.span, parent=call.parent, node=call.name, kind=kind)])
@@ -135,15 +135,16 @@ class Run(Bridge):
         call = self.leave(call_id)
         if call is None:
             return
+        messages = call.messages or call.answer
         events: list[AgentEvent] = []
         if exception is not None:
             failure = _failure(exception)
-            events += call.messages.retract(failure.message) if call.messages else []
+            events += messages.retract(failure.message) if messages else []
             end: AgentEvent = NodeError(span=call.span, node=call.name, duration=call.duration, error=failure)
         else:
-            if call.messages is not None and isinstance(outputs, dspy.Prediction):
-                fields = [field for field in outputs.keys() if field != "logprobs"]
-                events += call.messages.settle({field: outputs[field] for field in fields})
+            if messages is not None and isinstance(outputs, dspy.Prediction):
+                fields = call.answer.fields if call.answer else [each for each in outputs.keys() if each != "logprobs"]
+                events += messages.settle({field: outputs[field] for field in fields})
             end = NodeEnd(span=call.span, node=call.name, duration=call.duration)
         if call.spoken is not None:
             call.spoken += [event.message for event in events if isinstance(event, MessageEnd)]
@@ -155,8 +156,7 @@ class Run(Bridge):
     def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         call = self.here()
         if call is not None and call.messages is not None and "signature" in inputs:  # nested calls: the inner one
-            fields = inputs["signature"].output_fields
-            call.messages.expect(type(instance), {field: info.annotation for field, info in fields.items()})
+            call.messages.expect(type(instance), annotations(inputs["signature"]))
 
     def on_adapter_format_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         self.clean(outputs)
@@ -196,7 +196,7 @@ class Run(Bridge):
     @_handler
     def on_tool_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         around = self.here()
-        if instance.name == "finish" and around is not None and isinstance(around.module, dspy.ReAct):
+        if around is not None and instance.name == ending_tool(around.module):
             return  # not a tool, but how the loop ends
         call = self._new(instance.name)
         args, server = inputs.get("kwargs", {}), getattr(instance, "server", None)
@@ -213,6 +213,9 @@ class Run(Bridge):
         self.report([end], exception)
 
     # -- What they share -------------------------------------------------------------------------------------------
+
+    def _new_message(self) -> str:
+        return f"m{next(self._message_ids)}"
 
     def _new(self, name: str) -> Call:
         """A call that is a span inside the one around it."""

@@ -11,9 +11,12 @@ is kept:
 
 - Each LM chunk makes one chunk, and a field's last one says so (`is_last_chunk`).
 - Text that arrives while it is open whether the field ends waits for that to be known, and may then be the last chunk.
-  If everything was out before, the last chunk is empty: the only empty one.
+  If nothing is left for it, the last chunk is empty: the only empty one.
 - Text that arrives in one LM chunk with the field's name waits for the next LM chunk.
 - With the JSON adapter the text is the JSON of the value, with its quotes and escapes.
+
+DSPy's listeners know only the predictors' own fields. These hear the outputs of a `dspy.ReActV2` program, too: as the
+arguments of its tool `submit`, unescaped, whatever the adapter.
 
 Calls of one predictor that go on at once differ in the attribute `call` of their chunks, which DSPy's lack.
 
@@ -23,8 +26,9 @@ A listener of a class of the user's own is copied for each LM call, its state re
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import dspy
@@ -36,15 +40,14 @@ from agentcast.agents._dspy import (
     is_lm_chunk,
     streams,
 )
-from agentcast.agents.fields import Splitter, splitter_for
+from agentcast.agents.fields import Piece, Reader, piece_of
 from agentcast.agents.streaming.bridge import Bridge
-from agentcast.agents.streaming.calls import call_in_thread, decides
+from agentcast.agents.streaming.calls import annotations, call_in_thread, decides, ending_tool, submits
 from agentcast.agents.streaming.stream import BlockingStream, Stream
-from agentcast.agents.values import Pieces
 
 FINISH = "finish"
 COMPLETED = "Completed."
-"""The tool with which ReAct loops end, and what it returns: no statuses are made of it, as DSPy makes none."""
+"""The tool with which ReAct loops end, and what it returns: no statuses, as in DSPy. Nor are there any for `submit`."""
 
 
 def streamify(
@@ -98,10 +101,18 @@ def _find_predictors(program: Any, listeners: Sequence[Any]) -> None:
     searching = [listener for listener in listeners if not listener.predict]
     if not searching:
         return
+    parts = [(path.removeprefix("self").removeprefix("."), part) for path, part in program.named_sub_modules()]
+    loops = [(f"{path}.react".removeprefix("."), part) for path, part in parts if submits(part)]
     known = {field for _, part in program.named_predictors() for field in part.signature.output_fields}
     for listener in searching:
-        if listener.signature_field_name not in known:
-            raise ValueError(f"Signature field {listener.signature_field_name} is not a field of any predictor")
+        name = listener.signature_field_name
+        found = [(path, loop.react) for path, loop in loops if name in loop.signature.output_fields]
+        if len(found) + (name in known) > 1:
+            raise ValueError(f"Signature field {name} is of several predictors; give the listener the one to listen to")
+        if found:
+            ((listener.predict_name, listener.predict),) = found
+        elif name not in known:
+            raise ValueError(f"Signature field {name} is not a field of any predictor")
     find_predictor_for_stream_listeners(program, searching)
 
 
@@ -121,6 +132,8 @@ class Relay(Bridge):
         has_own = any(isinstance(each, StatusStreamingCallback) for each in dspy.settings.callbacks)
         self._provider = None if has_own else provider
         self._listening = listening
+        self._endings: set[str] = set()
+        """Calls of the tools with which loops end."""
 
     def read(self, chunk: Any) -> Iterable[Any]:
         if self._listening is None or not is_lm_chunk(chunk):
@@ -155,8 +168,7 @@ class Relay(Bridge):
     def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         answer = self.here()
         if isinstance(answer, _Answer) and "signature" in inputs:
-            fields = inputs["signature"].output_fields
-            answer.expected = Expected(type(instance), {field: info.annotation for field, info in fields.items()})
+            answer.expected = type(instance), annotations(inputs["signature"])
 
     def on_adapter_format_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         self.clean(outputs)
@@ -170,8 +182,8 @@ class Relay(Bridge):
             self._status(statuses.lm_start_status_message(instance, inputs))
         call, can_stream = self.here(), streams(instance)
         if can_stream and self._listening is not None and dspy.settings.send_stream is self.sink:
-            expected = call.expected if isinstance(call, _Answer) else None
-            call = self._listening.begin(call_id, dspy.settings.caller_predict, expected)
+            reader = call.reader() if isinstance(call, _Answer) else None
+            call = self._listening.begin(call_id, dspy.settings.caller_predict, reader)
         self.enter(call_id, call, streams=can_stream)
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
@@ -185,30 +197,34 @@ class Relay(Bridge):
     # -- Tools -----------------------------------------------------------------------------------------------------
 
     def on_tool_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        if instance.name != FINISH and (statuses := self._statuses):
+        if instance.name in (FINISH, ending_tool(_caller(-1))):
+            self._endings.add(call_id)
+        elif statuses := self._statuses:
             self._status(statuses.tool_start_status_message(instance, inputs))
 
     def on_tool_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        if not (isinstance(outputs, str) and outputs == COMPLETED) and (statuses := self._statuses):
+        if call_id in self._endings:
+            self._endings.remove(call_id)
+        elif not (isinstance(outputs, str) and outputs == COMPLETED) and (statuses := self._statuses):
             self._status(statuses.tool_end_status_message(outputs), exception)
 
 
 # -- What listeners hear -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """What an LM call is to answer: output fields (name → annotation), in the form of an adapter."""
-
-    adapter: type
-    fields: dict[str, Any]
-
-
 @dataclass(slots=True)
 class _Answer:
     """A module that is running, and what its next LM call is to answer."""
 
-    expected: Expected | None = None
+    expected: tuple[type, Mapping[str, Any]] | None = None
+    """The adapter, and the output fields that it asks for."""
+
+    def reader(self) -> Reader | None:
+        """Reads the next LM call; None: nothing of it can be read."""
+        if self.expected is None:
+            return None
+        adapter, fields = self.expected
+        return Reader(adapter, fields, raw=True, answer=_submitted(fields))
 
 
 class Listening:
@@ -220,11 +236,10 @@ class Listening:
         self._listeners = listeners
         self._owners: dict[int, str] = {}
 
-    def begin(self, call: str, predictor: Any, expected: Expected | None) -> "HeardCall":
-        """An LM call of `predictor` starts. `call` is its id."""
+    def begin(self, call: str, predictor: Any, reader: Reader | None) -> "HeardCall":
+        """An LM call of `predictor` starts. `call` is its id, `reader` reads it."""
         listeners = [listener for listener in self._listeners if listener.predict is predictor]
-        splitter = None if expected is None else splitter_for(expected.adapter, expected.fields, raw=True)
-        return HeardCall(self, call, listeners, splitter)
+        return HeardCall(self, call, listeners, reader)
 
     def admits(self, listener: Any, call: str) -> bool:
         """Whether `listener` has an ear for `call`: it hears but one call in a run unless it allows reuse."""
@@ -235,13 +250,12 @@ class Listening:
 class HeardCall:
     """The state of all listeners in one LM call."""
 
-    def __init__(self, run: Listening, call: str, listeners: Iterable[Any], splitter: Splitter | None) -> None:
+    def __init__(self, run: Listening, call: str, listeners: Iterable[Any], reader: Reader | None) -> None:
         self._run = run
         self._call = call
         self._plain: dict[str, list[Any]] = {}
         self._own: list[tuple[Any, Any]] = []
-        self._splitter = splitter
-        self._pieces = Pieces()
+        self._reader = reader
         self._held: dict[str, str] = {}
         self._said: set[str] = set()
         self._open: str | None = None
@@ -254,16 +268,15 @@ class HeardCall:
 
     def hear(self, chunk: Any) -> list[Any]:
         """What the listeners make of `chunk`. Of several candidates only the first one is heard."""
-        choice: Any = next(iter(getattr(chunk, "choices", None) or ()), None)
-        if self._over or getattr(choice, "index", None):
+        piece = piece_of(chunk)
+        if self._over or piece is None:
             return []
-        text = getattr(getattr(choice, "delta", None), "content", None)
-        heard = [*self._native(chunk), *self._split(text if isinstance(text, str) else "")]
+        heard = [*self._native(chunk), *self._split(piece)]
         for listener, state in self._own:
             response = state.receive(chunk)
             if response and self._run.admits(listener, self._call):
                 heard.append(response)
-        if getattr(choice, "finish_reason", None) is not None:
+        if piece.is_last:
             heard += self.finish()
         return heard
 
@@ -273,8 +286,8 @@ class HeardCall:
             return []
         self._over = True
         heard = []
-        if self._splitter is not None:
-            for field, text in [*self._splitter.feed(self._pieces.end()), *self._splitter.finish()]:
+        if self._reader is not None:
+            for field, text in chain(*self._reader.finish()):
                 self._held[field] = self._held.get(field, "") + text
             if self._open is not None:
                 heard += self._end(self._open, self._held.pop(self._open, ""))
@@ -292,15 +305,15 @@ class HeardCall:
                 if kind is not None and (value := kind.parse_stream_chunk(chunk)):
                     yield from self._say(field, value, last=False, listeners=[listener])
 
-    def _split(self, text: str) -> list[Any]:
-        splitter = self._splitter
-        if splitter is None:
+    def _split(self, piece: Piece) -> list[Any]:
+        reader = self._reader
+        if reader is None:
             return []
         before = self._open
         new: dict[str, str] = {} if before is None else {before: ""}
-        for field, delta in splitter.feed(self._pieces.push(text)):
+        for field, delta in chain(*reader.feed(piece)):
             new[field] = new.get(field, "") + delta
-        self._open = splitter.field if splitter.field in self._plain else None
+        self._open = reader.field if reader.field in self._plain else None
         heard: list[Any] = []
         for field, delta in new.items():
             if field in self._plain:
@@ -311,7 +324,7 @@ class HeardCall:
         text = self._held.pop(field, "") + text
         if ended:
             return self._end(field, text)
-        if began or (self._splitter is not None and self._splitter.undecided):
+        if began or (self._reader is not None and self._reader.undecided):
             self._held[field] = text
             return []
         return self._say(field, text, last=False) if text else []
@@ -347,3 +360,18 @@ def _output_type(listener: Any) -> Any:
         return None
     streamable: Any = kind
     return streamable if streamable.is_streamable() else None
+
+
+def _caller(position: int) -> Any:
+    """The module at `position` among those whose calls go on, or None. The innermost one is at -1."""
+    callers = dspy.settings.caller_modules or []
+    return callers[position] if len(callers) >= -position else None
+
+
+def _submitted(fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The outputs of the loop around the predictor that is being called, if its answer is submitted; without `fields`,
+    which are the predictor's own."""
+    loop = _caller(-2)
+    if not submits(loop):
+        return None
+    return {name: annotation for name, annotation in annotations(loop.signature).items() if name not in fields}

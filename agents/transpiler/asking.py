@@ -10,7 +10,7 @@ from dspy.utils.exceptions import AdapterParseError
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
-from agentcast.agents.fields.base import is_text
+from agentcast.agents.fields import is_text
 from agentcast.agents.graph import StatefulNode
 from agentcast.agents.graph.detaching import detached
 from agentcast.agents.react import react_agent

@@ -1,5 +1,6 @@
 """LMs for tests of streaming: real `dspy.LM`s whose engines answer as a test says, in the chunks that it says."""
 
+import json
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,6 +16,10 @@ from dspy.lm15 import (
     StreamStartEvent,
     TextDelta,
     TextPart,
+    ThinkingDelta,
+    ThinkingPart,
+    ToolCallDelta,
+    ToolCallPart,
 )
 from dspy.lm15 import Usage as LmUsage
 
@@ -38,12 +43,31 @@ def question_of(prompt: str) -> str:
     return "Q-" + "".join(char for char in rest.partition("-Z")[0]) + "-Z"
 
 
-class Engine:
-    """A synchronous engine, which counts its calls."""
+def assembled(chunks: Iterable[Any]) -> Message:
+    """What an LM says at once that says `chunks` when it streams."""
+    text, thought, calls = "", "", dict[int, list[ToolCallDelta]]()
+    for chunk in chunks:
+        if isinstance(chunk, ToolCallDelta):
+            calls.setdefault(chunk.part_index, []).append(chunk)
+        elif isinstance(chunk, ThinkingDelta):
+            thought += chunk.text
+        else:
+            text += chunk
+    parts: list[Any] = [ThinkingPart(thought)] if thought else []
+    parts += [TextPart(text)] if text or not calls else []
+    for first, *rest in calls.values():
+        arguments = "".join(delta.input for delta in (first, *rest))
+        parts.append(ToolCallPart(str(first.id), str(first.name), json.loads(arguments)))
+    return Message.assistant(parts)
 
-    def __init__(self, reply: Reply) -> None:
+
+class Engine:
+    """A synchronous engine, which counts its calls. If `native` it says that it can call tools, and reason."""
+
+    def __init__(self, reply: Reply, *, native: bool = False) -> None:
         self.reply = reply
         self.calls = 0
+        self.supports_function_calling = self.supports_reasoning = native
 
     def answer(self, request: Request) -> Iterable[Any]:
         self.calls += 1
@@ -51,8 +75,9 @@ class Engine:
         return [reply] if isinstance(reply, str) else reply
 
     def complete(self, request: Request) -> Response:
-        message = Message.assistant([TextPart("".join(self.answer(request)))])
-        return Response(id=None, model="test", message=message, finish_reason="stop", usage=USAGE)
+        message = assembled(self.answer(request))
+        finish_reason = "tool_call" if message.parts_of(ToolCallPart) else "stop"
+        return Response(id=None, model="test", message=message, finish_reason=finish_reason, usage=USAGE)
 
     def stream(self, request: Request) -> Iterator[Any]:
         yield StreamStartEvent(model="test")
@@ -87,7 +112,9 @@ class AsyncEngine:
         pass
 
 
-def lm_of(reply: Reply, *, cache: bool = False, before_chunk: Callable[[int], Any] | None = None) -> Any:
-    engine = Engine(reply)
+def lm_of(
+    reply: Reply, *, cache: bool = False, before_chunk: Callable[[int], Any] | None = None, native: bool = False
+) -> Any:
+    engine = Engine(reply, native=native)
     options = {"cache": cache, "num_retries": 0, "engine": engine}
     return dspy.LM("test/model", async_engine=AsyncEngine(engine, before_chunk), **options)

@@ -1,5 +1,6 @@
 """Splitters against the adapters' own `parse`: any text, any chunking."""
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -10,7 +11,10 @@ from dspy.utils.exceptions import AdapterParseError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from agentcast.agents.fields import is_text, splitter_for
+from agentcast.agents.events import MessageEnd, MessageRetracted, MessageStart
+from agentcast.agents.fields import Delta, Messages, Piece, is_text, splitter_for
+from agentcast.agents.fields.splitter import Restart
+from agentcast.agents.values import clean_text
 
 TEXT_FIELDS = {"reasoning": str, "answer": str}
 
@@ -23,15 +27,18 @@ SIGNATURE = signature(TEXT_FIELDS)
 
 
 def split(adapter: type, fields: dict[str, Any], chunks: Iterable[str]) -> dict[str, str]:
-    """The joined deltas of each field; asserts that none is empty."""
+    """The joined deltas of each field since it last restarted; asserts that none is empty."""
     splitter = splitter_for(adapter, fields)
     assert splitter is not None
-    deltas = [delta for chunk in chunks for delta in splitter.feed(chunk)] + splitter.finish()
-    assert all(delta.text for delta in deltas)
-    joined: dict[str, str] = {}
-    for field, text in deltas:
-        joined[field] = joined.get(field, "") + text
-    return joined
+    return joined([delta for chunk in chunks for delta in splitter.feed(chunk)] + splitter.finish())
+
+
+def joined(deltas: Iterable[Delta]) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for delta in deltas:
+        assert delta.text or isinstance(delta, Restart)
+        texts[delta.field] = ("" if isinstance(delta, Restart) else texts.get(delta.field, "")) + delta.text
+    return {field: text for field, text in texts.items() if text}
 
 
 def cut(text: str, sizes: Sequence[int]) -> list[str]:
@@ -85,9 +92,9 @@ texts = st.lists(spice | st.text(max_size=8), max_size=12).map("".join)
 def test_chat_deltas_equal_the_parsed_field(before: str, one: str, two: str, after: str, sizes: list[int]):
     text = f"{before}[[ ## reasoning ## ]]\n{one}\n\n[[ ## answer ## ]]\n{two}\n\n{after}"
     expected = parsed(dspy.ChatAdapter, SIGNATURE, text)
-    joined = split(dspy.ChatAdapter, TEXT_FIELDS, cut(text, sizes))
+    streamed = split(dspy.ChatAdapter, TEXT_FIELDS, cut(text, sizes))
     if expected is not None:
-        assert joined == {name: value for name, value in expected.items() if value}
+        assert streamed == {name: value for name, value in expected.items() if value}
 
 
 @settings(max_examples=300)
@@ -96,8 +103,8 @@ def test_chat_reads_any_text_as_the_adapter_does(text: str, sizes: list[int]):
     optional = signature({"reasoning": str | None, "answer": str | None})
     expected = parsed(dspy.ChatAdapter, optional, text)
     assert expected is not None
-    joined = split(dspy.ChatAdapter, TEXT_FIELDS, cut(text, sizes))
-    assert joined == {name: value for name, value in expected.items() if value}
+    streamed = split(dspy.ChatAdapter, TEXT_FIELDS, cut(text, sizes))
+    assert streamed == {name: value for name, value in expected.items() if value}
 
 
 @pytest.mark.parametrize("indent", ["", " ", "\t  ", " " * 40])
@@ -108,7 +115,7 @@ def test_text_on_an_indented_header_line_is_cut_as_the_adapter_cuts_it(indent: s
         assert split(dspy.ChatAdapter, TEXT_FIELDS, cut(text, [size])) == expected
 
 
-def test_chat_text_is_told_as_soon_as_it_is_certain():
+def test_chat_text_is_streamed_as_soon_as_it_is_certain():
     splitter = splitter_for(dspy.ChatAdapter, TEXT_FIELDS)
     assert splitter is not None
     assert splitter.feed("[[ ## answer ## ]]\nHel") == [("answer", "Hel")]
@@ -136,8 +143,8 @@ def test_json_deltas_equal_the_parsed_field(
     expected = parsed(dspy.JSONAdapter, SIGNATURE, text)
     assert expected is not None
     after = "\n```" if before.startswith("```") else ""
-    joined = split(dspy.JSONAdapter, TEXT_FIELDS, cut(before + text + after, sizes))
-    assert joined == {name: value for name, value in expected.items() if value}
+    streamed = split(dspy.JSONAdapter, TEXT_FIELDS, cut(before + text + after, sizes))
+    assert streamed == {name: value for name, value in expected.items() if value}
 
 
 values: st.SearchStrategy[Any] = st.recursive(
@@ -153,9 +160,9 @@ def test_json_values_that_are_no_strings_come_as_they_are_written(
     value: Any, answer: str, indent: int | None, sizes: list[int]
 ):
     text = json.dumps({"hidden": value, "items": value, "answer": answer}, indent=indent)
-    joined = split(dspy.JSONAdapter, {"items": Any, "answer": str}, cut(text, sizes))
-    assert joined.get("answer", "") == answer
-    written = joined.get("items", "")
+    streamed = split(dspy.JSONAdapter, {"items": Any, "answer": str}, cut(text, sizes))
+    assert streamed.get("answer", "") == answer
+    written = streamed.get("items", "")
     if isinstance(value, str):
         assert written == value
     elif value is None:
@@ -189,12 +196,12 @@ def test_json_number_in_a_text_field_is_left_to_the_end():
     ],
 )
 def test_json_that_is_broken_silences_the_splitter(text: str):
-    joined = split(dspy.JSONAdapter, TEXT_FIELDS, [*text, ', "answer": "never"}'])
-    assert "answer" not in joined
-    assert joined.get("reasoning", "") in ("", "a", "a, ")
+    streamed = split(dspy.JSONAdapter, TEXT_FIELDS, [*text, ', "answer": "never"}'])
+    assert "answer" not in streamed
+    assert streamed.get("reasoning", "") in ("", "a", "a, ")
 
 
-def test_json_string_is_told_as_it_comes():
+def test_json_string_is_streamed_as_it_comes():
     splitter = splitter_for(dspy.JSONAdapter, TEXT_FIELDS)
     assert splitter is not None
     assert splitter.feed('{"answer": "Hel') == [("answer", "Hel")]
@@ -214,30 +221,63 @@ def escape(text: str) -> str:
 def test_xml_deltas_equal_the_parsed_field(before: str, one: str, two: str, sizes: list[int]):
     text = f"{escape(before)}<reasoning>\n{escape(one)}\n</reasoning>\n\n<answer>{escape(two)}</answer>"
     expected = parsed(dspy.XMLAdapter, SIGNATURE, text)
-    joined = split(dspy.XMLAdapter, TEXT_FIELDS, cut(text, sizes))
+    streamed = split(dspy.XMLAdapter, TEXT_FIELDS, cut(text, sizes))
     if expected is not None:
-        assert joined == {name: value for name, value in expected.items() if value}
+        assert streamed == {name: value for name, value in expected.items() if value}
 
 
-@settings(max_examples=200)
-@given(texts, sizes)
-def test_xml_never_fails_and_never_tells_more_than_the_adapter_reads(text: str, sizes: list[int]):
-    document = f"<reasoning>{text}</reasoning><answer>{text}</answer>"
+TAGS = ["<b>", "</b>", "<br/>", "<i a='1' b=\"&quot;'\">", "</i>"]
+MARKUP = [*TAGS, "<!-- c -->", "<![CDATA[<&]]>", "&lt;", "&amp;", "&#233;"]
+marked = st.lists(st.sampled_from([*MARKUP, *SPACE, "x", "word", ">", '"']), max_size=10).map("".join)
+
+
+@settings(max_examples=600)
+@given(marked | texts, marked, sizes)
+@example("\n use <b>x</b> &lt; y\n", " a<br/>", [1])
+@example("<b>", "</b>", [2])
+def test_xml_text_with_markup_is_what_the_adapter_reads(one: str, two: str, sizes: list[int]):
+    document = f"<reasoning>{one}</reasoning><answer>{two}</answer>"
     expected = parsed(dspy.XMLAdapter, SIGNATURE, document)
-    joined = split(dspy.XMLAdapter, TEXT_FIELDS, cut(document, sizes))
+    streamed = split(dspy.XMLAdapter, TEXT_FIELDS, cut(document, sizes))
     if expected is not None:
-        for name, value in joined.items():
-            assert expected[name].strip().startswith(value)
+        assert streamed == {name: value for name, value in expected.items() if value}
 
 
-def test_xml_markup_inside_a_field_silences_it_and_an_entry_with_its_key_is_the_field():
-    text = "<reasoning>a <b>bold</b> c</reasoning><entry key='answer'>42</entry><answer>again</answer>"
-    assert split(dspy.XMLAdapter, TEXT_FIELDS, [text]) == {"reasoning": "a", "answer": "42"}
+def test_xml_text_with_markup_is_streamed_as_it_comes_and_restarts_only_for_white_space_before_it():
+    splitter = splitter_for(dspy.XMLAdapter, TEXT_FIELDS)
+    assert splitter is not None
+    assert splitter.feed("<answer>Use") == [("answer", "Use")]
+    assert splitter.feed(" <b") == []
+    assert splitter.feed(">x</b> or") == [("answer", " <b>x</b> or")]
+    assert splitter.feed(" <br/> \n") == [("answer", " <br /> \n")]
+    deltas = splitter.feed("</answer><reasoning>\nUse <b>x")
+    assert deltas == [("reasoning", "Use"), ("reasoning", "\nUse <b>x")]
+    assert [isinstance(delta, Restart) for delta in deltas] == [False, True]
 
 
-def test_xml_tells_nothing_of_fields_that_are_trees():
-    text = "<items><item>1</item></items><answer>x</answer>"
-    assert split(dspy.XMLAdapter, {"items": list[int], "answer": str | None}, [text]) == {"answer": "x"}
+def test_xml_raw_text_never_restarts():
+    splitter = splitter_for(dspy.XMLAdapter, TEXT_FIELDS, raw=True)
+    assert splitter is not None
+    deltas = [*splitter.feed("<reasoning>\nUse <b>x</b>"), *splitter.feed("</reasoning><reasoning>again</reasoning>")]
+    assert not any(isinstance(delta, Restart) for delta in deltas)
+    assert joined(deltas) == {"reasoning": "Use <b>x</b>"}
+
+
+def test_xml_field_that_comes_twice_and_namespaces_are_left_to_the_end():
+    twice = "<reasoning>one</reasoning><answer>a <p:b xmlns:p='u'>c</p:b></answer><reasoning>two</reasoning>"
+    assert split(dspy.XMLAdapter, TEXT_FIELDS, [twice]) == {}
+
+
+def test_xml_entry_with_a_fields_key_is_the_field():
+    assert split(dspy.XMLAdapter, TEXT_FIELDS, ["<entry key='answer'>42</entry>"]) == {"answer": "42"}
+
+
+def test_xml_values_come_as_they_are_written_unless_they_are_trees():
+    text = "<items><item>1</item></items><list>x<item/></list><count> 12\n</count><pair>[1, 2]</pair><answer>x</answer>"
+    fields = {"items": list[int], "list": list[str], "count": int, "pair": list[int], "answer": str | None}
+    for size in (1, 3, len(text)):
+        streamed = split(dspy.XMLAdapter, fields, cut(text, [size]))
+        assert streamed == {"count": "12", "pair": "[1, 2]", "answer": "x"}
 
 
 def test_an_adapter_that_is_not_known_by_its_exact_class_has_no_splitter():
@@ -251,7 +291,9 @@ def test_an_adapter_that_is_not_known_by_its_exact_class_has_no_splitter():
 def test_text_types():
     assert is_text(str)
     assert is_text(str | None)
-    assert not any(map(is_text, [int, list[str], str | int, Literal["a"], None, dict[str, Any]]))
+    assert is_text(dspy.Reasoning)
+    assert is_text(dspy.Reasoning | None)
+    assert not any(map(is_text, [int, str | dspy.Reasoning, list[str], str | int, Literal["a"], None, dict[str, Any]]))
 
 
 @pytest.mark.parametrize("adapter", [dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter])
@@ -273,14 +315,14 @@ def test_reading_takes_linear_time(adapter: type):
 def test_raw_json_is_the_json_of_the_value(values: dict[str, str], sizes: list[int], indent: int | None):
     splitter = splitter_for(dspy.JSONAdapter, TEXT_FIELDS, raw=True)
     assert splitter is not None
-    joined = {"reasoning": "", "answer": ""}
+    streamed = {"reasoning": "", "answer": ""}
     for chunk in cut(json.dumps(values, indent=indent, ensure_ascii=len(sizes) % 2 == 0), sizes):
         for field, text in splitter.feed(chunk):
-            joined[field] += text
-    assert {field: json.loads(text) for field, text in joined.items()} == values
+            streamed[field] += text
+    assert {field: json.loads(text) for field, text in streamed.items()} == values
 
 
-def test_raw_json_tells_values_of_any_type_and_null():
+def test_raw_json_gives_values_of_any_type_and_null():
     text = '{"reasoning": null, "answer": {"a": ["]", 1]}, "other": 1}'
     splitter = splitter_for(dspy.JSONAdapter, TEXT_FIELDS, raw=True)
     assert splitter is not None
@@ -288,7 +330,7 @@ def test_raw_json_tells_values_of_any_type_and_null():
 
 
 @pytest.mark.parametrize("adapter", [dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter])
-def test_a_splitter_tells_which_field_is_open(adapter: type):
+def test_a_splitter_knows_which_field_is_open(adapter: type):
     texts = {
         dspy.ChatAdapter: "[[ ## answer ## ]]\nyes\n[[ ## completed ## ]]\n",
         dspy.JSONAdapter: '{"answer": "yes"}',
@@ -304,7 +346,7 @@ def test_a_splitter_tells_which_field_is_open(adapter: type):
     assert seen == [None, "answer", None]
 
 
-def test_the_chat_splitter_tells_when_the_field_may_be_about_to_end():
+def test_the_chat_splitter_knows_when_the_field_may_be_about_to_end():
     splitter = splitter_for(dspy.ChatAdapter, TEXT_FIELDS)
     assert splitter is not None
     undecided = []
@@ -312,3 +354,49 @@ def test_the_chat_splitter_tells_when_the_field_may_be_about_to_end():
         splitter.feed(chunk)
         undecided.append(splitter.undecided)
     assert undecided == [False, False, False, True, True, True, False]
+
+
+# -- Messages ----------------------------------------------------------------------------------------------------------
+
+
+def on_the_wire(adapter: type, fields: dict[str, str]) -> str:
+    """`fields` in the form of the adapter, with as little escaped as a model may get away with."""
+    if adapter is dspy.JSONAdapter:
+        return json.dumps(fields, ensure_ascii=False)
+    if adapter is dspy.XMLAdapter:
+        return "\n".join(f"<{name}>{text}</{name}>" for name, text in fields.items())
+    return "\n".join(f"[[ ## {name} ## ]]\n{text}" for name, text in fields.items())
+
+
+@settings(max_examples=600)
+@given(
+    st.sampled_from([dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter]),
+    st.sampled_from([str, str | None, dspy.Reasoning]),
+    st.fixed_dictionaries({"reasoning": marked | texts, "answer": marked | texts}),
+    sizes,
+)
+@example(dspy.ChatAdapter, dspy.Reasoning, {"reasoning": '"quoted"', "answer": "x"}, [1])
+def test_messages_end_with_what_the_adapter_reads_and_are_rarely_retracted(
+    adapter: type, kind: Any, fields: dict[str, str], sizes: list[int]
+):
+    text = on_the_wire(adapter, fields)
+    sig = signature({"reasoning": kind, "answer": str})
+    expected = parsed(adapter, sig, clean_text(text))
+    if expected is None:
+        return
+    messages = Messages("1", None, map(str, itertools.count()).__next__, {"reasoning": kind, "answer": str})
+    messages.expect(adapter, {"reasoning": kind, "answer": str})
+    events = messages.begin()
+    for chunk in cut(text, sizes):
+        events += messages.feed(Piece(chunk))
+    events += [*messages.finish(), *messages.settle(expected)]
+
+    names = {event.message: event.field for event in events if isinstance(event, MessageStart)}
+    ended = {names[event.message]: event.text for event in events if isinstance(event, MessageEnd)}
+    assert ended == {name: str(value) for name, value in expected.items() if value is not None and str(value)}
+    for event in events:
+        if isinstance(event, MessageRetracted):
+            name = names[event.message]
+            white_before_markup = adapter is dspy.XMLAdapter and fields[name][:1].isspace() and "<" in fields[name]
+            read_as_json = kind is dspy.Reasoning and name == "reasoning"
+            assert white_before_markup or read_as_json

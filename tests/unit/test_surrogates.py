@@ -26,7 +26,7 @@ from agentcast.agents.events import (
     Token,
     ToolEnd,
 )
-from agentcast.agents.fields import Messages
+from agentcast.agents.fields import Messages, Piece
 from agentcast.agents.fields.messages import DELTA_CHARS
 from agentcast.agents.llm import as_model
 from agentcast.agents.registry import Registry
@@ -162,7 +162,7 @@ def test_deltas_are_the_text_wherever_the_chunks_are_split(adapter: Any, answer:
         messages.expect(adapter, {"answer": str})
         events = messages.begin()
         for at in range(0, len(whole), size):
-            events += messages.feed(whole[at : at + size])
+            events += messages.feed(Piece(whole[at : at + size]))
         events += messages.finish()
         streamed = [event for event in events if isinstance(event, Token)]
         events += messages.settle({"answer": halves(SAID)})
@@ -175,7 +175,7 @@ def test_deltas_are_the_text_wherever_the_chunks_are_split(adapter: Any, answer:
 def test_half_a_pair_in_an_answer_is_replaced(answer: str, value: str) -> None:
     messages = Messages("s", None, lambda: "m")
     messages.expect(dspy.ChatAdapter, {"answer": str})
-    events = [*messages.begin(), *messages.feed(f"[[ ## answer ## ]]\n{answer}"), *messages.finish()]
+    events = [*messages.begin(), *messages.feed(Piece(f"[[ ## answer ## ]]\n{answer}")), *messages.finish()]
 
     assert told([*events, *messages.settle({"answer": value})]) == clean_text(value)
 
@@ -184,8 +184,8 @@ def test_half_a_pair_of_one_attempt_does_not_reach_the_next() -> None:
     messages = Messages("s", None, lambda: "m")
     messages.expect(dspy.ChatAdapter, {"answer": str})
     messages.begin()
-    messages.feed(f"[[ ## answer ## ]]\na{HIGH}")
-    events = [*messages.begin(), *messages.feed(f"[[ ## answer ## ]]\n{LOW}b"), *messages.finish()]
+    messages.feed(Piece(f"[[ ## answer ## ]]\na{HIGH}"))
+    events = [*messages.begin(), *messages.feed(Piece(f"[[ ## answer ## ]]\n{LOW}b")), *messages.finish()]
     events = [event for event in events if not isinstance(event, MessageRetracted)]
 
     assert told([*events, *messages.settle({"answer": f"{LOW}b"})]) == f"{LOST}b"

@@ -24,8 +24,8 @@ REFUSED_BY_DSPY = {
     # The tool that submits the answer wants an object where the model writes a text.
     *(("ReActV2", adapter, kind) for adapter in ADAPTERS for kind in ("Code", "Reasoning")),
 }
-IN_A_CALL = {"ReActV2", "RLM"}
-"""Their results come out of what the model calls, and are no messages of their own."""
+IN_A_CALL = {"RLM"}
+"""Their results come out of code that the model writes, and are no messages of their own."""
 
 
 class Heard:

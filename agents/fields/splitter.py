@@ -6,12 +6,18 @@ Sans-I/O. This module must not know adapters, runs or events.
 import types
 from typing import Any, NamedTuple, Protocol, Union, get_args, get_origin
 
+import dspy
+
 
 class Delta(NamedTuple):
-    """More text of an output field; never empty."""
+    """More text of an output field; never empty, unless it is a `Restart`."""
 
     field: str
     text: str
+
+
+class Restart(Delta):
+    """What was streamed of an output field is void, and its text so far is this. Empty: it cannot be streamed."""
 
 
 class Splitter(Protocol):
@@ -33,27 +39,31 @@ class Splitter(Protocol):
 
 
 def is_text(annotation: Any) -> bool:
-    """Whether a field of this type holds the text as the LM wrote it: `str`, or `str | None`."""
+    """Whether a field of this type holds the text as the LM wrote it: `str` or `dspy.Reasoning`, optional or not."""
     if get_origin(annotation) in (Union, types.UnionType):
-        return set(get_args(annotation)) == {str, types.NoneType}
-    return annotation is str
+        kinds = set(get_args(annotation)) - {types.NoneType}
+        return len(kinds) == 1 and is_text(kinds.pop())
+    return annotation in (str, dspy.Reasoning)
 
 
 class Output:
     """Collects deltas; those of one field in a row become one."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[str, list[str]]] = []
+        self._parts: list[tuple[type[Delta], str, list[str]]] = []
 
     def add(self, field: str, text: str) -> None:
         if text:
-            if not self._parts or self._parts[-1][0] != field:
-                self._parts.append((field, []))
-            self._parts[-1][1].append(text)
+            if not self._parts or self._parts[-1][1] != field:
+                self._parts.append((Delta, field, []))
+            self._parts[-1][2].append(text)
+
+    def restart(self, field: str, text: str) -> None:
+        self._parts.append((Restart, field, [text]))
 
     def take(self) -> list[Delta]:
         parts, self._parts = self._parts, []
-        return [Delta(field, "".join(texts)) for field, texts in parts]
+        return [kind(field, "".join(texts)) for kind, field, texts in parts]
 
 
 class Strip:
