@@ -17,11 +17,11 @@ import anyio
 import typer
 import uvicorn
 
+from agentcast import __version__
 from agentcast.agents import llm
 from agentcast.agents.base import redact
 from agentcast.agents.mcp import McpConfigError, load_servers
 from agentcast.agents.registry import RegistryError, add_assistant, load
-from agentcast.server import __version__
 from agentcast.server.app import AgentCast
 from agentcast.server.asgi import FrameProtocol
 from agentcast.server.bus.redis import check

@@ -15,12 +15,13 @@ import pytest
 from mcp.server.mcpserver import Context, MCPServer
 from pydantic import BaseModel
 
-from agentcast.agents import END, AgentTranspiler, Graph, StatefulNode
 from agentcast.agents.events import ToolEnd, ToolProgress, ToolStart
+from agentcast.agents.graph import END, Graph, StatefulNode
 from agentcast.agents.mcp import McpServer, McpUnavailable, check, mcp_server, running
 from agentcast.agents.mcp import server as server_module
 from agentcast.agents.react import react_agent, servers_of
 from agentcast.agents.registry import Registry
+from agentcast.agents.transpiler import AgentTranspiler
 from tests.support.forking import run_agentcast
 from tests.support.hub import open_hub
 from tests.support.lms import chat, lm_of
