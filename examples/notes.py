@@ -2,9 +2,7 @@ import asyncio
 
 from pydantic import BaseModel, Field
 
-from agentcast.agents import END, AgentTranspiler, Graph, StatefulNode
-from agentcast.agents.llm import configure
-from agentcast.agents.registry import Registry
+from agentcast import END, AgentTranspiler, Graph, Registry, StatefulNode, configure
 
 
 class Article(BaseModel):
