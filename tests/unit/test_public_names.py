@@ -1,5 +1,6 @@
 """The names of `agentcast` are its whole public interface: this is the list."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -117,3 +118,36 @@ def test_importing_the_package_loads_nothing_heavy():
 )
 def test_a_name_loads_only_what_it_needs(code: str, heavy: set[str]):
     assert not modules_after(code) & heavy
+
+
+def snippets() -> dict[str, str]:
+    """What users read and copy: the examples, and the Python in README and docs, by place."""
+    found = {str(path): path.read_text() for path in (ROOT / "examples").glob("*.py")}
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for number, snippet in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S)):
+            found[f"{path}, snippet {number}"] = snippet
+    return found
+
+
+@pytest.mark.parametrize("text", [pytest.param(text, id=Path(place).name) for place, text in snippets().items()])
+def test_examples_and_docs_use_public_names_only(text: str):
+    used = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            used |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            used |= {f"{node.module}.{alias.name}" for alias in node.names}
+    public = {"agentcast", *(f"agentcast.{name}" for name in NAMES), *(f"agentcast.events.{n}" for n in events.__all__)}
+    assert {name for name in used if name.partition(".")[0] == "agentcast"} <= public
+
+
+def test_docs_name_nothing_internal_but_where_they_explain_it():
+    internal = re.compile(r"agentcast\.(?:agents|server)\b[\w.]*")
+    allowed = {
+        "api.md": {"agentcast.agents", "agentcast.server"},  # that they are internal
+        "mcp.md": {"agentcast.agents.demo.librarian_server"},  # a program, run with `python -m`
+        "README.md": {"agentcast.agents.demo.librarian_server"},
+    }
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        if path.name != "architecture.md":  # it is about the inside
+            assert set(internal.findall(path.read_text())) <= allowed.get(path.name, set()), path.name
