@@ -11,9 +11,11 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("agents", "server")
@@ -143,6 +145,11 @@ print(agents.__file__, agentcast.__file__, sep="\\n")
 """
     where = [venv.packages / "agents/__init__.py", venv.packages / "agentcast/__init__.py"]
     assert venv.run(code, tmp_path).splitlines() == list(map(str, where))
+
+
+def test_our_dependencies_leave_room_for_those_of_openai_agents():
+    ours = next(need for need in map(Requirement, requires("agentcast") or ()) if need.name == "websockets")
+    assert list(ours.specifier.filter(["15.0.1", "16.1.1"])) == ["15.0.1", "16.1.1"]  # theirs are 15 and 16
 
 
 @contextmanager
