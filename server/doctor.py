@@ -45,15 +45,15 @@ class Finding:
         return redact(f"{line}\n    {self.remedy}" if self.remedy else line)
 
 
-async def examine(settings: Settings, tell: Callable[[Finding], None]) -> bool:
-    """Make all checks, passing each finding to `tell`; gives whether nothing failed."""
+async def examine(settings: Settings, report: Callable[[Finding], None]) -> bool:
+    """Make all checks, passing each finding to `report`; gives whether nothing failed."""
     well = True
     registry = Registry()
     checks = (_registries(settings, registry), _models(settings, registry), _redis(settings), _mcp(settings, registry))
     for findings in (*checks, _port(settings)):
         async for finding in findings:
             well = well and finding.ok is not False
-            tell(finding)
+            report(finding)
     return well
 
 

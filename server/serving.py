@@ -34,7 +34,7 @@ class CannotServe(Exception):
 
 
 def serve(settings: Settings) -> int:
-    """Run a hub until it is told to stop; gives the process's exit code.
+    """Run a hub until a signal stops it; gives the process's exit code.
 
     :raises CannotServe: an agent, the model, the Redis, the address or the log level is wrong.
     """

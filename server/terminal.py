@@ -64,12 +64,12 @@ class RunView:
         self._live.stop()
 
     def refresh(self) -> None:
-        """Draw what is in progress anew."""
+        """Redraw what is in progress."""
         if self._live.is_started:
             self._live.refresh()
 
     def show(self, frame: Event, state: Event) -> None:
-        """Show what `frame` tells; `state` is the run's after it."""
+        """Show `frame`; `state` is the run's after it."""
         self._state = state
         match frame["type"]:
             case "event":

@@ -1,6 +1,6 @@
 """One call of a tool of an MCP server, between the run that makes it and the task that owns the connection.
 
-The SDK's client is shared by all runs, and what it starts runs in the context of whoever calls it. So no run calls it:
+The SDK's client is shared by all runs, and what it starts runs in the context of its caller. So no run calls it:
 a run puts a `Call` into the connection's inbox and reads progress and outcome from it, and the connection makes the
 call in a task and context of its own (G8). Nothing in here waits for a run: progress that is not read in time is
 thinned out, the oldest first.
@@ -55,7 +55,7 @@ class Call:
     # -- For the run -----------------------------------------------------------------------------------------------
 
     async def progress(self) -> AsyncIterator[Progress]:
-        """What the server tells of its progress, in order, until the call has ended."""
+        """What the server reports of its progress, in order, until the call has ended."""
         while True:
             while self._progress:
                 yield self._progress.popleft()

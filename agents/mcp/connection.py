@@ -175,7 +175,7 @@ class Connection:
             self._stale.set()
 
     async def _follow_changes(self, client: Client) -> None:
-        """Protocols since 2026 tell of changes only who asks for it."""
+        """Protocols since 2026 report changes to those who ask for it only."""
         while True:
             try:
                 async with client.listen(tools_list_changed=True) as changes:
@@ -186,7 +186,7 @@ class Connection:
             except SubscriptionLost:
                 _log.debug("MCP server %s: the subscription to changes was lost", self._name)
             await anyio.sleep(RELISTEN_AFTER)
-            self._stale.set()  # what changed meanwhile was not told
+            self._stale.set()  # nothing reported what changed meanwhile
 
     def _end(self) -> None:
         self._ended = True

@@ -162,7 +162,7 @@ class McpServer(anyio.AsyncContextManagerMixin):
     async def keep(self) -> None:
         """Start it and keep it running, until cancelled. Its end is complete when this returns.
 
-        While somebody else keeps it, this waits, and takes over when they end.
+        While another task keeps it, this waits, and takes over when they end.
 
         :raises RuntimeError: it is not defined.
         """

@@ -1,6 +1,6 @@
 """The tools of an MCP server as `dspy.Tool`s: names, descriptions and arguments, bounded, as a prompt shows them.
 
-This module must not know connections: a tool has somebody who calls it.
+This module must not know connections: a tool has a `Caller`.
 """
 
 import re

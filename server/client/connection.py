@@ -158,7 +158,7 @@ class Connection:
                 max_size=None,  # a snapshot is as large as the hub lets a run's state grow
                 open_timeout=TIMEOUT,
                 close_timeout=1,
-                ping_interval=None,  # the hub's own `ping` frames tell that the whole path works
+                ping_interval=None,  # the hub's own `ping` frames show that the whole path works
                 proxy=hub.proxy,
             )
         except InvalidStatus as error:

@@ -144,7 +144,7 @@ class Run:
         return self._cancel is not None
 
     async def cancel(self, reason: str | None = None) -> bool:
-        """Ask for the run's end, now or as soon as there is a connection; `run_cancelled` tells that it has come.
+        """Ask for the run's end, now or as soon as there is a connection; `run_cancelled` follows.
 
         False if there is nothing to cancel: no start was sent.
         """
@@ -258,7 +258,7 @@ class Run:
         op = self._sent.pop(reply["id"], None)
         if op is None or self._connection is None:
             return
-        if op == "cancel":  # refused only if the run has just ended, which its events tell
+        if op == "cancel":  # refused only if the run has just ended, which its events show
             return
         if not reply["ok"]:
             refused = Refused(reply["error"])
