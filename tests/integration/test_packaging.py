@@ -147,6 +147,29 @@ print(agents.__file__, agentcast.__file__, sep="\\n")
     assert venv.run(code, tmp_path).splitlines() == list(map(str, where))
 
 
+def test_type_checkers_see_the_types_of_an_installed_package(venv: Venv, wheel: Path, tmp_path: Path):
+    venv.install(wheel)
+    (tmp_path / "user.py").write_text(
+        """
+import agentcast
+from agentcast.events import Status
+
+status: Status = agentcast.events.Status(message="hello")
+number: int = agentcast.connect().url
+agentcast.nothing
+"""
+    )
+    words = ["--strict", "--no-incremental", "--no-error-summary", "--python-executable", str(venv.bin / "python")]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *words, "user.py"], cwd=tmp_path, capture_output=True, text=True, timeout=50
+    )
+    problems = [line.partition(": ")[2] for line in done.stdout.splitlines()]
+    assert problems == [
+        'error: Incompatible types in assignment (expression has type "HubUrl", variable has type "int")  [assignment]',
+        'error: Module has no attribute "nothing"  [attr-defined]',
+    ], done.stderr
+
+
 def test_our_dependencies_leave_room_for_those_of_openai_agents():
     ours = next(need for need in map(Requirement, requires("agentcast") or ()) if need.name == "websockets")
     assert list(ours.specifier.filter(["15.0.1", "16.1.1"])) == ["15.0.1", "16.1.1"]  # theirs are 15 and 16
