@@ -25,7 +25,7 @@ test-newest: .venv/ready ## Run the unit tests on the newest Python that is inst
 	@if [ -e .venv-newest ]; then .venv-newest/bin/python -m pytest tests/unit $(ARGS); \
 	else echo "No other Python from 3.11 to 3.14 is installed: there is nothing to run."; fi
 
-coverage: .venv/ready ## Run all tests and tell what they cover, hubs in processes of their own too (half as long again)
+coverage: .venv/ready ## Run all tests and report what they cover, hubs in processes of their own too (half as long again)
 	@scripts/setup.sh tools
 	@$(BIN)/python -m pytest --cov $(ARGS)
 
@@ -35,7 +35,7 @@ lint: .venv/ready ## Check style and formatting
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 
-format: .venv/ready ## Mend style and formatting where that can be done by machine
+format: .venv/ready ## Fix style and formatting where a program can
 	@$(BIN)/ruff check --fix-only
 	@$(BIN)/ruff format
 

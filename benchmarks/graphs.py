@@ -10,7 +10,8 @@ import dspy
 from dspy.lm15 import Message, Request, Response, Usage
 from pydantic import BaseModel
 
-from agentcast.agents import END, AgentTranspiler, Graph, Program, StatefulNode
+from agentcast.agents.graph import END, Graph, StatefulNode
+from agentcast.agents.transpiler import AgentTranspiler, Program
 from benchmarks.report import Row
 
 Call = Callable[[], Coroutine[Any, Any, Any]]

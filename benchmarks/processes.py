@@ -84,8 +84,7 @@ class RedisServer:
 @contextmanager
 def running_redis() -> Iterator[RedisServer]:
     """A redis-server on the first core, without persistence."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"],
         stdout=subprocess.PIPE,
@@ -98,6 +97,12 @@ def running_redis() -> Iterator[RedisServer]:
     finally:
         process.kill()
         process.communicate()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
 
 
 def set_up_watcher() -> bool:
@@ -117,10 +122,15 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
+def use_all_cores() -> None:
+    """For a child process: undo what `set_up_watcher` did."""
+    if hasattr(os, "sched_setaffinity"):
+        with suppress(OSError):
+            os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
 def _set_up_child() -> None:
     raise_file_limit()
+    use_all_cores()
     if hasattr(os, "sched_setaffinity"):
-        cores = os.cpu_count() or 1
-        with suppress(OSError):
-            os.sched_setaffinity(0, range(cores))
         os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])

@@ -1,8 +1,7 @@
 import dspy
 
-from agentcast.agents.base import Emitter
-from agentcast.agents.events import Status
-from agentcast.agents.registry import Registry
+from agentcast import Emitter, Registry
+from agentcast.events import Status
 
 registry = Registry()
 

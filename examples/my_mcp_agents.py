@@ -1,7 +1,6 @@
 import sys
 
-from agentcast.agents.mcp import mcp_server
-from agentcast.agents.registry import Registry
+from agentcast import Registry, mcp_server
 
 registry = Registry()
 

@@ -2,9 +2,7 @@ import asyncio
 
 from pydantic import BaseModel, Field
 
-from agentcast.agents import END, AgentTranspiler, Graph, StatefulNode
-from agentcast.agents.llm import configure
-from agentcast.agents.registry import Registry
+from agentcast import END, AgentTranspiler, Graph, Registry, StatefulNode, configure
 
 
 class Article(BaseModel):
@@ -60,7 +58,7 @@ async def main() -> None:
     async for event in program.astream(article="One hub serves many clients. They all see every event."):
         if event["event"] == "node_end":
             print(event["node"], "has set", event["patch"])
-        elif event["event"] == "validation_error":  # the model is told what is wrong, and tries again
+        elif event["event"] == "validation_error":  # the model sees what is wrong, and tries again
             print(event["node"], "failed:", event["error"])
         elif event["event"] == "finished":
             print(event["prediction"].summary)

@@ -4,7 +4,7 @@
 #   venv    .venv with everything in requirements.lock and the project itself
 #   newest  the same in .venv-newest, for the newest installed Python that .venv does not have; no folder if there is none
 #   tools   the programs that the tests drive: a real redis-server and a real Chromium
-#   lock    requirements.lock anew, with the newest versions that pyproject.toml allows
+#   lock    writes requirements.lock, with the newest versions that pyproject.toml allows
 #
 # PYTHON names the interpreter to build on (default: python3). A missing Debian package is installed when that can be
 # done without asking for a password; otherwise the command to run is printed.

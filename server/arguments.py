@@ -1,7 +1,7 @@
 """Input for an agent out of command line arguments: `key=value` texts, typed by the agent's input JSON Schema.
 
 Texts stay texts where the schema wants a string; numbers, booleans, lists and objects are parsed. What does not fit is
-told by the name of the field and the form in which it is accepted. Only the outer type is checked here; the hub checks
+reported with the name of the field and the form that it takes. Only the outer type is checked here; the hub checks
 everything. This module must not know where the schema comes from.
 """
 

@@ -1,30 +1,19 @@
-"""The command line: serve a hub, list its agents, start a run and watch it.
+"""The command line: what commands there are, and what they take.
 
-Only what every command needs is imported here; see `serving` for the reason.
+Each command imports what does its work when it is called: `--help` should not wait for DSPy, nor `agentcast run` for a
+web server.
 """
 
-import os
 import sys
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import anyio
-import orjson
 import typer
-from pydantic import ValidationError
 
-from agentcast.server import __version__
-from agentcast.server.arguments import BadArgument, typed_input
-from agentcast.server.client import BadUrl, ClientError, Refused, Run, TooBig, Unreachable, describe_agents
-from agentcast.server.config import Settings
-from agentcast.server.terminal import AgentsView
-from agentcast.server.watching import PipeConsole, Watch
+from agentcast import __version__
+from agentcast.server.exits import FAILED, failure
 
-FAILED, WRONG_USAGE, CANCELLED, NO_HUB, LEFT = 1, 2, 3, 4, 130
-"""Exit codes. `LEFT`: by a second Ctrl-C; 128 + SIGINT, as shells have it."""
-EXIT_CODES = {"done": 0, "failed": FAILED, "cancelled": CANCELLED}
-USAGE_ERRORS = frozenset({"bad_request", "unknown_agent", "invalid_input", "conflict"})
-"""Error codes of the hub that a different command line would have avoided."""
+if TYPE_CHECKING:
+    from agentcast.server.config import Settings
 
 cli = typer.Typer(
     name="agentcast",
@@ -144,6 +133,9 @@ def serve(
 
     Ctrl-C, or SIGTERM, lets running agents finish for a while, then ends them; a second one ends them at once.
     """
+    import gc
+
+    gc.disable()  # until the hub is up: most of what is imported stays, and looking through it took 0.25 s
     from agentcast.server import serving
 
     given = {"agents": agents, "host": host, "port": port, "hosts": hosts, "lm": lm}
@@ -152,16 +144,20 @@ def serve(
     try:
         code = serving.serve(settings)
     except serving.CannotServe as error:
-        raise _failure(str(error)) from None
+        raise failure(str(error)) from None
     raise typer.Exit(code)
 
 
-def _settings(given: dict[str, Any]) -> Settings:
+def _settings(given: dict[str, Any]) -> "Settings":
+    from pydantic import ValidationError
+
+    from agentcast.server.config import Settings
+
     try:
         return Settings(**given)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False)]
-        raise _failure("wrong settings: " + "; ".join(lines)) from None
+        raise failure("wrong settings: " + "; ".join(lines)) from None
 
 
 @cli.command()
@@ -185,6 +181,8 @@ def doctor(
 
     Exit codes: 0 all is well, 1 something failed, 2 wrong usage.
     """
+    import anyio
+
     from agentcast.server import serving
     from agentcast.server.doctor import examine
 
@@ -213,22 +211,9 @@ def agents(
 
     Exit codes: 0 listed, 2 wrong usage, 4 no hub reachable.
     """
-    document = _described(url)
-    if json:
-        typer.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())
-    else:
-        console = PipeConsole()
-        with console.capture() as capture:
-            console.print(AgentsView(document, url), highlight=False)
-        for line in capture.get().splitlines():
-            typer.echo(line.rstrip())
+    from agentcast.server import watching
 
-
-def _described(url: str) -> dict[str, Any]:
-    try:
-        return describe_agents(url)
-    except ClientError as error:
-        raise _client_failure(error) from None
+    watching.list_agents(url, json)
 
 
 # -- run -----------------------------------------------------------------------------------------------------------
@@ -301,63 +286,10 @@ def run(
 
     * 130: left by a second Ctrl-C.
     """
-    document = _described(url)
-    known = {described["name"]: described for described in document["agents"]}
-    if agent not in known:
-        raise _failure(f"there is no agent {agent!r} at {url}; known are: {', '.join(known) or 'none'}")
-    if not known[agent].get("available", True):
-        reason = known[agent].get("reason", "the hub does not say why")
-        raise _failure(f"agent {agent} is not available: {reason}; try again later", FAILED)
-    try:
-        typed = typed_input(known[agent].get("input", {}), values or [], None if input is None else _read(input))
-    except BadArgument as error:
-        raise _failure(f"input of {agent}: {error}") from None
-    watch = Watch(agent, json)
-    following = Run(url, agent, typed, thread=thread, key=key, detail=detail, patience=patience, on_drop=watch.on_drop)
-    try:
-        status = anyio.run(watch.follow, following)
-        code = LEFT if status is None else EXIT_CODES[status]
-    except ClientError as error:
-        raise _client_failure(error, following.id) from None
-    except BrokenPipeError:  # who read our output has enough; the run goes on without us
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = FAILED
-    raise typer.Exit(code)
+    from agentcast.server import watching
 
-
-def _read(input: str) -> str:
-    try:
-        if input == "-":
-            return sys.stdin.read()
-        return Path(input[1:]).read_text(encoding="utf-8") if input.startswith("@") else input
-    except OSError as error:
-        raise _failure(f"--input: cannot read {input[1:]}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise _failure(f"--input: {input.lstrip('@')} is not UTF-8 text") from None
-
-
-# -- Shared --------------------------------------------------------------------------------------------------------
-
-
-def _client_failure(error: ClientError, run: str | None = None) -> typer.Exit:
-    """What went wrong between the hub and us, and what to do."""
-    match error:
-        case BadUrl() | TooBig():
-            return _failure(str(error))
-        case Unreachable():
-            hint = f"run {run} may go on there" if run else "start one with `agentcast serve`, or give --url"
-            return _failure(f"{error}; {hint}", NO_HUB)
-        case Refused() if error.code == "not_found" and run is not None:
-            return _failure(f"the hub has lost run {run}: it was restarted, or the run ended long ago", FAILED)
-        case Refused():
-            return _failure(error.message, WRONG_USAGE if error.code in USAGE_ERRORS else FAILED)
-        case _:
-            return _failure(str(error), FAILED)
-
-
-def _failure(message: str, code: int = WRONG_USAGE) -> typer.Exit:
-    typer.echo(f"agentcast: {message}", err=True)
-    return typer.Exit(code)
+    options = {"thread": thread, "key": key, "detail": detail}
+    raise typer.Exit(watching.run(url, agent, values or [], input, options, patience, json))
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     """What all keys in Redis begin with: hubs with the same one belong together."""
     log_level: str = "info"
     grace: float = Field(default=10.0, ge=0)
-    """Seconds that running agents get to finish when the hub is told to stop."""
+    """Seconds that running agents get to finish when the hub is to stop."""
     cancel_grace: float = Field(default=5.0, ge=0)
     """Seconds that a cancelled or timed out agent gets to clean up before it is abandoned."""
     heartbeat: float = Field(default=25.0, gt=0)

@@ -1,6 +1,6 @@
 """`agentcast doctor`: tries everything that a hub with these settings would need, and says what to do about what fails.
 
-Each check is a function that yields findings; `examine` is the list of them. One check that fails hinders no other.
+Each check is a function that yields findings; `examine` is the list of them. A check that fails stops no other.
 Nothing of what is shown holds a secret (G9). It must not be known here how findings are printed.
 """
 
@@ -21,7 +21,7 @@ from agentcast.agents.registry import Registry, RegistryError, add_assistant, lo
 from agentcast.agents.streaming import run_program
 from agentcast.server import serving
 from agentcast.server.bus.redis import check
-from agentcast.server.client import ClientError, describe_agents
+from agentcast.server.client import ClientError, connect
 from agentcast.server.config import Settings
 from agentcast.server.errors import BusError
 
@@ -45,15 +45,15 @@ class Finding:
         return redact(f"{line}\n    {self.remedy}" if self.remedy else line)
 
 
-async def examine(settings: Settings, tell: Callable[[Finding], None]) -> bool:
-    """Make all checks, telling each finding as it comes; gives whether nothing failed."""
+async def examine(settings: Settings, report: Callable[[Finding], None]) -> bool:
+    """Make all checks, passing each finding to `report`; gives whether nothing failed."""
     well = True
     registry = Registry()
     checks = (_registries(settings, registry), _models(settings, registry), _redis(settings), _mcp(settings, registry))
     for findings in (*checks, _port(settings)):
         async for finding in findings:
             well = well and finding.ok is not False
-            tell(finding)
+            report(finding)
     return well
 
 
@@ -188,7 +188,7 @@ async def _port(settings: Settings) -> AsyncIterator[Finding]:
         serving.bind(settings).close()
     except serving.CannotServe as error:
         try:
-            document = await anyio.to_thread.run_sync(describe_agents, f"http://{where}")
+            document = await connect(f"http://{where}").describe()
         except ClientError:
             problem, _, remedy = str(error).partition("; ")
             yield Finding("port", False, problem, remedy)

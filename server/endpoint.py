@@ -22,7 +22,8 @@ import anyio
 from anyio.abc import TaskGroup
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from agentcast.server import __version__, protocol
+from agentcast import __version__
+from agentcast.server import protocol
 from agentcast.server.asgi import EXTENSION, FrameWriter
 from agentcast.server.config import Settings
 from agentcast.server.errors import BINARY_MESSAGE, INTERNAL_ERROR, SHUTTING_DOWN, CloseReason

@@ -1,7 +1,7 @@
 """A run, and the agents of a hub, as people see them in a terminal; in a pipe or a file, as plain lines.
 
 What is finished is printed once and stays. On a terminal a region below it shows what is in progress, drawn from the
-`RunState`: texts as they stream, steps that run, the status. Whatever comes from a run is shown as it is, except for
+run's state: texts as they stream, steps that run, the status. Whatever comes from a run is shown as it is, except for
 control characters: a model's text must not be able to steer the terminal.
 
 This module must not know where frames come from.
@@ -45,7 +45,7 @@ class RunView:
     def __init__(self, console: Console, agent: str) -> None:
         self._console = console
         self._agent = agent
-        self._state = RunState.new("", agent)
+        self._state: Event = RunState.new("", agent).document
         self._depths: dict[str, int] = {}
         self._printed: set[str] = set()
         self._degraded: str | None = None
@@ -64,12 +64,12 @@ class RunView:
         self._live.stop()
 
     def refresh(self) -> None:
-        """Draw what is in progress anew."""
+        """Redraw what is in progress."""
         if self._live.is_started:
             self._live.refresh()
 
-    def show(self, frame: Event, state: RunState) -> None:
-        """Show what `frame` tells; `state` is the run's after it."""
+    def show(self, frame: Event, state: Event) -> None:
+        """Show `frame`; `state` is the run's after it."""
         self._state = state
         match frame["type"]:
             case "event":
@@ -152,11 +152,11 @@ class RunView:
         self._print(f"! {event['message']}", "yellow", 1)
 
     def _show_message_end(self, event: Event) -> None:
-        message = _find(self._state.document["messages"], event["message"])
+        message = _find(self._state["messages"], event["message"])
         self._print_message(message or {"message": event["message"], "span": "", "field": "text", **event})
 
     def _show_message_retracted(self, event: Event) -> None:
-        message = _find(self._state.document["messages"], event["message"])
+        message = _find(self._state["messages"], event["message"])
         field, span = (message["field"], message["span"]) if message is not None else ("text", None)
         self._print(f"! {field} is void: {event['reason']}", "yellow", self._inside(span))
 
@@ -184,7 +184,7 @@ class RunView:
 
     def _catch_up(self) -> None:
         """What the skipped events would have shown and is still known: texts, and the end."""
-        state = self._state.document
+        state = self._state
         for message in state["messages"]:
             if message["status"] == "done":
                 self._print_message(message)
@@ -215,7 +215,7 @@ class RunView:
         if not isinstance(result, dict):
             self._print_field("result", result, 0)
             return
-        shown = {(m["field"], m["text"].strip()) for m in self._state.document["messages"] if m["status"] == "done"}
+        shown = {(m["field"], m["text"].strip()) for m in self._state["messages"] if m["status"] == "done"}
         for field, value in result.items():
             if not (isinstance(value, str) and (field, value.strip()) in shown):
                 self._print_field(field, value, 0)
@@ -242,7 +242,7 @@ class RunView:
 
     def __rich__(self) -> RenderableType:
         """What is in progress at this moment."""
-        state = self._state.document
+        state = self._state
         if state["status"] in _ENDED_AS:
             return Text()
         streaming = [message for message in state["messages"] if message["status"] == "open"][-MAX_STREAMING:]
@@ -269,7 +269,7 @@ class RunView:
         return Text(f"  {' '.join(words)} …", style="blue", no_wrap=True, overflow="ellipsis")
 
     def _status(self) -> RenderableType:
-        state = self._state.document
+        state = self._state
         passed = time.monotonic() - self._started
         position = f", {state['position']} ahead" if "position" in state else ""
         message = f" · {short(state['status_message'], ARGS_WIDTH)}" if state.get("status_message") else ""

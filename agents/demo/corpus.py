@@ -29,7 +29,7 @@ MAX_HEADING = 80
 MAX_HITS = 10
 VARIABLE = "AGENTCAST_DOCS"
 
-_PROJECT = Path(__file__).parents[2]
+_PROJECT = Path(__file__).resolve().parents[2]  # `agentcast.agents` may be a symbolic link
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules", "venv", "build", "dist"})
 _HEADING = re.compile(r"^#{1,6} +(.+?)\s*#*$")
 _UNDERLINE = re.compile(r"^([=\-~^])\1{2,}$")

@@ -20,7 +20,6 @@ from typing import Any
 
 import anyio
 import dspy
-import httpx
 from dspy.utils.exceptions import LMError
 
 from agentcast.agents._dspy import adapter_fallback_scope
@@ -141,6 +140,8 @@ class _Attempts:
         self.options: dict[str, Any] = {}
         """Options of the call that nobody has given."""
         if "timeout" not in lm.kwargs and "timeout" not in options:
+            import httpx  # for a real provider only: importing it takes 40 ms
+
             self.options["timeout"] = httpx.Timeout(self._retrying.idle, connect=CONNECT, pool=QUEUE)
         if isinstance(key := lm.kwargs.get("api_key"), str):
             keep_secret(key)

@@ -6,17 +6,26 @@
     @registry.react(tools=[files, search, word_count])
     class Editor(dspy.Signature): ...
 
-    async with running(files):                       # outside of a hub
+    async with files:                                # outside of a hub
         prediction = await agent.acall(question="…")
 
-A server is started by `supervise` (which the hub does) or `running`, and restarted whenever it dies or hangs. Its tools
-become those of a ReAct program at the start of each run. What it says reaches clients and LMs bounded, and without
-secrets, tracebacks or paths (G9). Nothing in here may know registries, runs or the hub.
+A server is started by `supervise` (which the hub does) or `async with`, and restarted whenever it dies or hangs. Its
+tools become those of a ReAct program at the start of each run. What it says reaches clients and LMs bounded and without
+secrets, tracebacks or paths (G9). Importing this does not import the SDK, which takes half a second: the first server
+that is started does. Nothing in here may know registries, runs or the hub.
 """
 
 from agentcast.agents.mcp.config import McpConfigError, load_servers
-from agentcast.agents.mcp.server import McpServer, McpUnavailable, ServerStatus, mcp_server
-from agentcast.agents.mcp.supervising import check, running, supervise
+from agentcast.agents.mcp.server import (
+    McpServer,
+    McpUnavailable,
+    ServerStatus,
+    check,
+    mcp_server,
+    running,
+    supervise,
+    tried,
+)
 from agentcast.agents.mcp.tools import TOOLS_AT_ONCE, McpTool, told_apart
 
 __all__ = [
@@ -32,4 +41,5 @@ __all__ = [
     "running",
     "supervise",
     "told_apart",
+    "tried",
 ]

@@ -16,6 +16,9 @@ from agentcast.agents.base import ToolError
 from agentcast.agents.mcp.validation import ERROR_CHARS, MAX_DEPTH, Unchecked, errors_of, loose_end, said, validator_of
 from agentcast.agents.values import cut_text, plain, plain_fields
 
+SCHEMA = "agentcast/inputSchema"
+"""In the metadata of a tool: its input schema, where the SDK's models would not let it through."""
+
 _ROUNDS = 4
 """Conversions of texts that are tried: one may show that another is needed."""
 _SAID_BY_ARGUMENTS = ("$comment", "$id", "$schema", "description", "id", "properties", "required", "title", "type")

@@ -17,7 +17,7 @@ from mcp.shared.exceptions import MCPError
 from mcp_types import CONNECTION_CLOSED, INTERNAL_ERROR, INVALID_PARAMS, METHOD_NOT_FOUND, CallToolResult
 
 from agentcast.agents.base import ToolError, redact
-from agentcast.agents.mcp.words import clean_error
+from agentcast.agents.mcp.words import clean_error, observation
 from agentcast.agents.values import clean_text, cut_text
 
 LOST = "the connection to its server was lost"
@@ -55,7 +55,7 @@ class Call:
     # -- For the run -----------------------------------------------------------------------------------------------
 
     async def progress(self) -> AsyncIterator[Progress]:
-        """The progress that the server reports, in order, until the call has ended."""
+        """What the server reports of its progress, in order, until the call has ended."""
         while True:
             while self._progress:
                 yield self._progress.popleft()
@@ -64,14 +64,14 @@ class Call:
             await self._news.wait()
             self._news = anyio.Event()
 
-    def result(self) -> CallToolResult:
-        """What the server gave.
+    def result(self) -> Any:
+        """What the server gave, as plain, bounded data.
 
-        :raises ToolError: the call failed, or the connection ended before it.
+        :raises ToolError: the call or the tool failed, or the connection ended before it.
         """
         if self._result is None:
             raise ToolError(self._failure or "it was not answered")
-        return self._result
+        return observation(self._result, self.args)
 
     def cancel(self) -> None:
         """Have the call cancelled at the server. Idempotent; does nothing to one that has ended."""

@@ -1,7 +1,7 @@
 """One connection to an MCP server, from its start to its end: listing its tools, making calls, noticing that it hangs.
 
 It is entered and left by one task, as the SDK demands; calls come in through an inbox. A connection that has ended is
-never mended: its owner makes a new one.
+never used again: its owner makes a new one.
 """
 
 import logging
@@ -16,10 +16,11 @@ from mcp.shared.exceptions import MCPError
 from mcp_types import METHOD_NOT_FOUND, Implementation, Tool, ToolListChangedNotification
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
-from agentcast.agents.mcp.calls import Call
+from agentcast.agents.mcp.calls import Call, sendable
 from agentcast.agents.mcp.results import LEFT_OUT
 from agentcast.agents.mcp.sources import Source
 from agentcast.agents.mcp.stdio import StdioLog
+from agentcast.agents.mcp.transports import explain, transport
 from agentcast.agents.mcp.words import clean_error
 
 PING_EVERY = 15.0
@@ -37,7 +38,7 @@ Listed = Callable[[list[Tool], list[str]], Awaitable[None]]
 
 
 class Lost(Exception):
-    """The connection is of no more use; the text says why."""
+    """The connection cannot be used any more; the text says why."""
 
 
 class Connection:
@@ -63,7 +64,7 @@ class Connection:
         try:
             with self._inbox, self._arriving, anyio.CancelScope(deadline=anyio.current_time() + within) as starting:
                 async with Client(
-                    self._source.connect(self._end, self.log),
+                    transport(self._source, self._end, self.log),
                     cache=None,
                     client_info=_CLIENT,
                     message_handler=self._hear,
@@ -84,21 +85,26 @@ class Connection:
             for call in self._calls:
                 call.drop()
 
-    def submit(self, call: Call) -> None:
-        """Have `call` made."""
+    def call(self, tool: str, args: dict[str, Any], timeout: float) -> Call:
+        """Have `tool` called.
+
+        :raises ToolError: its arguments cannot be sent.
+        """
+        call = Call(tool, sendable(args), timeout)
         self._calls.add(call)
         try:
             self._inbox.send_nowait(call)
         except (anyio.WouldBlock, anyio.ClosedResourceError, anyio.BrokenResourceError):
             self._calls.discard(call)
             call.drop()
+        return call
 
     def reason(self, error: BaseException) -> str:
         """Why `run` ended with `error`, fit for clients."""
         leaf = error
         while isinstance(leaf, BaseExceptionGroup):
             leaf = leaf.exceptions[0]
-        known = self._source.explain(leaf, self.log)
+        known = explain(self._source, leaf, self.log)
         if known is None and isinstance(leaf, Lost):
             known = str(leaf)
         if known is None and self._ended:
@@ -169,7 +175,7 @@ class Connection:
             self._stale.set()
 
     async def _follow_changes(self, client: Client) -> None:
-        """Protocols since 2026 announce changes only to a client that asks for them."""
+        """Protocols since 2026 report changes to those who ask for it only."""
         while True:
             try:
                 async with client.listen(tools_list_changed=True) as changes:
@@ -180,7 +186,7 @@ class Connection:
             except SubscriptionLost:
                 _log.debug("MCP server %s: the subscription to changes was lost", self._name)
             await anyio.sleep(RELISTEN_AFTER)
-            self._stale.set()  # what changed meanwhile was not announced
+            self._stale.set()  # nothing reported what changed meanwhile
 
     def _end(self) -> None:
         self._ended = True

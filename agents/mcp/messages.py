@@ -107,7 +107,7 @@ def _request_id(id: Any) -> RequestId | None:
 
 
 def _call(document: Message, id: RequestId | None) -> Message | None:
-    """A request, if it has an id that can be answered to, or a notification that somebody here listens to."""
+    """A request, if it has an id that can be answered to, or a notification that is listened to here."""
     method, params = document["method"], document.get("params")
     params = params if isinstance(params, dict) else {}
     if id is not None:

@@ -56,7 +56,7 @@ class Bounded:
             self._tail = (self._tail + part)[-TAIL_BYTES:]
 
     def take(self) -> bytes | Oversize:
-        """The message; the next part begins another one."""
+        """The message; a new one starts."""
         whole, size, tail = b"".join(self._parts), self._size, self._tail
         self._parts, self._size, self._tail = [], 0, b""
         return whole if size <= self._limit else Oversize(whole, tail, size)

@@ -14,12 +14,11 @@ from mcp_types import INTERNAL_ERROR, InputRequiredResult
 from mcp_types.version import LATEST_HANDSHAKE_VERSION
 from pydantic import ValidationError
 
+from agentcast.agents.mcp.arguments import SCHEMA
 from agentcast.agents.values import cut_text, plain
 
 LEFT_OUT = "agentcast/leftOut"
 """In the metadata of a listing: its entries that may not be there, as names with reasons."""
-SCHEMA = "agentcast/inputSchema"
-"""In the metadata of a tool: its input schema, where the SDK's models would not let it through."""
 
 UNREADABLE = "[the rest of the answer cannot be read]"
 _MESSAGE_BYTES = 8 * 1024

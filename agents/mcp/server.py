@@ -5,27 +5,30 @@ number of agents and runs share it. It is one connection at a time, on one event
 """
 
 import functools
+import importlib
 import logging
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 from anyio.lowlevel import EventLoopToken, current_token
-from mcp_types import Tool
 
 from agentcast.agents.base import ToolError, redact
 from agentcast.agents.context import current
 from agentcast.agents.events import ToolProgress
-from agentcast.agents.mcp.calls import Call, sendable
-from agentcast.agents.mcp.connection import Connection
 from agentcast.agents.mcp.sources import Http, InProcess, Source, Stdio, is_address
 from agentcast.agents.mcp.tools import McpTool, make_tools
-from agentcast.agents.mcp.words import observation
 from agentcast.agents.values import cut_text
+
+if TYPE_CHECKING:
+    from mcp_types import Tool
+
+    from agentcast.agents.mcp.connection import Connection
 
 CALL_TIMEOUT = 120.0
 START_TIMEOUT = 30.0
@@ -33,7 +36,7 @@ START_TIMEOUT = 30.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds between attempts to start: the first pause; each is twice the one before, up to the longest."""
 STEADY_AFTER = 30.0
-"""Seconds after which a connection counts as good, so that the pauses start from the first again."""
+"""Seconds after which a connection counts as good, and the pauses start from the first again."""
 MAX_PROBLEMS, PROBLEM_BYTES = 20, 1_000
 """Entries of a listing that are named as unusable, and the size of what is said of one."""
 RETRY_PATIENCE = 10.0
@@ -62,8 +65,11 @@ class ServerStatus:
     problems: tuple[str, ...] = ()
 
 
-class McpServer:
-    """An MCP server by name. Made by `mcp_server`; what is secret in its description is never shown."""
+class McpServer(anyio.AsyncContextManagerMixin):
+    """An MCP server by name. Made by `mcp_server`; what is secret in its description is never shown.
+
+    A hub keeps the servers of its agents running. Elsewhere `async with server:` runs it inside of the block.
+    """
 
     def __init__(self, name: str, source: Source | None = None, timeout: float = CALL_TIMEOUT) -> None:
         self.name = name
@@ -108,6 +114,11 @@ class McpServer:
         """Be what `other` is; of this one only the name was known, or an older description."""
         self._source, self._timeout = other._source, other._timeout
 
+    @asynccontextmanager
+    async def __asynccontextmanager__(self) -> AsyncIterator["McpServer"]:
+        async with running(self):
+            yield self
+
     # -- For runs --------------------------------------------------------------------------------------------------
 
     async def ready(self) -> None:
@@ -123,20 +134,19 @@ class McpServer:
         :raises ToolError: it failed, took too long, its arguments cannot be sent, or the server is not available.
         """
         connection = await self._connected()
-        call = Call(tool, sendable(args), self._timeout)
+        call = connection.call(tool, args, self._timeout)
         emit, span = current().emitter, current().span
-        connection.submit(call)
         try:
             async for progress, total, message in call.progress():
                 if emit is not None and span is not None:
                     await emit.send(ToolProgress(span=span, progress=progress, total=total, message=message))
         finally:
             call.cancel()
-        return observation(call.result(), args)
+        return call.result()
 
-    async def _connected(self) -> Connection:
+    async def _connected(self) -> "Connection":
         if self._state == "stopped":
-            raise McpUnavailable(f"MCP server {self.name} is not running: use `async with running(…)`, or a hub")
+            raise McpUnavailable(f"MCP server {self.name} is not running: use `async with`, or a hub")
         if self._loop != current_token():
             raise McpUnavailable(f"MCP server {self.name} can be used on its own event loop only: call it with `await`")
         if self._connection is None:
@@ -151,7 +161,7 @@ class McpServer:
     async def keep(self) -> None:
         """Start it and keep it running, until cancelled. Its end is complete when this returns.
 
-        While somebody else keeps it, this waits, and takes over when they end.
+        While another task keeps it, this waits, and takes over when they end.
 
         :raises RuntimeError: it is not defined.
         """
@@ -180,10 +190,12 @@ class McpServer:
 
     async def _live_once(self, source: Source) -> bool:
         """One connection, from start to end. Gives whether it stood for a good while."""
-        connection = Connection(self.name, source)
+        # Importing the SDK takes half a second: only a server that runs needs it, and a hub serves meanwhile.
+        connecting = await anyio.to_thread.run_sync(importlib.import_module, "agentcast.agents.mcp.connection")
+        connection: Connection = connecting.Connection(self.name, source)
         up_since: float | None = None
 
-        async def listed(tools: Sequence[Tool], left_out: Sequence[str]) -> None:
+        async def listed(tools: "Sequence[Tool]", left_out: Sequence[str]) -> None:
             nonlocal up_since
             self.tools = await make_tools(self, tools)
             self._note_problems(left_out)
@@ -277,3 +289,49 @@ def _check_options(name: str, ways: Sequence[str], options: Mapping[str, Sequenc
 def named_server(name: str) -> McpServer:
     """The server that a configuration file defines by `name`: the same object for all that name it."""
     return McpServer(name)
+
+
+# -- Keeping servers -----------------------------------------------------------------------------------------------
+
+
+async def supervise(servers: Iterable[McpServer]) -> None:
+    """Keep `servers`, each by a task of its own, until cancelled; all have ended when this returns."""
+    async with anyio.create_task_group() as tasks:
+        for server in servers:
+            tasks.start_soon(server.keep, name=f"MCP server {server.name}")
+
+
+@asynccontextmanager
+async def running(*servers: McpServer, within: float = START_TIMEOUT) -> AsyncIterator[None]:
+    """Keep `servers` inside of the block, which begins when each is up or has failed to start, or after `within`
+    seconds. Those that failed are tried on, and say why when their tools are called."""
+    failure: Exception | None = None
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(supervise, dict.fromkeys(servers))
+        with anyio.move_on_after(within):
+            await tried(servers)
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 -- raised below, where no task group wraps it
+            failure = error
+        tasks.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def check(servers: Iterable[McpServer], within: float = START_TIMEOUT) -> list[ServerStatus]:
+    """Start `servers`, report how each stands after its first attempt or after `within` seconds, and end them.
+
+    One that is not defined counts as stopped, and one that is running already is left as it is.
+    """
+    given = list(dict.fromkeys(servers))
+    idle = [server for server in given if server.defined and server.status.state == "stopped"]
+    async with running(*idle, within=within):
+        return [server.status for server in given]
+
+
+async def tried(servers: Iterable[McpServer]) -> None:
+    """Wait until the attempts to start `servers` that are going on have succeeded or failed."""
+    async with anyio.create_task_group() as tasks:
+        for server in servers:
+            tasks.start_soon(server.tried)

@@ -158,7 +158,7 @@ async def _write(
             text = message.model_dump_json(by_alias=True, exclude_unset=True)
             await process.stdin.send(text.encode() + b"\n")
     except _BROKEN:
-        arrived.close()  # whatever waits for an answer learns that there is none
+        arrived.close()  # calls that wait for an answer learn that there is none
 
 
 async def _listen(process: Process, log: StdioLog) -> None:

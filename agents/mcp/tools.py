@@ -1,23 +1,24 @@
 """The tools of an MCP server as `dspy.Tool`s: names, descriptions and arguments, bounded, as a prompt shows them.
 
-This module must not know connections: a tool has somebody who calls it.
+This module must not know connections: a tool has a `Caller`.
 """
 
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import dspy
 from anyio import CapacityLimiter
 from dspy.utils.callback import with_callbacks
-from mcp_types import Tool
 from pydantic import PrivateAttr
 
-from agentcast.agents.mcp.arguments import Arguments
-from agentcast.agents.mcp.results import SCHEMA
+from agentcast.agents.mcp.arguments import SCHEMA, Arguments
 from agentcast.agents.threads import in_thread
 from agentcast.agents.values import cut_text
+
+if TYPE_CHECKING:
+    from mcp_types import Tool
 
 DESCRIPTION_BYTES = 4 * 1024
 NAME_CHARS = 128
@@ -41,7 +42,7 @@ class McpTool(dspy.Tool):  # type: ignore[misc]  # dspy is untyped
     _server: str = PrivateAttr()
     _arguments: Arguments = PrivateAttr()
 
-    def __init__(self, caller: Caller, tool: Tool) -> None:
+    def __init__(self, caller: Caller, tool: "Tool") -> None:
         arguments = Arguments((tool.meta or {}).get(SCHEMA, tool.input_schema))
         super().__init__(
             func=_call(caller, tool.name),
@@ -113,7 +114,7 @@ def told_apart(own: Collection[str], listings: Sequence[Sequence[McpTool]]) -> l
     return found
 
 
-async def make_tools(caller: Caller, tools: Sequence[Tool]) -> tuple[McpTool, ...]:
+async def make_tools(caller: Caller, tools: "Sequence[Tool]") -> tuple[McpTool, ...]:
     """The tools of `caller`; of several with one name, the first.
 
     They are made in a thread, since it takes milliseconds to check a schema (G3).

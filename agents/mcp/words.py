@@ -28,7 +28,7 @@ _PATH = re.compile(r"(?<![\w/:.~-])(?:~?/(?:[^/\s'\":,;()\[\]<>]+/)+|[A-Za-z]:\\
 def observation(result: CallToolResult, args: Any) -> Any:
     """`result` as plain data for a prompt: structured content where there is some, text otherwise; images and
     resources are named. Text that is but the structured content once more is left out. `args` are those of the call:
-    paths in them are no news.
+    paths in them are known anyway.
 
     :raises ToolError: the tool failed; the text is what the server says, cleaned.
     """

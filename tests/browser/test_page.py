@@ -11,10 +11,11 @@ import pytest
 from playwright.async_api import Browser, Page, expect
 from pydantic import BaseModel, Field
 
-from agentcast.agents import END, AgentTranspiler
 from agentcast.agents.base import Emitter
 from agentcast.agents.events import MessageEnd, MessageStart, Status, Token, ToolEnd, ToolStart
+from agentcast.agents.graph import END
 from agentcast.agents.registry import Registry
+from agentcast.agents.transpiler import AgentTranspiler
 from agentcast.server.bus.redis import RedisBus
 from agentcast.server.state import RunState
 from tests.support.agents import Anything, FunctionAgent, agent

@@ -6,9 +6,9 @@ import anyio
 import pytest
 from pydantic import BaseModel
 
+from agentcast import __version__
 from agentcast.agents.base import Emitter
 from agentcast.agents.events import MessageEnd, MessageStart, Status, Token
-from agentcast.server import __version__
 from tests.support.agents import Anything, FunctionAgent, agent
 from tests.support.client import Client
 from tests.support.hub import open_hub

@@ -6,9 +6,10 @@ import anyio
 import pytest
 from pydantic import BaseModel, Field
 
-from agentcast.agents import END, AgentTranspiler
 from agentcast.agents.base import Agent
+from agentcast.agents.graph import END
 from agentcast.agents.registry import Registry, RegistryError
+from agentcast.agents.transpiler import AgentTranspiler
 from tests.support.graphs import Empty, Text, Topic, graph_of, node, program_of
 from tests.support.hub import open_hub
 from tests.support.lms import chat, lm_of, pieces

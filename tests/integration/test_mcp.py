@@ -15,12 +15,13 @@ import pytest
 from mcp.server.mcpserver import Context, MCPServer
 from pydantic import BaseModel
 
-from agentcast.agents import END, AgentTranspiler, Graph, StatefulNode
 from agentcast.agents.events import ToolEnd, ToolProgress, ToolStart
+from agentcast.agents.graph import END, Graph, StatefulNode
 from agentcast.agents.mcp import McpServer, McpUnavailable, check, mcp_server, running
 from agentcast.agents.mcp import server as server_module
 from agentcast.agents.react import react_agent, servers_of
 from agentcast.agents.registry import Registry
+from agentcast.agents.transpiler import AgentTranspiler
 from tests.support.forking import run_agentcast
 from tests.support.hub import open_hub
 from tests.support.lms import chat, lm_of
@@ -43,6 +44,15 @@ async def served(kind: str, *options: str, **settings: Any) -> AsyncIterator[Mcp
 
 
 TRANSPORTS = pytest.mark.parametrize("kind", ["stdio", "http"])
+
+
+async def test_a_server_runs_inside_of_async_with():
+    server = mcp_server("faulty", command=sys.executable, args=["-m", "tests.support.mcp_faulty"])
+    with anyio.fail_after(PATIENCE):
+        async with server as entered:
+            assert entered is server
+            assert await server.call("add", {"a": 1}) == 3
+        assert server.status.state == "stopped"
 
 
 # -- Tools in runs -------------------------------------------------------------------------------------------------
@@ -251,7 +261,7 @@ async def test_published_server_works():
 async def test_server_that_nobody_keeps_says_so():
     server = faulty()
     agent = react_agent("question -> answer", [server])
-    with anyio.fail_after(PATIENCE), pytest.raises(McpUnavailable, match="is not running: use `async with running"):
+    with anyio.fail_after(PATIENCE), pytest.raises(McpUnavailable, match="is not running: use `async with`"):
         await play(agent, [])
 
 

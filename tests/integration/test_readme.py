@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "my_agents.py").write_text(python("countdown(start"))
     (path / "notes.py").write_text(python("AgentTranspiler"))
     (path / "my_mcp_agents.py").write_text(python("mcp_server"))
-    (path / "client.py").write_text(python("websockets"))
+    (path / "client.py").write_text(python("connect("))
     return path
 
 
@@ -126,7 +126,7 @@ def test_the_examples_are_those_of_the_readme():
         ("my_agents.py", "countdown(start"),
         ("notes.py", "AgentTranspiler"),
         ("my_mcp_agents.py", "mcp_server"),
-        ("client.py", "websockets"),
+        ("client.py", "connect("),
     ):
         assert (ROOT / "examples" / name).read_text() == python(holding)
 
@@ -208,16 +208,16 @@ def test_the_terminal_commands_work(hub: str, command: str):
 
 def test_the_client_sees_the_run_to_its_end(hub: str, folder: Path):
     client = (folder / "client.py").read_text()
-    assert "ws://127.0.0.1:8000/ws" in client
+    assert DEFAULT_URL in client
     done = subprocess.run(
-        [sys.executable, "-c", client.replace("ws://127.0.0.1:8000", hub.replace("http", "ws"))],
+        [sys.executable, "-c", client.replace(DEFAULT_URL, hub)],
         capture_output=True,
         text=True,
         timeout=30,
         check=True,
     )
     assert "status 3…" in done.stdout
-    assert done.stdout.splitlines()[-1].endswith("run_end lift-off")
+    assert done.stdout.splitlines()[-1] == "lift-off"
 
 
 @pytest.mark.parametrize("command", [line for line in commands() if line.startswith("curl")])

@@ -10,7 +10,8 @@ import dspy
 from dspy.lm15 import Message, Request, Response
 from pydantic import BaseModel
 
-from agentcast.agents import END, AgentTranspiler, Graph, StatefulNode
+from agentcast.agents.graph import END, Graph, StatefulNode
+from agentcast.agents.transpiler import AgentTranspiler
 from tests.support.lms import USAGE, chat
 
 

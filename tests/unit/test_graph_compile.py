@@ -7,7 +7,8 @@ import dspy
 import pytest
 from pydantic import BaseModel, RootModel, create_model
 
-from agentcast.agents import END, AgentTranspiler, Graph, GraphError, Reducer, StatefulNode
+from agentcast.agents.graph import END, Graph, GraphError, Reducer, StatefulNode
+from agentcast.agents.transpiler import AgentTranspiler
 from tests.support.graphs import Empty, Text, Topic, graph_of, node
 
 

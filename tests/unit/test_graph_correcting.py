@@ -11,9 +11,10 @@ from dspy.teleprompt import BootstrapFewShot
 from dspy.utils.exceptions import AdapterParseError
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from agentcast.agents import AgentTranspiler, StatefulNode
 from agentcast.agents.base import ToolError
+from agentcast.agents.graph import StatefulNode
 from agentcast.agents.graph.errors import OutputError
+from agentcast.agents.transpiler import AgentTranspiler
 from tests.support.graphs import Script, Text, Topic, events_of, graph_of, node, of, program_of, told
 from tests.support.lms import chat, lm_of, pieces
 

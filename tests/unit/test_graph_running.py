@@ -17,7 +17,7 @@ import pytest
 from dspy.utils.exceptions import LMRateLimitError
 from pydantic import BaseModel, ValidationError
 
-from agentcast.agents import END, AgentTranspiler, Graph, Program, Reducer, StatefulNode
+from agentcast.agents.graph import END, Graph, Reducer, StatefulNode
 from agentcast.agents.graph.errors import (
     ConflictError,
     InputError,
@@ -31,6 +31,7 @@ from agentcast.agents.graph.errors import (
 )
 from agentcast.agents.registry import Registry
 from agentcast.agents.streaming import streamify
+from agentcast.agents.transpiler import AgentTranspiler, Program
 from tests.support.graphs import Empty, Script, Text, Topic, events_of, graph_of, node, of, program_of, told
 from tests.support.lms import chat, lm_of
 
@@ -127,7 +128,8 @@ async def test_result_is_typed():
 TYPED = """
 from typing import Any, assert_type
 from pydantic import BaseModel
-from agentcast.agents import AgentTranspiler, Graph
+from agentcast.agents.graph import Graph
+from agentcast.agents.transpiler import AgentTranspiler
 
 class Text(BaseModel):
     text: str

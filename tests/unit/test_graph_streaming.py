@@ -10,8 +10,8 @@ import dspy
 import pytest
 from pydantic import BaseModel, Field
 
-from agentcast.agents import AgentTranspiler
 from agentcast.agents.channel import HIGH_WATER
+from agentcast.agents.transpiler import AgentTranspiler
 from tests.support.graphs import Empty, Script, Text, Topic, events_of, graph_of, node, of, program_of, told
 from tests.support.lms import chat, lm_of
 

@@ -12,14 +12,15 @@ import dspy
 import pytest
 from pydantic import BaseModel
 
-from agentcast.agents import END, AgentTranspiler, Graph, Reducer, StatefulNode
 from agentcast.agents.base import Task
 from agentcast.agents.context import within
 from agentcast.agents.contract import module_contract
 from agentcast.agents.events import LmEnd, LmStart, MessageEnd, NodeEnd, ToolEnd, ValidationFailed
+from agentcast.agents.graph import END, Graph, Reducer, StatefulNode
 from agentcast.agents.react import react_agent
 from agentcast.agents.registry import Registry
 from agentcast.agents.streaming import can_be_awaited, run_program, stream_events, streamify
+from agentcast.agents.transpiler import AgentTranspiler
 from tests.support.graphs import Script, Text, Topic, events_of, node, of, program_of, told
 from tests.support.lms import Engine, chat, lm_of
 from tests.unit.test_react import FINISH, Heard, turn

@@ -8,12 +8,13 @@ import dspy
 import pytest
 from pydantic import BaseModel
 
-from agentcast.agents import END, AgentTranspiler, Graph, StatefulNode
 from agentcast.agents.base import Emitter, Task, Turn
+from agentcast.agents.graph import END, Graph, StatefulNode
 from agentcast.agents.history import HISTORY_TURNS
 from agentcast.agents.react import react_agent
 from agentcast.agents.registry import Registry
 from agentcast.agents.streaming import stream_events
+from agentcast.agents.transpiler import AgentTranspiler
 from tests.support.lms import chat
 from tests.unit.test_react import FINISH, Heard, Script, turn
 

@@ -16,13 +16,14 @@ import pytest
 from anyio.lowlevel import checkpoint
 from pydantic import BaseModel
 
-from agentcast.agents import AgentTranspiler, Graph, StatefulNode
 from agentcast.agents.base import Task
 from agentcast.agents.context import within
+from agentcast.agents.graph import Graph, StatefulNode
 from agentcast.agents.llm import Model, Retrying, as_model, close_connections
 from agentcast.agents.llm.setup import configure
 from agentcast.agents.registry import Registry, RegistryError
 from agentcast.agents.streaming import stream_events, streamify
+from agentcast.agents.transpiler import AgentTranspiler
 from tests.support.lms import chat, lm_of, question_of
 
 

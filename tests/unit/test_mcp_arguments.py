@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from mcp_types import Tool
 
 from agentcast.agents.base import ToolError
-from agentcast.agents.mcp.arguments import Arguments
-from agentcast.agents.mcp.results import SCHEMA
+from agentcast.agents.mcp.arguments import SCHEMA, Arguments
 from agentcast.agents.mcp.tools import McpTool, make_tools
 from agentcast.agents.mcp.validation import ERROR_CHARS
 from agentcast.agents.offline.prompt import parse

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mcp_types import CallToolResult, InitializeResult, ListToolsResult, jsonrpc_message_adapter, methods
 
+from agentcast.agents.mcp.arguments import SCHEMA
 from agentcast.agents.mcp.http import _Document, _Events
 from agentcast.agents.mcp.messages import MAX_DEPTH, _shallow, encoded, is_answer, read
 from agentcast.agents.mcp.oversize import Lines, Oversize
-from agentcast.agents.mcp.results import LEFT_OUT, SCHEMA, error_data, fitted
+from agentcast.agents.mcp.results import LEFT_OUT, error_data, fitted
 
 VERSIONS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25", "2026-07-28")
 MODELS: dict[str, Any] = {"tools/call": CallToolResult, "tools/list": ListToolsResult, "initialize": InitializeResult}

@@ -12,11 +12,12 @@ import pytest
 from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field, RootModel
 from typing_extensions import TypedDict
 
-from agentcast.agents import END, AgentTranspiler, Graph, StatefulNode
 from agentcast.agents.base import Emitter, Task, Turn
+from agentcast.agents.graph import END, Graph, StatefulNode
 from agentcast.agents.inputs import read_input
 from agentcast.agents.registry import Registry
 from agentcast.agents.streaming import stream_events
+from agentcast.agents.transpiler import AgentTranspiler
 from agentcast.server.arguments import typed_input
 from tests.support.lms import chat
 from tests.unit.test_react import Heard

@@ -29,10 +29,11 @@ from pydantic import (
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import TypedDict
 
-from agentcast.agents import END, AgentTranspiler, Graph, StatefulNode
 from agentcast.agents.base import Task
 from agentcast.agents.events import AgentEvent
+from agentcast.agents.graph import END, Graph, StatefulNode
 from agentcast.agents.registry import Registry
+from agentcast.agents.transpiler import AgentTranspiler
 from agentcast.agents.values import plain
 from tests.support.hub import open_hub
 

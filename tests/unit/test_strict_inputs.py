@@ -31,11 +31,12 @@ from pydantic import (
 )
 from typing_extensions import TypedDict
 
-from agentcast.agents import END, AgentTranspiler, Graph, StatefulNode
 from agentcast.agents.base import Emitter, ToolError
+from agentcast.agents.graph import END, Graph, StatefulNode
 from agentcast.agents.inputs import RejectedInput, read_input
 from agentcast.agents.offline import offline_lm
 from agentcast.agents.registry import Registry
+from agentcast.agents.transpiler import AgentTranspiler
 from agentcast.server.arguments import typed_input
 from tests.support.hub import RunningHub, open_hub
 

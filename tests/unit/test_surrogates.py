@@ -45,7 +45,7 @@ from agentcast.agents.values import (
 from agentcast.server import recorder as module
 from agentcast.server.bus.base import NewRun, Origin
 from agentcast.server.bus.memory import MemoryBus
-from agentcast.server.client import Run
+from agentcast.server.client import connect
 from agentcast.server.recorder import Recorder, Snapshots
 from agentcast.server.state import RunState
 from tests.support.agents import agent
@@ -430,8 +430,7 @@ async def test_the_client_sends_whole_characters() -> None:
     async def echo(input: Any, emit: Emitter) -> Any:
         return input.model_dump()
 
-    async with open_hub(echo) as hub, Run(hub.url, "echo", {"text": f"{PAIR}{HIGH}"}) as run:
+    async with open_hub(echo) as hub, connect(hub.url).start("echo", {"text": f"{PAIR}{HIGH}"}) as run:
         with anyio.fail_after(10):
-            async for _ in run:
-                pass
-    assert run.state.document["result"] == {"text": f"😀{LOST}"}
+            result = await run.result()
+    assert result == {"text": f"😀{LOST}"}

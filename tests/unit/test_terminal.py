@@ -26,7 +26,7 @@ class Screen:
     def show(self, event: str, **fields: Any) -> None:
         frame = {"type": "event", "event": event, "run": "r", "ts": 1.0, "duration": 0.25, **fields}
         self.state.apply(frame)
-        self.view.show(frame, self.state)
+        self.view.show(frame, self.state.document)
 
     @property
     def lines(self) -> list[str]:
@@ -97,7 +97,7 @@ def test_steps_are_indented_under_the_step_that_they_are_in_and_models_add_no_le
 def test_unknown_events_and_frames_show_nothing() -> None:
     screen = Screen()
     screen.show("from_the_future", what="ever")
-    screen.view.show({"type": "ping"}, screen.state)
+    screen.view.show({"type": "ping"}, screen.state.document)
     assert screen.lines == []
 
 
@@ -138,8 +138,8 @@ def test_after_a_snapshot_only_what_was_not_shown_yet_is_shown() -> None:
     message_two = {"message": "m2", "span": "s", "field": "answer", "text": "second", "status": "done"}
     screen.state.document["messages"].append(message_two)
     screen.state.document.update(status="failed", created=1.0, started=2.0, ended=4.5, error={"message": "bad"})
-    screen.view.show({"type": "gap", "from": 2, "to": 9, "reason": "overflow"}, screen.state)
-    screen.view.show({"type": "snapshot"}, screen.state)
+    screen.view.show({"type": "gap", "from": 2, "to": 9, "reason": "overflow"}, screen.state.document)
+    screen.view.show({"type": "snapshot"}, screen.state.document)
     assert screen.lines == [
         "  thought: first",
         "! events 2–9 were skipped (overflow)",
