@@ -60,11 +60,11 @@ def test_unknown_target_of_a_conditional_edge():
 def test_unknown_source_empty_map_and_useless_router():
     graph = graph_of(ok)
     graph.add_conditional_edges("nobody", lambda _: "x", {"x": END})
-    graph.add_conditional_edges("ok", "ok", {})  # type: ignore[arg-type]
+    graph.add_conditional_edges("ok", 3, {})  # type: ignore[arg-type]
     assert problems(graph) == (
         "conditional edges of 'nobody': there is no such node",
         "conditional edges of 'ok': path_map is empty",
-        "conditional edges of 'ok': the router must be a function or a StatefulNode",
+        "conditional edges of 'ok': the router must be a function, a StatefulNode or the name of an output field",
     )
 
 
@@ -87,7 +87,7 @@ def test_unreachable_node():
 
 
 def test_input_field_that_nothing_provides():
-    graph = graph_of(ok, node("next", fields(text=str, mood=str), Empty, given))
+    graph = graph_of(ok, node("next", fields(text=str, mood=str), Empty, given), input_model=Topic)
     assert one(graph) == (
         "node 'next': nothing provides its input field 'mood': no node before it sets it, and the program takes topic"
     )
@@ -246,7 +246,9 @@ def test_node_that_routes_needs_one_field_to_do_so():
     graph = graph_of(ok)
     router = node("judge", Text, fields(good=bool, why=str), given)
     graph.add_conditional_edges("ok", router, {True: END, False: "ok"})
-    assert one(graph) == "node 'judge' routes, so its output_model must have one field, or one named 'route'"
+    assert one(graph) == (
+        "node 'judge' routes, so its output_model must have one field, or one named 'next_step' or 'route'"
+    )
     graph = graph_of(ok)
     router = node("judge", Text, fields(good=bool), given)
     graph.add_conditional_edges("ok", router, {True: END, False: "ok"})

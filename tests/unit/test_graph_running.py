@@ -281,7 +281,7 @@ async def test_programs_inside_programs():
     plain = program_of(node("triple", Count, Count, lambda c: {"n": c.n * 3}))
     program = program_of(node("a", Count, Count, module=inner), node("b", Count, Count, module=plain), output=Count)
     events = await events_of(program.astream(n=2))
-    assert events[-1] == {"event": "finished", "prediction": Count(n=15)}
+    assert events[-1]["prediction"] == Count(n=15)
     assert told(events, "node_start") == [("node_start", name) for name in ("a", "double", "up", "b", "triple")]
     spans = {event["node"]: event for event in of("node_start", events)}
     assert spans["double"]["parent"] == spans["up"]["parent"] == spans["a"]["span"]
@@ -543,7 +543,8 @@ async def test_loop_limit_raises():
 async def test_loop_limit_returns_what_there_is():
     events = await events_of(loop(max_steps=9, on_loop_limit="return").astream(n=0))
     assert events[-2] == {"event": "step_limit", "max_steps": 9, "message": "no end after 9 steps"}
-    assert events[-1] == {"event": "finished", "prediction": Count(n=9)}
+    assert events[-1]["prediction"] == Count(n=9)
+    assert events[-1]["metadata"] == {"steps": 9, "retries": 0}
 
 
 async def test_loop_limit_lets_end_what_runs_and_is_told_once():

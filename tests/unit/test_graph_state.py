@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, PrivateAttr, RootModel
 
 from agentcast.agents.graph import Reducer
-from agentcast.agents.graph.detaching import detached
 from agentcast.agents.graph.errors import ConflictError
 from agentcast.agents.graph.flow import START, Step
-from agentcast.agents.graph.state import State, View
+from agentcast.agents.graph.state import State, View, detached
 
 ADD = {"notes": Reducer(operator.add)}
 
