@@ -7,9 +7,10 @@ import functools
 import itertools
 import re
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import dspy
 from dspy.adapters.types.base_type import Type as CustomType
@@ -57,6 +58,10 @@ class _Call:
     """Messages that have ended in the attempt of the node around."""
 
 
+_ids: WeakKeyDictionary[Any, tuple[Iterator[int], Iterator[int]]] = WeakKeyDictionary()
+"""Emitter → numbers of its spans and messages: an agent function may run several programs, all into one emitter."""
+
+
 def _handler(method: Callable[..., None]) -> Callable[..., None]:
     """A DSPy callback whose own errors end the run. DSPy logs and swallows an `Exception`."""
 
@@ -88,8 +93,7 @@ class Run(Bridge):
         self._shown = shown
         self._names = {id(part): _display_name(path) for path, part in program.named_sub_modules()}
         self._names[id(program)] = name or type(program).__name__
-        self._spans = itertools.count(1)
-        self._message_ids = itertools.count(1)
+        self._spans, self._message_ids = _ids.setdefault(emit, (itertools.count(1), itertools.count(1)))
 
     def call_here(self) -> _Call | None:
         """The call that the calling code is in; in a callback, the one around the call that starts or ends."""

@@ -114,7 +114,7 @@ def self_correcting(
     refine_instructions: str | None = None,
     lm: Any = None,
 ) -> Any:
-    """Decorate a typed function, sync or async, or a `dspy.Module` class.
+    """Decorate a typed function, sync or async, or a `dspy.Module` class, which gives a subclass.
 
     An answer that does not have the return type (or is no `schema`, which takes its place) is asked for again, up to
     `max_retries` times (by default 3); the model is given its own answer, what is wrong with it, and
@@ -190,9 +190,9 @@ def _corrected_class(kind: Any, schema: Any, lm: Any, options: Mapping[str, Any]
         where = " or ".join(f"{kind.__name__}.{name}" for name in methods)
         raise TypeError(f"@self_correcting: {where} must return a pydantic model: annotate it, or pass schema=…")
     node = StatefulNode(kind.__name__, BaseModel, gives, **options)
-    for name, method in methods.items():
-        setattr(kind, name, _corrected_method(method, node, lm))
-    return kind
+    members = {name: _corrected_method(method, node, lm) for name, method in methods.items()}
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind)(kind.__name__, (kind,), {**members, **names})
 
 
 def _methods(kind: type) -> dict[str, Any]:

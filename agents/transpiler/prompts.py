@@ -58,7 +58,7 @@ def load_prompts(steps: Mapping[str, Any], path: str | Path) -> None:
         raise ValueError(f"{path} is no file of prompts: {error}") from error
     predictors = _predictors(steps)
     problems = [*_differences("node", prompts.nodes, predictors)]
-    for node in prompts.nodes.keys() & predictors.keys():
+    for node in filter(predictors.__contains__, prompts.nodes):
         problems += _differences(f"node {node!r}: predictor", prompts.nodes[node], predictors[node])
     if problems:
         raise ValueError(f"{path} has the prompts of another graph: {'; '.join(problems)}")
@@ -90,7 +90,7 @@ def _dumped(demo: Any, node: str) -> dict[str, Any]:
         try:
             dumped[name] = to_jsonable_python(value, by_alias=False)
         except (PydanticSerializationError, ValueError) as error:
-            problem = f"a demo has {name!r}, a {type(value).__name__}, which JSON cannot hold"
+            problem = f"JSON cannot hold {name!r} of a demo, which is of type {type(value).__name__}"
             raise ValueError(f"node {node!r}: {problem}") from error
     return dumped
 
