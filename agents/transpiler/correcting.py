@@ -14,7 +14,7 @@ instructions, its return type says what is accepted. Its body is never run. A mo
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 import dspy
@@ -29,9 +29,9 @@ from agentcast.agents.streaming.dspy_calls import call_in_thread
 from agentcast.agents.transpiler.program import Program, compiled, is_apart, joined, run_to_end
 from agentcast.agents.transpiler.steps import (
     DEFAULT_RETRIES,
-    CorrectingAdapter,
     Rejected,
     accepted,
+    correcting_adapter,
     default_formatter,
     fields_of,
     reading,
@@ -254,7 +254,7 @@ async def _attempts(module: Any, method: Any, node: StatefulNode, inputs: Mappin
         shown = {}
         if rejected is not None:
             adapter = dspy.settings.adapter or dspy.ChatAdapter()
-            shown = {"adapter": CorrectingAdapter(adapter, node, rejected, _writers(module, node))}
+            shown = {"adapter": correcting_adapter(adapter, node, rejected, _writers(module, node))}
         with dspy.context(**shown):
             return fields_of(node.output_model, await reading(node, work))
 
@@ -266,8 +266,9 @@ async def _attempts(module: Any, method: Any, node: StatefulNode, inputs: Mappin
     return output
 
 
-def _writers(module: Any, node: StatefulNode) -> set[str]:
-    """The output fields of predictors that are shown what was wrong: those of the model, or if no predictor writes one
-    of them, all."""
+def _writers(module: Any, node: StatefulNode) -> Collection[str]:
+    """The output fields of the predictors that are shown what was wrong: the model's, or if the module has predictors
+    and none of them writes one of those, all that they write."""
     written = {name for predictor in module.predictors() for name in predictor.signature.output_fields}
-    return written.intersection(node.output_model.model_fields) or written
+    fields = node.output_model.model_fields
+    return written if written and fields.keys().isdisjoint(written) else fields

@@ -177,7 +177,9 @@ def _answer_text(output: Any) -> str:
 async def _ask_model(node: StatefulNode, call: Callable[[], Awaitable[Any]], rejected: Rejected | None) -> Any:
     adapter = _one_shot_adapter()
     fields = node.output_model.model_fields
-    with dspy.context(adapter=adapter if rejected is None else CorrectingAdapter(adapter, node, rejected, fields)):
+    if rejected is not None:
+        adapter = correcting_adapter(adapter, node, rejected, fields)
+    with dspy.context(adapter=adapter):
         prediction = await reading(node, call)
     return {name: prediction[name] for name in fields}
 
@@ -194,32 +196,32 @@ async def reading(node: StatefulNode, call: Callable[[], Awaitable[Any]]) -> Any
         raise Rejected(_reading_error(node.output_model, fields, answer), _answer_text(answer), fields) from error
 
 
-class CorrectingAdapter:
-    """`adapter`, but predictors that write one of `fields` are shown the rejected answer, and what is wrong with it: if
-    it could not be read, the predictor that gave it.
+def correcting_adapter(adapter: Any, node: StatefulNode, rejected: Rejected, fields: Collection[str]) -> Any:
+    """`adapter`, but predictors that write one of `fields` are shown the rejected answer and what is wrong with it. If
+    the answer could not be read, it is the predictor that gave it.
 
     DSPy's trace has what a predictor was given, without what is added here.
     """
+    written = set(fields if rejected.fields is None else rejected.fields)
+    shown = {PREVIOUS_ANSWER: rejected.answer, PROBLEMS: rejected.problem}
 
-    def __init__(self, adapter: Any, node: StatefulNode, rejected: Rejected, fields: Collection[str]) -> None:
-        self._adapter = adapter
-        self._node = node
-        self._fields = set(fields if rejected.fields is None else rejected.fields)
-        self._shown = {PREVIOUS_ANSWER: rejected.answer, PROBLEMS: rejected.problem}
-
-    def __call__(self, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: dict[str, Any]) -> Any:
-        return self._adapter(lm, lm_kwargs, demos=demos, **self._corrected(signature, inputs))
-
-    async def acall(self, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: dict[str, Any]) -> Any:
-        return await self._adapter.acall(lm, lm_kwargs, demos=demos, **self._corrected(signature, inputs))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._adapter, name)
-
-    def _corrected(self, signature: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        if self._fields.isdisjoint(signature.output_fields):
+    def corrected(signature: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        is_corrected = PREVIOUS_ANSWER in signature.input_fields  # by a step inside this one
+        if is_corrected or written.isdisjoint(signature.output_fields):
             return {"signature": signature, "inputs": inputs}
-        return {"signature": correcting(signature, self._node), "inputs": inputs | self._shown}
+        return {"signature": correcting(signature, node), "inputs": inputs | shown}
+
+    class Correcting:  # `dspy.Refine` makes an adapter of a subclass, without arguments
+        def __call__(self, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: dict[str, Any]) -> Any:
+            return adapter(lm, lm_kwargs, demos=demos, **corrected(signature, inputs))
+
+        async def acall(self, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: dict[str, Any]) -> Any:
+            return await adapter.acall(lm, lm_kwargs, demos=demos, **corrected(signature, inputs))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(adapter, name)
+
+    return Correcting()
 
 
 def _one_shot_adapter() -> Any:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, assert_type
 import anyio
 import dspy
 import pytest
+from dspy.teleprompt import BootstrapFewShot
 from pydantic import BaseModel, Field
 
 from agentcast.agents import StatefulNode
@@ -517,3 +518,62 @@ async def test_many_calls_at_once_stay_apart():
             for number in numbers:
                 group.start_soon(one, number)
     assert found == {number: number for number in numbers}
+
+
+async def test_function_inside_a_module_is_shown_its_own_answer():
+    @self_correcting
+    class Outer(dspy.Module):  # type: ignore[misc]
+        async def aforward(self, text: str) -> Review:
+            found = await review(text)
+            result: Any = {"verdict": found.verdict, "score": found.score * 2 - 5}
+            return result  # type: ignore[no-any-return]
+
+    script = Script(chat(verdict="bad", score="1"), chat(verdict="bad", score="7"), chat(verdict="good", score="5"))
+    with script.use():
+        assert (await Outer().acall(text="x")).score == 5
+    assert ['"score": -3' in prompt for prompt in script.prompts] == [False, True, False]
+    assert ['"score": 7' in prompt for prompt in script.prompts] == [False, False, True]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_module_that_refines():
+    """DSPy's Refine makes an adapter of its own from the one in use."""
+
+    class Scored(BaseModel):
+        score: int = Field(ge=1, le=5)
+
+    @self_correcting
+    class Refined(dspy.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            ask = dspy.Predict("text -> score: int")
+            self.refine = dspy.Refine(ask, N=2, reward_fn=lambda *_: 0.0, threshold=1.0, fail_count=1)
+
+        def forward(self, text: str) -> Scored:
+            scored: Scored = self.refine(text=text)
+            return scored
+
+    prompts: list[str] = []
+
+    def reply(prompt: str) -> str:
+        prompts.append(prompt)
+        if "advice" in prompt:
+            return chat(discussion="d", advice='{"self": "Less."}')
+        return chat(score="3" if "previous_answer" in prompt else "9")
+
+    with dspy.context(lm=lm_of(lambda prompt: pieces(reply(prompt), 9))):
+        assert Refined()(text="x") == Scored(score=3)
+    assert ["previous_answer" in prompt for prompt in prompts if "advice" not in prompt] == [False, False, True, True]
+
+
+async def test_function_is_tuned_like_any_program(tmp_path: Path):
+    examples = [dspy.Example(text=f"t{n}", verdict="good", score=n).with_inputs("text") for n in (1, 2)]
+    with Script(forever=GOOD).use():
+        tuned = BootstrapFewShot(metric=lambda *_: True, max_labeled_demos=0).compile(judge, trainset=examples)
+    tuned.save_prompts(tmp_path / "p.json")
+    fresh = judge.deepcopy()
+    fresh.load_prompts(tmp_path / "p.json")
+    script = Script(GOOD)
+    with script.use():
+        assert fresh("new").score == 5
+    assert [demo.text for demo in fresh.steps["judge"].demos] == ["t1", "t2"]
