@@ -2,7 +2,7 @@
 
 An edge that is taken brings an *arrival* to its target. A node with an arrival starts as soon as no edge in, except
 one that closes a loop, can bring it another: that is, when no node that is running or waiting leads, by edges forward,
-to a source whose arrival is missing. Edges forward make no circle, so some node can always start.
+to a source whose arrival is missing. Edges forward make no cycle, so some node can always start.
 
 `Shape` is a graph's edges, frozen and shared by all runs; `Flow` is one run; `targets` reads what a router chose.
 """
@@ -58,11 +58,11 @@ class Shape:
 
     @cached_property
     def back(self) -> frozenset[tuple[str, str]]:
-        """The edges that close a loop; without them there is no circle.
+        """The edges that close a loop; without them the graph has no cycle.
 
-        These are the edges whose target one must have passed to come to their source. What circles there are without
-        them can be entered at several places; of such a circle it is the edge that was added last, the conditional ones
-        after all others.
+        These are the edges whose target one must have passed to come to their source. A cycle that remains can be
+        entered at several places; it is closed by its edge that was added last, conditional ones counting after all
+        others.
         """
         edges = [edge for edge in self._edges if edge[0] in self.reachable]
         back = {(source, target) for source, target in edges if self._is_passed(target, source)}

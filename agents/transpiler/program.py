@@ -180,7 +180,7 @@ class Program(dspy.Module, Generic[T]):  # type: ignore[misc]  # dspy is untyped
         return new
 
     def _handed_over(self, result: Any) -> Any:
-        """`result`, save to `dspy.streamify` itself, which never ends without a prediction."""
+        """`result`; for DSPy's own `dspy.streamify`, which never ends without a prediction, one made of it."""
         settings = dspy.settings
         if settings.send_stream is None or innermost() is not None or settings.caller_modules != [self]:
             return result

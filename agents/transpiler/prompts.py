@@ -1,4 +1,5 @@
-"""The prompts of a compiled graph in a JSON file: the instructions and demos of each node's predictors.
+"""The prompts of a compiled graph in a JSON file: the instructions and demos of each node's predictors. Values of demos
+are saved as JSON, of which adapters make the same prompt.
 
 {"agentcast_prompts": 1,
  "nodes": {"write": {"predict": {"instructions": "…", "demos": [{"topic": "…", "text": "…"}]}}}}
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import dspy
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from agentcast.agents.base import public_message
@@ -66,7 +67,7 @@ def load_prompts(steps: Mapping[str, Any], path: str | Path) -> None:
         for name, prompt in found.items():
             predictor = predictors[node][name]
             predictor.signature = predictor.signature.with_instructions(prompt.instructions)
-            predictor.demos = [dspy.Example(**_typed(demo, predictor.signature)) for demo in prompt.demos]
+            predictor.demos = [dspy.Example(demo) for demo in prompt.demos]
 
 
 def _predictors(steps: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -93,19 +94,3 @@ def _dumped(demo: Any, node: str) -> dict[str, Any]:
             problem = f"JSON cannot hold {name!r} of a demo, which is of type {type(value).__name__}"
             raise ValueError(f"node {node!r}: {problem}") from error
     return dumped
-
-
-def _typed(demo: Mapping[str, Any], signature: Any) -> dict[str, Any]:
-    """The fields of a demo as they were saved: in a field's type, unless that was not what was saved."""
-    return {name: _value(signature.fields.get(name), value) for name, value in demo.items()}
-
-
-def _value(field: Any, value: Any) -> Any:
-    if field is None:
-        return value
-    try:
-        typed = TypeAdapter[Any](field.annotation).validate_python(value, by_name=True)
-        is_same = to_jsonable_python(typed, by_alias=False) == value
-    except Exception:  # noqa: BLE001 -- a demo need not have its field's type, and validators raise anything
-        return value
-    return typed if is_same else value

@@ -818,14 +818,28 @@ async def test_streamify_of_dspy_itself_ends_too():
     assert isinstance(items[-1], dspy.Prediction)
 
 
-async def test_the_example_of_the_docs():
+async def test_the_examples_of_the_docs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[2] / "docs/graphs.md").read_text()
-    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code, names)  # noqa: S102 -- our own
-    with Script(chat(text="short"), chat(text="This one is long enough.")).use():
+    names: dict[str, Any] = {"__name__": "docs"}
+    for code in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(code, names)  # noqa: S102 -- our own
+    short, long = chat(text="short"), chat(text="This one is long enough.")
+    with Script(short, long).use():
         result = await names["program"].aforward(topic="x")
     assert result.model_dump() == {"text": "This one is long enough.", "good": True}
+    with Script(short, long).use():
+        await names["main"]()
+    with Script(chat(verdict="good", score="9"), chat(verdict="good", score="4")).use():
+        await names["use"]()
+    assert capsys.readouterr().out == "This one is long enough.\n4 steps, 0 retries\n4\n"
+    with Script(chat(answer="True")).use():
+        assert names["is_spam"]("Buy!") is True
+    with Script(chat(thoughts="hm"), chat(verdict="good", score="4")).use():
+        assert (await names["Reviewer"]().acall(text="x")).score == 4
+    assert names["fresh"].steps["write"].signature.instructions == "Write a sentence."
 
 
 def test_importing_the_package_does_not_import_dspy():

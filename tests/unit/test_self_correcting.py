@@ -347,6 +347,23 @@ async def test_predictors_are_shown_errors_of_fields_that_the_module_makes_itsel
     assert "verdict: Input should be" in script.prompts[1]
 
 
+async def test_each_attempt_of_a_module_is_given_the_same():
+    seen: list[list[str]] = []
+
+    @self_correcting(max_retries=2)
+    class Consuming(dspy.Module):  # type: ignore[misc]
+        def forward(self, texts: list[str]) -> Review:
+            seen.append(texts.copy())
+            texts.clear()
+            result: Any = {"verdict": "good", "score": 1 if len(seen) == 3 else 9}
+            return result  # type: ignore[no-any-return]
+
+    given = ["a"]
+    assert Consuming()(given).score == 1
+    assert seen == [["a"]] * 3
+    assert given == ["a"]
+
+
 @pytest.mark.parametrize(
     ("members", "problem"),
     [
