@@ -474,20 +474,20 @@ async def test_agent_function_shows_the_attempts_of_all_its_calls():
             group.start_soon(one, topic)
             group.start_soon(one, topic)
         rated = await rater.acall(text=topic)
-        found.append(rated.verdict)
-        return ",".join(found)
+        judged = await anyio.to_thread.run_sync(judge, topic)
+        return ",".join([*found, rated.verdict, judged.verdict])
 
     with dspy.context(lm=lm_of(lambda prompt: pieces(THOUGHT if "`[[ ## thought ## ]]`" in prompt else GOOD, 9))):
         async with open_hub(registry["twice"]) as hub, hub.client() as client:
             run = await client.start("twice", {"topic": "x"})
             events = (await client.view(run)).events
             messages = client.memory.view(run).document["messages"]
-    assert events[-1]["result"] == "good,good,good"
+    assert events[-1]["result"] == "good,good,good,good"
     starts = of("node_start", events)
-    assert [event["node"] for event in starts] == ["review", "review", "Reviewer", "think", "rate"]
-    assert len({event["span"] for event in starts}) == 5
+    assert [event["node"] for event in starts] == ["review", "review", "Reviewer", "think", "rate", "judge"]
+    assert len({event["span"] for event in starts}) == 6
     assert [message["status"] for message in messages] == ["done"] * len(messages)
-    assert len({message["message"] for message in messages}) == len(messages) == 7
+    assert len({message["message"] for message in messages}) == len(messages) == 9
 
 
 async def test_it_can_be_an_agent():
@@ -500,6 +500,16 @@ async def test_it_can_be_an_agent():
             events = (await client.view(await client.start("review", {"text": "x"}))).events
     assert events[-1]["result"] == {"verdict": "good", "score": 5}
     assert len(of("validation_error", events)) == 1
+
+
+async def test_module_can_be_an_agent():
+    agent: Any = Registry().add("reviewer", Reviewer())
+    replies = [THOUGHT, BAD, THOUGHT, GOOD]
+    with dspy.context(lm=lm_of(lambda _: pieces(replies.pop(0), 9))):
+        async with open_hub(agent) as hub, hub.client() as client:
+            events = (await client.view(await client.start("reviewer", {"text": "x"}))).events
+    assert events[-1]["result"] == {"verdict": "good", "score": 5}
+    assert [event["failed_fields"] for event in of("validation_error", events)] == [["verdict", "score"]]
 
 
 async def test_it_is_a_node_as_a_module():
