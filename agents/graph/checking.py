@@ -74,7 +74,9 @@ def program_inputs(graph: Graph) -> type[BaseModel] | None:
     definitions: dict[str, Any] = {name: (info.annotation, copy.copy(info)) for name, info in later.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a field may well be called "schema" or "copy"
-        return create_model(base.__name__, __base__=base, __module__=base.__module__, **definitions)
+        return create_model(
+            base.__name__, __base__=base, __doc__=base.__doc__, __module__=base.__module__, **definitions
+        )
 
 
 def declared_inputs(graph: Graph) -> type[BaseModel] | None:

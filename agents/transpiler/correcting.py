@@ -50,10 +50,16 @@ class SelfCorrecting(Program[Any], Generic[P, R]):
     """A function that a language model does: called like the function, and a `Program`, which can be tuned, streamed
     (`astream`), and added to a registry. A call takes `max_retries` besides the function's parameters."""
 
-    def __init__(self, function: Callable[P, R], graph: Graph, output_model: type[BaseModel], *, unwraps: bool) -> None:
-        super().__init__(*compiled(graph, output_model))
+    def __init__(self, function: Callable[P, R], node: StatefulNode, max_retries: int | None, *, unwraps: bool) -> None:
+        instructions = node.instructions or ""
+        graph = Graph(description=" ".join(instructions.partition("\n\n")[0].split()))
+        graph.add_node(node)
+        graph.add_edge(node.name, END)
+        graph.set_entry_point(node.name)
+        super().__init__(*compiled(graph, node.output_model))
         functools.update_wrapper(self, function)
         self._signature = inspect.signature(function)
+        self._max_retries = max_retries
         self._unwraps = unwraps
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -70,6 +76,9 @@ class SelfCorrecting(Program[Any], Generic[P, R]):
         inputs = dict(bound.arguments)
         result = await (joined(self, {**options, **inputs}) if is_apart() else self._run(options, inputs))
         return getattr(result, ANSWER) if self._unwraps else result
+
+    async def _run(self, options: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
+        return await super()._run({"max_retries": self._max_retries, **options}, inputs)
 
 
 class _Awaited(SelfCorrecting[P, R]):
@@ -126,12 +135,14 @@ def self_correcting(
     """
 
     def decorate(target: Any) -> Any:
+        for problem in option_problems(max_retries or 0):
+            raise ValueError(f"@self_correcting: {problem}")
         options: dict[str, Any] = {"max_retries": max_retries, "refine_instructions": refine_instructions}
         if isinstance(target, type) and issubclass(target, dspy.Module):
             return _corrected_class(target, schema, lm, options)
         if not inspect.isfunction(target):
             raise TypeError(f"@self_correcting decorates a function or a dspy.Module class, not {target!r}")
-        return _corrected_function(target, schema, lm, options)
+        return _corrected_function(target, schema, lm, **options)
 
     return decorate if target is None else decorate(target)
 
@@ -139,7 +150,9 @@ def self_correcting(
 # -- Functions -----------------------------------------------------------------------------------------------------
 
 
-def _corrected_function(function: Any, schema: Any, lm: Any, options: Mapping[str, Any]) -> Any:
+def _corrected_function(
+    function: Any, schema: Any, lm: Any, max_retries: int | None, refine_instructions: str | None
+) -> Any:
     name = function.__name__
     try:
         takes = input_model(name, parameter_fields(function, f"{name}()", "annotate it"))
@@ -150,14 +163,10 @@ def _corrected_function(function: Any, schema: Any, lm: Any, options: Mapping[st
         raise TypeError(f"@self_correcting: {name}() has no return type: annotate it with the model of its result")
     is_model = _is_model(returned)
     gives = returned if is_model else create_model(f"{takes.__name__[: -len('Input')]}Output", answer=(returned, ...))
-    instructions = inspect.getdoc(function)
-    graph = Graph(description=" ".join((instructions or "").partition("\n\n")[0].split()))
-    graph.add_node(StatefulNode(name, takes, gives, instructions, **options))
-    graph.add_edge(name, END)
-    graph.set_entry_point(name)
+    node = StatefulNode(name, takes, gives, inspect.getdoc(function), refine_instructions=refine_instructions)
     kind = _Awaited if inspect.iscoroutinefunction(function) else SelfCorrecting
     try:
-        program = kind(function, graph, gives, unwraps=not is_model)
+        program = kind(function, node, max_retries, unwraps=not is_model)
     except GraphError as error:
         raise ValueError(f"@self_correcting: {'; '.join(error.problems)}") from error
     if lm is not None:
@@ -182,8 +191,6 @@ def _corrected_class(kind: Any, schema: Any, lm: Any, options: Mapping[str, Any]
     methods = _methods(kind)
     if not methods:
         raise TypeError(f"@self_correcting: {kind.__name__} has neither forward nor aforward")
-    for problem in option_problems(options["max_retries"] or 0):
-        raise ValueError(f"@self_correcting: {problem}")
     schemas = [schema, *map(_returned, methods.values())]
     gives: Any = next((each for each in schemas if each is not None), None)
     if not _is_model(gives):

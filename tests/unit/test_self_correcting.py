@@ -91,12 +91,16 @@ async def test_retries_are_bounded_by_the_decorator_or_the_call():
     script = Script(*[BAD] * 4, GOOD)
     with script.use(), pytest.raises(OutputError, match="after 4 attempts"):
         await review("x")
-    options: Any = {"max_retries": 0}
     with Script(BAD, GOOD).use():
         assert judge("x").score == 5
-    free: Any = self_correcting(judge.__wrapped__)
+    call: Any = judge
     with Script(BAD, GOOD).use(), pytest.raises(OutputError, match="it was asked for once"):
-        free("x", **options)
+        call("x", max_retries=0)
+    with Script(BAD, BAD, GOOD).use():
+        assert (await judge.aforward(text="x", max_retries=2)).score == 5
+    with Script(BAD, BAD, GOOD).use():
+        failed = of("validation_error", await events_of(judge.astream(text="x")))
+    assert [event["max_retries"] for event in failed] == [1, 1]
 
 
 async def test_return_types_that_are_no_models():
@@ -255,7 +259,7 @@ def test_negative_retries():
     with pytest.raises(ValueError, match="max_retries is -1; it must be 0 or more"):
         self_correcting(max_retries=-1)(judge.__wrapped__)
     with pytest.raises(ValueError, match="max_retries is -1; it must be 0 or more"):
-        self_correcting(max_retries=-1)(type("M", (dspy.Module,), {"forward": untyped}))
+        self_correcting(max_retries=-1)(Rater)
 
 
 # -- Module classes ----------------------------------------------------------------------------------------------------
