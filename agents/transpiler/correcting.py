@@ -26,15 +26,15 @@ from agentcast.agents.graph.checking import CALL_OPTIONS, option_problems
 from agentcast.agents.graph.state import detached
 from agentcast.agents.streaming import node_span, replace_methods
 from agentcast.agents.streaming.dspy_calls import call_in_thread
-from agentcast.agents.transpiler.program import Program, compiled, is_apart, joined, run_to_end
+from agentcast.agents.transpiler.program import Program, call_observed, compiled, is_unobserved, run_to_end
 from agentcast.agents.transpiler.steps import (
     DEFAULT_RETRIES,
     Rejected,
-    accepted,
+    accepted_output,
     correcting_adapter,
     default_formatter,
     fields_of,
-    reading,
+    rejecting_unreadable,
 )
 from agentcast.agents.values import plain
 
@@ -74,7 +74,7 @@ class SelfCorrecting(Program[Any], Generic[P, R]):
         options = {name: value for name, value in kwargs.items() if name in CALL_OPTIONS}
         bound = self._signature.bind(*args, **{name: kwargs[name] for name in kwargs if name not in options})
         inputs = dict(bound.arguments)
-        result = await (joined(self, {**options, **inputs}) if is_apart() else self._run(options, inputs))
+        result = await (call_observed(self, {**options, **inputs}) if is_unobserved() else self._run(options, inputs))
         return getattr(result, ANSWER) if self._unwraps else result
 
     async def _run(self, options: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
@@ -191,8 +191,7 @@ def _corrected_class(kind: Any, schema: Any, lm: Any, options: Mapping[str, Any]
     methods = _methods(kind)
     if not methods:
         raise TypeError(f"@self_correcting: {kind.__name__} has neither forward nor aforward")
-    schemas = [schema, *map(_returned, methods.values())]
-    gives: Any = next((each for each in schemas if each is not None), None)
+    gives: Any = schema or next(filter(None, map(_returned, methods.values())), None)
     if not _is_model(gives):
         where = " or ".join(f"{kind.__name__}.{name}" for name in methods)
         raise TypeError(f"@self_correcting: {where} must return a pydantic model: annotate it, or pass schema=…")
@@ -220,8 +219,8 @@ def _corrected_method(method: Any, node: StatefulNode, lm: Any) -> Any:
 
     async def call(module: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
         inputs = _by_name(signature, module, *args, **kwargs)
-        if is_apart():
-            return await joined(module, inputs)
+        if is_unobserved():
+            return await call_observed(module, inputs)
         with dspy.context(**({} if lm is None else {"lm": lm})):
             return await _attempts(module, method, node, inputs)
 
@@ -263,12 +262,12 @@ async def _attempts(module: Any, method: Any, node: StatefulNode, inputs: Mappin
             adapter = dspy.settings.adapter or dspy.ChatAdapter()
             shown = {"adapter": correcting_adapter(adapter, node, rejected, _writers(module, node))}
         with dspy.context(**shown):
-            return fields_of(node.output_model, await reading(node, work))
+            return fields_of(node.output_model, await rejecting_unreadable(node, work))
 
     replace_methods()
     retries = DEFAULT_RETRIES if node.max_retries is None else node.max_retries
     with node_span(node.name, lambda: {name: plain(value) for name, value in inputs.items()}) as span:
-        output, _ = await accepted(node, attempt, span, default_formatter, retries)
+        output, _ = await accepted_output(node, attempt, span, default_formatter, retries)
         span.end(lambda: {name: plain(getattr(output, name)) for name in type(output).model_fields})
     return output
 

@@ -70,7 +70,7 @@ class Program(dspy.Module, Generic[T]):  # type: ignore[misc]  # dspy is untyped
 
     async def acall(self, **inputs: Any) -> T:
         """As `aforward`."""
-        result: T = await joined(self, inputs) if is_apart() else await super().acall(**inputs)
+        result: T = await call_observed(self, inputs) if is_unobserved() else await super().acall(**inputs)
         return result
 
     def forward(
@@ -83,13 +83,13 @@ class Program(dspy.Module, Generic[T]):  # type: ignore[misc]  # dspy is untyped
     ) -> T:
         """As `aforward`, from synchronous code. In a thread whose event loop runs, that loop waits."""
         options = _given(max_retries=max_retries, max_steps=max_steps, on_loop_limit=on_loop_limit)
-        call = joined(self, {**options, **inputs}) if is_apart() else self._run(options, inputs)
+        call = call_observed(self, {**options, **inputs}) if is_unobserved() else self._run(options, inputs)
         result: T = run_to_end(lambda: call)
         return result
 
     def __call__(self, **inputs: Any) -> T:
         """As `forward`."""
-        result: T = run_to_end(lambda: joined(self, inputs)) if is_apart() else super().__call__(**inputs)
+        result: T = run_to_end(lambda: call_observed(self, inputs)) if is_unobserved() else super().__call__(**inputs)
         return result
 
     def astream(
@@ -304,13 +304,13 @@ def _plain(event: Any) -> Item:
 # -- Calls -----------------------------------------------------------------------------------------------------------
 
 
-def is_apart() -> bool:
-    """Whether the calling code is in the run of an agent function, which events have to be brought to."""
+def is_unobserved() -> bool:
+    """Whether the calling code is in the run of an agent function, where nothing observes what programs do."""
     return innermost() is None and dspy.settings.get(EMITTER_SETTING) is not None
 
 
-async def joined(program: Any, inputs: Mapping[str, Any]) -> Any:
-    """What `program` returns, its events emitted in the run of the agent function that calls it."""
+async def call_observed(program: Any, inputs: Mapping[str, Any]) -> Any:
+    """What `program` returns; its events are emitted in the run of the agent function that calls it."""
     emit = dspy.settings.get(EMITTER_SETTING)
     return (await run_program(program, inputs, emit, root=False)).prediction
 

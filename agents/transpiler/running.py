@@ -27,7 +27,7 @@ from agentcast.agents.graph.flow import Flow, Shape, Step, targets
 from agentcast.agents.graph.state import State, View, detached
 from agentcast.agents.streaming import NodeSpan, node_span, replace_methods, tell_step_limit
 from agentcast.agents.threads import unblocking
-from agentcast.agents.transpiler.steps import ErrorFormatter, accepted, attempts_of, parts_of, retries_of
+from agentcast.agents.transpiler.steps import ErrorFormatter, accepted_output, attempts_of, parts_of, retries_of
 from agentcast.agents.values import plain
 
 
@@ -152,7 +152,7 @@ class GraphRun:
     async def _work(self, node: StatefulNode, module: Any, values: Mapping[str, Any], span: NodeSpan) -> BaseModel:
         attempt = await attempts_of(node, module, _checked_input(node, values))
         retries = retries_of(node, self._options.max_retries)
-        output, failed = await accepted(node, attempt, span, self._plan.formatter, retries)
+        output, failed = await accepted_output(node, attempt, span, self._plan.formatter, retries)
         self._retries += failed
         return output
 

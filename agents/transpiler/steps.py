@@ -114,7 +114,7 @@ def _predictor(module: Any) -> Any:
 # -- Attempts ------------------------------------------------------------------------------------------------------
 
 
-async def accepted(
+async def accepted_output(
     node: StatefulNode, attempt: Attempt, span: NodeSpan, formatter: ErrorFormatter, retries: int
 ) -> tuple[BaseModel, int]:
     """The output that the node's `output_model` takes, and how many attempts failed before it.
@@ -180,11 +180,11 @@ async def _ask_model(node: StatefulNode, call: Callable[[], Awaitable[Any]], rej
     if rejected is not None:
         adapter = correcting_adapter(adapter, node, rejected, fields)
     with dspy.context(adapter=adapter):
-        prediction = await reading(node, call)
+        prediction = await rejecting_unreadable(node, call)
     return {name: prediction[name] for name in fields}
 
 
-async def reading(node: StatefulNode, call: Callable[[], Awaitable[Any]]) -> Any:
+async def rejecting_unreadable(node: StatefulNode, call: Callable[[], Awaitable[Any]]) -> Any:
     """What `call()` gives.
 
     :raises Rejected: a language model's answer cannot be read.
