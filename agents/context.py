@@ -9,6 +9,7 @@ This module must not know how events travel, or how DSPy reports its calls.
 
 import contextvars
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,12 +42,22 @@ class Observer(Protocol):
         """
 
 
+class Numbers:
+    """The numbers of a run's spans and messages."""
+
+    def __init__(self) -> None:
+        self.spans = itertools.count(1)
+        self.messages = itertools.count(1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
     """The run that code is part of. Outside of any run every field has its default."""
 
     emitter: Emitter | None = None
     """Where the run's events go."""
+    numbers: Numbers = field(default_factory=Numbers, compare=False)
+    """Of what goes there."""
     task: Task | None = None
     """What the run is asked to do, if a hub runs it."""
     span: str | None = None

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from agentcast.agents.base import ToolError
 from agentcast.agents.demo.corpus import Corpus, corpus
 from agentcast.agents.demo.researcher import calculate, read, registry, search
-from agentcast.agents.graph import END, Graph, Reducer, StatefulNode
+from agentcast.agents.graph import END, Graph, StatefulNode
 from agentcast.agents.transpiler import AgentTranspiler
 
 MAX_STEPS = 10
@@ -80,7 +80,7 @@ class Evidence(BaseModel):
 
 
 class Found(BaseModel):
-    evidence: Annotated[list[Evidence], Reducer(operator.add)] = Field(
+    evidence: Annotated[list[Evidence], operator.add] = Field(
         description="the sentences of the files that answer the question; empty if none does"
     )
 

@@ -8,11 +8,11 @@
     graph.set_entry_point("draft")
 
 A graph is data. `agentcast.agents.transpiler` makes a program of it. The rules by which it runs are here, without
-anything that runs: `flow` says which node is next, `state` who sees which value. docs/graphs.md has them in words. It
-must not be known here what DSPy is, how a node does its work, or that anybody watches.
+anything that runs: `flow` says which node is next, `state` who sees which value. docs/graphs.md has them in words. This
+package must not know DSPy, how a node does its work, or events.
 """
 
-from agentcast.agents.graph.building import END, Graph, Reducer, StatefulNode
+from agentcast.agents.graph.building import END, Graph, StatefulNode
 from agentcast.agents.graph.errors import GraphError
 
-__all__ = ["END", "Graph", "GraphError", "Reducer", "StatefulNode"]
+__all__ = ["END", "Graph", "GraphError", "StatefulNode"]

@@ -11,16 +11,10 @@ END = "__end__"
 DEFAULT_MAX_STEPS = 15
 
 Kind = Literal["lm", "react", "function", "module"]
-
-
-@dataclass(frozen=True, slots=True)
-class Reducer:
-    """Marks a field that merges: `notes: Annotated[list[str], Reducer(operator.add)]`.
-
-    `merge(before, new)` gives the field's new value. It is not called for the first value.
-    """
-
-    merge: Callable[[Any, Any], Any]
+OnLoopLimit = Literal["raise", "return"]
+Reducer = Callable[[Any, Any], Any]
+"""Merges a field, given its value before and a new one: `notes: Annotated[list[str], operator.add]`. It is not called
+for the first value."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +55,7 @@ class StatefulNode:
 @dataclass(frozen=True, slots=True)
 class Route:
     """Conditional edges: what `choose` returns is looked up in `path_map`. `choose` is a function of the state, sync or
-    async, or `None`: the source's own output decides, by its field `decision`."""
+    async, or `None`: the source's own output decides, by its field `decision` (empty: it has none that could)."""
 
     source: str
     choose: Callable[[Any], Any] | None
@@ -72,9 +66,10 @@ class Route:
 class Graph:
     """Nodes and edges. Compile it with `AgentTranspiler.compile`.
 
-    `input_model` says what the program takes; by default what the entry node takes. A run that comes to its
-    `max_steps`-th node and is not at its end fails (`on_loop_limit="raise"`) or ends with what it has (`"return"`).
-    `description` says, for people, what the program does.
+    `input_model` says what the program takes; by default what the entry node takes, and the input fields of later
+    nodes that no node sets. A run that comes to its `max_steps`-th node and is not at its end fails
+    (`on_loop_limit="raise"`) or ends with what it has (`"return"`). `description` says, for people, what the program
+    does.
     """
 
     def __init__(
@@ -82,7 +77,7 @@ class Graph:
         *,
         input_model: type[BaseModel] | None = None,
         max_steps: int = DEFAULT_MAX_STEPS,
-        on_loop_limit: Literal["raise", "return"] = "raise",
+        on_loop_limit: OnLoopLimit = "raise",
         description: str = "",
     ) -> None:
         self.input_model = input_model
@@ -108,23 +103,26 @@ class Graph:
             self.edges.append(edge)
 
     def add_conditional_edges(
-        self, source: str, router: Callable[[Any], Any] | StatefulNode, path_map: Mapping[Any, str]
+        self, source: str, router: Callable[[Any], Any] | StatefulNode | str, path_map: Mapping[Any, str]
     ) -> None:
         """After `source` comes what `path_map` has for the router's choice.
 
-        `router` is a function of the state, sync or async, that returns a key of `path_map` or a list of keys; or a
-        node, which then runs after `source`, and whose only output field, or that named `route`, is the key.
+        `router` is a function of the state, sync or async, that returns a key of `path_map` or a list of keys; or the
+        name of an output field of `source`, which is the key; or a node, which then runs after `source`, and whose only
+        output field, or that named `next_step` or `route`, is the key. A text, too, may stand for a key: "true" for
+        `True`, "3" for `3`, an enum member's name or value for the member, and the other way round.
         """
-        targets = {key: _target(target) for key, target in path_map.items()}
-        if not isinstance(router, StatefulNode):
-            self.routes.append(Route(source, router, targets))
-            return
-        if router not in self.nodes:
-            self.nodes.append(router)
-        self.add_edge(source, router.name)
-        fields = list(router.output_model.model_fields)
-        route = Route(router.name, None, targets, fields[0] if len(fields) == 1 else "route")
-        if route not in self.routes:
+        ends = {key: _target(target) for key, target in path_map.items()}
+        if isinstance(router, StatefulNode):
+            if router not in self.nodes:
+                self.nodes.append(router)
+            self.add_edge(source, router.name)
+            route = Route(router.name, None, ends, _decision(router.output_model))
+        elif isinstance(router, str):
+            route = Route(source, None, ends, router)
+        else:
+            route = Route(source, router, ends)
+        if route.choose is not None or route not in self.routes:
             self.routes.append(route)
 
     def set_entry_point(self, name: str) -> None:
@@ -135,6 +133,14 @@ class Graph:
         new = copy.copy(self)
         new.nodes, new.edges, new.routes = list(self.nodes), list(self.edges), list(self.routes)
         return new
+
+
+def _decision(model: type[BaseModel]) -> str:
+    """The field by which a node that routes decides."""
+    fields = list(model.model_fields)
+    if len(fields) == 1:
+        return fields[0]
+    return next((name for name in ("next_step", "route") if name in fields), "")
 
 
 def _target(name: str) -> str:

@@ -1,14 +1,17 @@
 """What is wrong with a graph: all of it at once, before it ever runs."""
 
+import copy
+import inspect
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel, RootModel
+from pydantic import BaseModel, RootModel, create_model
 from pydantic.fields import FieldInfo
 
 from agentcast.agents.graph.building import END, Graph, Reducer, Route, StatefulNode
-from agentcast.agents.graph.shape import Shape
+from agentcast.agents.graph.flow import Shape
 
 RESERVED = frozenset(
     # What DSPy takes for itself when a predictor is called, or has on signatures and predictions.
@@ -19,13 +22,27 @@ RESERVED = frozenset(
 )
 REACT_RESERVED = frozenset({"trajectory", "max_iters", "next_thought", "next_tool_name", "next_tool_args"})
 
+CALL_OPTIONS = frozenset({"max_retries", "max_steps", "on_loop_limit"})
+"""What every call of a program takes besides its inputs."""
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 
 def problems(graph: Graph, output_model: type[BaseModel] | None) -> list[str]:
     """All reasons why `graph` cannot be compiled, each naming its node and field."""
     structure = [*_node_problems(graph), *_edge_problems(graph), *_decision_problems(graph), *_entry_problems(graph)]
-    return [*structure, *_name_problems(graph), *_reducer_problems(graph), *_flow_problems(graph, output_model)]
+    fields = [*_name_problems(graph), *_reducer_problems(graph), *_input_problems(graph)]
+    return [*structure, *fields, *_flow_problems(graph, output_model)]
+
+
+def option_problems(max_retries: Any = 0, max_steps: Any = 1, on_loop_limit: Any = "raise") -> Iterator[str]:
+    """What is wrong with the options of a graph or of a call."""
+    if not isinstance(max_retries, int) or max_retries < 0:
+        yield f"max_retries is {max_retries!r}; it must be 0 or more"
+    if not isinstance(max_steps, int) or max_steps < 1:
+        yield f"max_steps is {max_steps!r}; it must be 1 or more"
+    if on_loop_limit not in ("raise", "return"):
+        yield f"on_loop_limit is {on_loop_limit!r}; it must be 'raise' or 'return'"
 
 
 def is_sound(node: StatefulNode) -> bool:
@@ -44,14 +61,45 @@ def reducers(graph: Graph) -> dict[str, Reducer]:
 
 
 def reducer_of(info: FieldInfo) -> Reducer | None:
-    return next((item for item in info.metadata if isinstance(item, Reducer)), None)
+    return next((item for item in info.metadata if inspect.isroutine(item)), None)
 
 
 def program_inputs(graph: Graph) -> type[BaseModel] | None:
     """The model of what the program takes."""
+    base = declared_inputs(graph)
+    if base is None or base is graph.input_model or not _is_model(base):
+        return base
+    later = _later_inputs(graph, base)
+    if not later:
+        return base
+    definitions: dict[str, Any] = {name: (info.annotation, copy.copy(info)) for name, info in later.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a field may well be called "schema" or "copy"
+        return create_model(
+            base.__name__, __base__=base, __doc__=base.__doc__, __module__=base.__module__, **definitions
+        )
+
+
+def declared_inputs(graph: Graph) -> type[BaseModel] | None:
+    """The program's inputs without those that only later nodes read: the graph's own, or those of the entry node."""
     if graph.input_model is not None:
         return graph.input_model
     return next((node.input_model for node in graph.nodes if node.name == graph.entry), None)
+
+
+def _later_inputs(graph: Graph, base: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The input fields that no node sets and `base` does not have, as the first node declares them that requires them,
+    or else the first that reads them."""
+    reachable = Shape(graph).reachable
+    nodes = [node for node in graph.nodes if node.name in reachable]
+    known = set(_fields(base)).union(*(_fields(node.output_model) for node in nodes))
+    found: dict[str, FieldInfo] = {}
+    for node in nodes:
+        for name, info in _fields(node.input_model).items():
+            is_new = name not in found or (info.is_required() and not found[name].is_required())
+            if name not in known and is_new:
+                found[name] = info
+    return found
 
 
 # -- Nodes ---------------------------------------------------------------------------------------------------------
@@ -60,12 +108,10 @@ def program_inputs(graph: Graph) -> type[BaseModel] | None:
 def _node_problems(graph: Graph) -> Iterator[str]:
     if not graph.nodes:
         yield "it has no nodes: add one with graph.add_node(StatefulNode(…))"
-    if graph.max_steps < 1:
-        yield f"max_steps is {graph.max_steps}; it must be 1 or more"
+    yield from option_problems(max_steps=graph.max_steps)
     if graph.input_model is not None and not _is_model(graph.input_model):
         yield "input_model must be a pydantic model class"
-    if graph.on_loop_limit not in ("raise", "return"):
-        yield f"on_loop_limit is {graph.on_loop_limit!r}; it must be 'raise' or 'return'"
+    yield from option_problems(on_loop_limit=graph.on_loop_limit)
     seen: set[str] = set()
     for node in graph.nodes:
         if node.name in seen:
@@ -129,7 +175,7 @@ def _route_problems(route: Route, names: set[str]) -> Iterator[str]:
     if not route.path_map:
         yield "path_map is empty"
     if not _may_call(route.choose):
-        yield "the router must be a function or a StatefulNode"
+        yield "the router must be a function, a StatefulNode or the name of an output field"
     for key, target in route.path_map.items():
         if target not in {*names, END}:
             yield f"{key!r} leads to {target!r}, and there is no such node"
@@ -139,11 +185,22 @@ def _decision_problems(graph: Graph) -> Iterator[str]:
     deciding = [route for route in graph.routes if route.choose is None]
     for route in deciding:
         node = next((node for node in graph.nodes if node.name == route.source), None)
-        if node is not None and _is_model(node.output_model) and route.decision not in node.output_model.model_fields:
-            yield f"node {route.source!r} routes, so its output_model must have one field, or one named 'route'"
-    sources = [route.source for route in deciding]
-    for source in dict.fromkeys(sources):
-        if sources.count(source) > 1:
+        if node is None or not _is_model(node.output_model) or route.decision in node.output_model.model_fields:
+            continue
+        if route.decision:
+            known = ", ".join(node.output_model.model_fields) or "none"
+            yield (
+                f"node {route.source!r} routes by {route.decision!r}, which is no field of its output_model; it has "
+                f"{known}"
+            )
+        else:
+            yield (
+                f"node {route.source!r} routes, so its output_model must have one field, or one named 'next_step' or "
+                "'route'"
+            )
+    sources = [(route.source, route.decision) for route in deciding]
+    for source, decision in dict.fromkeys(sources):
+        if sources.count((source, decision)) > 1:
             yield f"node {source!r} routes by two different path_maps"
 
 
@@ -186,9 +243,16 @@ def _reducer_problems(graph: Graph) -> Iterator[str]:
 
 def _reserved(node: StatefulNode) -> frozenset[str]:
     names = RESERVED
+    if isinstance(getattr(node.module, "graph", None), Graph):
+        names |= CALL_OPTIONS
     if node.kind == "react":
         names |= REACT_RESERVED | {"reasoning"}
     return names | {"reasoning"} if node.use_cot else names
+
+
+def _input_problems(graph: Graph) -> Iterator[str]:
+    for name in sorted(CALL_OPTIONS.intersection(_fields(program_inputs(graph)))):
+        yield f"the program's input field {name!r} has the name of an option that every call takes: rename it"
 
 
 def _flow_problems(graph: Graph, output_model: type[BaseModel] | None) -> Iterator[str]:

@@ -1,10 +1,10 @@
-"""A graph as data for whoever draws it, and as Mermaid text."""
+"""A graph as data, for clients that draw it, and as Mermaid text."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from agentcast.agents.graph.building import END, Graph
-from agentcast.agents.graph.shape import Shape
+from agentcast.agents.graph.flow import Shape
 
 
 def described(graph: Graph) -> dict[str, Any]:

@@ -40,14 +40,14 @@ class OutputError(StepError):
 
 
 class NodeCancelled(StepError):
-    """What a node, or a router, waited for was cancelled, though nobody stops the run."""
+    """What a node, or a router, waited for was cancelled, though the run was not."""
 
     def __init__(self, node: str) -> None:
         super().__init__(node, "something that it waited for was cancelled")
 
 
 class RouteError(StepError):
-    """A router chose what its `path_map` does not have."""
+    """A router chose what its `path_map` does not have, or what stands for several of its keys."""
 
 
 class ConflictError(StepError):
@@ -57,7 +57,7 @@ class ConflictError(StepError):
         super().__init__(
             second,
             f"it sets {field!r}, which {first!r} sets in parallel; "
-            f"declare how to merge them, as in Annotated[…, Reducer(operator.add)], or rename one",
+            f"declare how to merge them, as in Annotated[…, operator.add], or rename one",
         )
         self.field = field
         self.nodes = (first, second)
@@ -68,7 +68,7 @@ class ResultError(ValueError):
 
 
 class StepLimitError(ValueError):
-    """The graph has run `max_steps` nodes and is not at its end. No node is to blame."""
+    """The graph has run `max_steps` nodes and is not at its end. `node` is None: it is no single node's error."""
 
     node = None
 
@@ -92,8 +92,8 @@ class NodeTimeout(TimeoutError):
         return str(self.strerror)
 
 
-def carry(error: BaseException, node: str) -> None:
-    """Have `error`, whatever it is, tell `node` (the innermost one) as an attribute."""
+def name_node(error: BaseException, node: str) -> None:
+    """Give `error`, of any type, the attribute `node`; the innermost node stays."""
     if hasattr(error, "node"):
         return
     try:

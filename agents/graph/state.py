@@ -7,11 +7,19 @@ Values are owned: what enters is copied, and what is handed out is a copy (`deta
 but by what it returns.
 """
 
+import copy
+import datetime
+import decimal
+import enum
+import pathlib
+import types
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
+
 from agentcast.agents.graph.building import Reducer
-from agentcast.agents.graph.detaching import detached
 from agentcast.agents.graph.errors import ConflictError
 from agentcast.agents.graph.flow import START, Step
 
@@ -25,7 +33,7 @@ class _Version(NamedTuple):
     rank: tuple[int, int, int]
     value: Any
     total: Any
-    """The field's value for whoever sees this version and all before it."""
+    """The field's value for a step that sees this version and all before it."""
     seen: int
 
 
@@ -77,7 +85,7 @@ class State:
         return {name: self.value(name, sight) for name in wanted if self.has(name, sight)}
 
     def _merge(self, name: str, before: Any, new: Any) -> Any:
-        return detached(self._reducers[name].merge(detached(before), detached(new)))
+        return detached(self._reducers[name](detached(before), detached(new)))
 
 
 class View(Mapping[str, Any]):
@@ -103,3 +111,62 @@ class View(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"View({dict(self._values)!r})"
+
+
+# -- Copies --------------------------------------------------------------------------------------------------------
+
+_ATOMS = frozenset(
+    {
+        *(str, int, float, bool, complex, bytes, types.NoneType, type, types.FunctionType, types.BuiltinFunctionType),
+        *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID),
+        *(pathlib.Path, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, frozenset),
+    }
+)
+
+# The slots of a model, past its own `__setattr__`, which validates.
+_set_dict: Any = BaseModel.__dict__["__dict__"].__set__
+_set_names: Any = BaseModel.__dict__["__pydantic_fields_set__"].__set__
+_set_extra: Any = BaseModel.__dict__["__pydantic_extra__"].__set__
+_set_private: Any = BaseModel.__dict__["__pydantic_private__"].__set__
+
+
+def detached(value: Any) -> Any:
+    """A copy of `value` that shares nothing with it that can be changed, except what cannot be copied, such as a
+    connection.
+
+    As `copy.deepcopy`, an order of magnitude faster for plain data and pydantic models, which states consist of."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if kind is list:
+        return [item if type(item) in _ATOMS else detached(item) for item in value]
+    if kind is dict:
+        return _fields(value)
+    if BaseModel in kind.__mro__:  # several times as fast as `isinstance`, which pydantic has overridden
+        new = object.__new__(kind)
+        _set_dict(new, _fields(value.__dict__))
+        _set_names(new, value.__pydantic_fields_set__.copy())
+        extra, private = value.__pydantic_extra__, value.__pydantic_private__
+        _set_extra(new, None if extra is None else _fields(extra))
+        _set_private(new, None if private is None else _fields(private))
+        return new
+    return _other(value)
+
+
+def _fields(fields: dict[Any, Any]) -> dict[Any, Any]:
+    new = fields.copy()
+    for name, item in fields.items():
+        if type(item) not in _ATOMS:
+            new[name] = detached(item)
+    return new
+
+
+def _other(value: Any) -> Any:
+    if type(value) is tuple:
+        return tuple(map(detached, value))
+    if isinstance(value, enum.Enum | type):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # noqa: BLE001 -- an object may refuse to be copied in any way
+        return value

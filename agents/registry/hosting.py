@@ -11,7 +11,7 @@ import dspy
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from agentcast.agents.base import AgentSpec, Emitter, Task
-from agentcast.agents.context import within
+from agentcast.agents.context import Numbers, within
 from agentcast.agents.contract import Call, Contract
 from agentcast.agents.history import history_messages, history_text
 from agentcast.agents.llm import RunModels
@@ -104,7 +104,7 @@ def _hosted(task: Task, emit: Emitter, lm: Any) -> Iterator[None]:
     that have none (None: the process's), and DSPy's trace is a list of the run's own."""
     replace_methods()
     settings = {"trace": [], **({} if lm is None else {"lm": lm})}
-    with dspy.context(**settings), within(emitter=emit, task=task, models=RunModels()):
+    with dspy.context(**settings), within(emitter=emit, numbers=Numbers(), task=task, models=RunModels()):
         yield
 
 

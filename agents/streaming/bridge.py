@@ -8,7 +8,7 @@ calls and chunks is for its subclasses to know; how items travel is known to nob
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
@@ -51,18 +51,16 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
         """The items that `chunk` makes. Called where the chunk is produced, in the context of its LM call."""
         raise NotImplementedError
 
-    async def conduct(self, call: Callable[[], Awaitable[Any]], *, emitter: Any = None, **settings: Any) -> Any:
-        """Await `call()` with DSPy reporting to this bridge what happens, and with `settings` of DSPy. `emitter` is the
-        one for code that is not given any; by default, that of the run around.
+    async def conduct(self, call: Callable[[], Awaitable[Any]], changes: Mapping[str, Any], **settings: Any) -> Any:
+        """Await `call()` with DSPy reporting to this bridge what happens, with `changes` of the context and with
+        `settings` of DSPy.
 
         :raises Stopped: the run was stopped.
         :raises Exception: what the program raises, as it is.
         """
         install()
         replace_methods()
-        context = replace(current(), observer=self)
-        if emitter is not None:
-            context = replace(context, emitter=emitter, span=None)
+        context = replace(current(), observer=self, **changes)
         own = {"callbacks": [*dspy.settings.callbacks, self], "send_stream": self.sink, SETTING: context}
         try:
             with dspy.context(**own, **settings):

@@ -72,7 +72,7 @@ async def run_program(
         thread = f"program {name or type(program).__name__}"
         call = functools.partial(call_in_thread, functools.partial(program, **inputs), thread, limiter)
     try:
-        prediction = await run.conduct(call, emitter=emit, **settings)
+        prediction = await run.conduct(call, {"emitter": emit, "numbers": run.numbers, "span": run.parent}, **settings)
     finally:
         meter.report(outer)
         if around is not None:

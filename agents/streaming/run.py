@@ -4,7 +4,6 @@ This module must not know how programs are called or how events travel, nor what
 """
 
 import functools
-import itertools
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -17,7 +16,7 @@ from dspy.utils.exceptions import AdapterParseError, LMError
 
 from agentcast.agents._dspy import streams
 from agentcast.agents.base import Emitter, public_message
-from agentcast.agents.context import current, within
+from agentcast.agents.context import Numbers, current, within
 from agentcast.agents.events import (
     AgentEvent,
     Failure,
@@ -95,8 +94,10 @@ class Run(Bridge):
         self._shown = shown
         self._names = {id(part): _display_name(path) for path, part in program.named_sub_modules()}
         self._names[id(program)] = name or type(program).__name__
-        self._spans = itertools.count(1)
-        self._message_ids = itertools.count(1)
+        context = current()
+        is_part = context.emitter is emit  # of a run that may run several programs, all into one emitter
+        self.numbers = context.numbers if is_part else Numbers()
+        self.parent = context.span if is_part else None
 
     def read(self, chunk: Any) -> Iterable[AgentEvent]:
         """A chunk in the shape of OpenAI's. Of several candidates only the first one is shown."""
@@ -215,12 +216,12 @@ class Run(Bridge):
     # -- What they share -------------------------------------------------------------------------------------------
 
     def _new_message(self) -> str:
-        return f"m{next(self._message_ids)}"
+        return f"m{next(self.numbers.messages)}"
 
     def _new(self, name: str) -> Call:
         """A call that is a span inside the one around it."""
         around = self.here()
-        call = Call(str(next(self._spans)), name, time.monotonic())
+        call = Call(str(next(self.numbers.spans)), name, time.monotonic(), self.parent)
         if around is not None:
             call.parent, call.spoken = around.span, around.spoken
         return call

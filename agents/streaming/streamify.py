@@ -82,7 +82,7 @@ def streamify(
         call = functools.partial(function, *args, **inputs)
         if threaded:
             call = functools.partial(call_in_thread, call, f"program {name}")
-        value = await relay.conduct(call, stream_listeners=listeners)
+        value = await relay.conduct(call, {}, stream_listeners=listeners)
         heard = listening is not None and listening.heard
         if include_final_prediction_in_output_stream or not heard or not isinstance(value, dspy.Prediction):
             await channel.send(value)

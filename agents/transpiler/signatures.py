@@ -41,7 +41,7 @@ def signature_of(node: StatefulNode) -> Any:
 
 
 def correcting(signature: Any, node: StatefulNode) -> Any:
-    """`signature` with the fields of a correction. Made of the predictor's own, which optimizers may have changed."""
+    """`signature`, which is the predictor's own and may have been tuned, with the fields of a correction."""
     instructions = f"{signature.instructions}\n\n{node.refine_instructions or REPAIR}"
     answer = dspy.InputField(desc="Your previous answer, which was rejected.")
     problems = dspy.InputField(desc="What is wrong with it: fields and reasons.")
@@ -63,7 +63,7 @@ _CONSTRAINTS = ("gt", "ge", "lt", "le", "multiple_of", "min_length", "max_length
 
 
 def _constraints(info: FieldInfo) -> dict[str, Any]:
-    """What the model is told of the limits of a field; they are checked by the node's `output_model`."""
+    """The limits of a field that the prompt names; the node's `output_model` checks them."""
     return {
         name: value
         for item in info.metadata

@@ -7,7 +7,7 @@ import dspy
 import pytest
 from pydantic import BaseModel, RootModel, create_model
 
-from agentcast.agents.graph import END, Graph, GraphError, Reducer, StatefulNode
+from agentcast.agents.graph import END, Graph, GraphError, StatefulNode
 from agentcast.agents.transpiler import AgentTranspiler
 from tests.support.graphs import Empty, Text, Topic, graph_of, node
 
@@ -61,11 +61,11 @@ def test_unknown_target_of_a_conditional_edge():
 def test_unknown_source_empty_map_and_useless_router():
     graph = graph_of(ok)
     graph.add_conditional_edges("nobody", lambda _: "x", {"x": END})
-    graph.add_conditional_edges("ok", "ok", {})  # type: ignore[arg-type]
+    graph.add_conditional_edges("ok", 3, {})  # type: ignore[arg-type]
     assert problems(graph) == (
         "conditional edges of 'nobody': there is no such node",
         "conditional edges of 'ok': path_map is empty",
-        "conditional edges of 'ok': the router must be a function or a StatefulNode",
+        "conditional edges of 'ok': the router must be a function, a StatefulNode or the name of an output field",
     )
 
 
@@ -88,7 +88,7 @@ def test_unreachable_node():
 
 
 def test_input_field_that_nothing_provides():
-    graph = graph_of(ok, node("next", fields(text=str, mood=str), Empty, given))
+    graph = graph_of(ok, node("next", fields(text=str, mood=str), Empty, given), input_model=Topic)
     assert one(graph) == (
         "node 'next': nothing provides its input field 'mood': no node before it sets it, and the program takes topic"
     )
@@ -155,7 +155,7 @@ def test_field_names_that_are_reserved_for_some_nodes():
 
 
 def test_reducers_that_disagree():
-    add, other = Reducer(operator.add), Reducer(operator.or_)
+    add, other = operator.add, operator.or_
     graph = graph_of(
         node("a", Topic, fields(notes=Annotated[list[str], add]), given),
         node("b", Topic, fields(notes=Annotated[list[str], add]), given),
@@ -247,7 +247,9 @@ def test_node_that_routes_needs_one_field_to_do_so():
     graph = graph_of(ok)
     router = node("judge", Text, fields(good=bool, why=str), given)
     graph.add_conditional_edges("ok", router, {True: END, False: "ok"})
-    assert one(graph) == "node 'judge' routes, so its output_model must have one field, or one named 'route'"
+    assert one(graph) == (
+        "node 'judge' routes, so its output_model must have one field, or one named 'next_step' or 'route'"
+    )
     graph = graph_of(ok)
     router = node("judge", Text, fields(good=bool), given)
     graph.add_conditional_edges("ok", router, {True: END, False: "ok"})

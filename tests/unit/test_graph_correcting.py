@@ -165,7 +165,8 @@ async def test_other_adapters_correct_themselves_too():
     script = Script('{"color": "blue", "n": "x"}', '{"color": "red", "n": 1}')
     with script.use(), dspy.context(adapter=dspy.JSONAdapter()):
         events = await events_of(program.astream(topic="x"))
-    assert events[-1] == {"event": "finished", "prediction": Out(color=Color.RED, n=1)}
+    assert events[-1]["prediction"] == Out(color=Color.RED, n=1)
+    assert events[-1]["metadata"] == {"steps": 1, "retries": 1}
     assert of("validation_error", events)[0]["failed_fields"] == ["color", "n"]
     assert (
         "color: Input should be 'red'; n: Input should be a valid integer" in of("validation_error", events)[0]["error"]

@@ -10,18 +10,17 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from agentcast.agents.graph import END, Graph, StatefulNode
-from agentcast.agents.graph.flow import START, Flow, Step
-from agentcast.agents.graph.shape import Shape
+from agentcast.agents.graph.flow import START, Flow, Shape, Step
 
 
 class Nothing(BaseModel):
     pass
 
 
-def shape_of(edges: dict[str, str], *, max_steps: int = 100) -> Shape:
+def shape_of(edges: dict[str, str]) -> Shape:
     """A graph of nodes named by letters, entered at its first. `edges` are node → targets, `.` is END; targets in
     capitals are conditional."""
-    graph = Graph(max_steps=max_steps)
+    graph = Graph()
     for name in edges:
         graph.add_node(StatefulNode(name, Nothing, Nothing))
     graph.set_entry_point(next(iter(edges)))
@@ -37,8 +36,8 @@ def shape_of(edges: dict[str, str], *, max_steps: int = 100) -> Shape:
 class Run:
     """Steps by name; a node that is running ends when it is told to."""
 
-    def __init__(self, shape: Shape) -> None:
-        self.flow = Flow(shape)
+    def __init__(self, shape: Shape, max_steps: int = 100) -> None:
+        self.flow = Flow(shape, max_steps)
         self.order: list[str] = []
         self.steps: dict[int, Step] = {}
         self.running: dict[str, Step] = {}
@@ -138,7 +137,7 @@ def test_node_that_is_reached_while_it_runs_runs_again_afterwards():
 
 
 def test_limit_stops_what_would_start_and_lets_end_what_runs():
-    run = Run(shape_of({"a": "bc", "b": "b", "c": "."}, max_steps=3))
+    run = Run(shape_of({"a": "bc", "b": "b", "c": "."}), max_steps=3)
     run.end("a", "b", "c")
     assert run.end("b", "b") == set()
     assert run.flow.limited
@@ -147,7 +146,7 @@ def test_limit_stops_what_would_start_and_lets_end_what_runs():
 
 
 def test_nothing_starts_after_the_limit_though_it_alone_would_have_had_room():
-    run = Run(shape_of({"a": "bc", "b": "de", "c": "f", "d": ".", "e": ".", "f": "."}, max_steps=4))
+    run = Run(shape_of({"a": "bc", "b": "de", "c": "f", "d": ".", "e": ".", "f": "."}), max_steps=4)
     run.end("a", "b", "c")
     assert run.end("b", "d", "e") == set()  # two more would be too many
     assert run.flow.limited
@@ -156,7 +155,7 @@ def test_nothing_starts_after_the_limit_though_it_alone_would_have_had_room():
 
 
 def test_deep_graphs_are_no_problem():
-    graph = Graph(max_steps=2_000)
+    graph = Graph()
     names = [f"n{number}" for number in range(1_200)]
     for name in names:
         graph.add_node(StatefulNode(name, Nothing, Nothing))
@@ -227,7 +226,7 @@ def leads(forward: set[tuple[str, str]], source: str, goal: str) -> bool:
 @given(edges=graphs(), seed=st.integers(0, 10_000))
 def test_nodes_start_exactly_when_the_model_says(edges: dict[str, str], seed: int):
     forward = forward_edges(edges)
-    run = Run(shape_of(edges, max_steps=40))
+    run = Run(shape_of(edges), max_steps=40)
     arrived: dict[str, set[str]] = {}
     times: dict[str, int] = {}
     dice = random.Random(seed)

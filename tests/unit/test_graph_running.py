@@ -17,7 +17,7 @@ import pytest
 from dspy.utils.exceptions import LMRateLimitError
 from pydantic import BaseModel, ValidationError
 
-from agentcast.agents.graph import END, Graph, Reducer, StatefulNode
+from agentcast.agents.graph import END, Graph, StatefulNode
 from agentcast.agents.graph.errors import (
     ConflictError,
     InputError,
@@ -43,7 +43,7 @@ class Count(BaseModel):
 
 
 class Notes(BaseModel):
-    notes: Annotated[list[str], Reducer(operator.add)]
+    notes: Annotated[list[str], operator.add]
 
 
 class Read(BaseModel):
@@ -283,7 +283,7 @@ async def test_programs_inside_programs():
     plain = program_of(node("triple", Count, Count, lambda c: {"n": c.n * 3}))
     program = program_of(node("a", Count, Count, module=inner), node("b", Count, Count, module=plain), output=Count)
     events = await events_of(program.astream(n=2))
-    assert events[-1] == {"event": "finished", "prediction": Count(n=15)}
+    assert events[-1]["prediction"] == Count(n=15)
     assert told(events, "node_start") == [("node_start", name) for name in ("a", "double", "up", "b", "triple")]
     spans = {event["node"]: event for event in of("node_start", events)}
     assert spans["double"]["parent"] == spans["up"]["parent"] == spans["a"]["span"]
@@ -545,7 +545,8 @@ async def test_loop_limit_raises():
 async def test_loop_limit_returns_what_there_is():
     events = await events_of(loop(max_steps=9, on_loop_limit="return").astream(n=0))
     assert events[-2] == {"event": "step_limit", "max_steps": 9, "message": "no end after 9 steps"}
-    assert events[-1] == {"event": "finished", "prediction": Count(n=9)}
+    assert events[-1]["prediction"] == Count(n=9)
+    assert events[-1]["metadata"] == {"steps": 9, "retries": 0}
 
 
 async def test_loop_limit_lets_end_what_runs_and_is_told_once():
@@ -819,22 +820,28 @@ async def test_streamify_of_dspy_itself_ends_too():
     assert isinstance(items[-1], dspy.Prediction)
 
 
-async def test_the_example_of_the_docs():
+async def test_the_examples_of_the_docs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[2] / "docs/graphs.md").read_text()
-    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code, names)  # noqa: S102 -- our own
-    with Script(chat(text="short"), chat(text="This one is long enough.")).use():
+    names: dict[str, Any] = {"__name__": "docs"}
+    for code in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(code, names)  # noqa: S102 -- our own
+    short, long = chat(text="short"), chat(text="This one is long enough.")
+    with Script(short, long).use():
         result = await names["program"].aforward(topic="x")
     assert result.model_dump() == {"text": "This one is long enough.", "good": True}
-
-
-def test_importing_the_package_does_not_import_dspy():
-    code = (
-        "import sys, agents.events; assert 'dspy' not in sys.modules; from agents import Graph; import agents; agents.x"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert "AttributeError: module 'agents' has no attribute 'x'" in done.stderr
+    with Script(short, long).use():
+        await names["main"]()
+    with Script(chat(verdict="good", score="9"), chat(verdict="good", score="4")).use():
+        await names["use"]()
+    assert capsys.readouterr().out == "This one is long enough.\n4 steps, 0 retries\n4\n"
+    with Script(chat(answer="True")).use():
+        assert names["is_spam"]("Buy!") is True
+    with Script(chat(thoughts="hm"), chat(verdict="good", score="4")).use():
+        assert (await names["Reviewer"]().acall(text="x")).score == 4
+    assert names["fresh"].steps["write"].signature.instructions == "Write a sentence."
 
 
 async def test_failed_call_of_the_model_is_told_in_words_and_retried_where_the_model_says_so():

@@ -11,13 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, PrivateAttr, RootModel
 
-from agentcast.agents.graph import Reducer
-from agentcast.agents.graph.detaching import detached
 from agentcast.agents.graph.errors import ConflictError
 from agentcast.agents.graph.flow import START, Step
-from agentcast.agents.graph.state import State, View
+from agentcast.agents.graph.state import State, View, detached
 
-ADD = {"notes": Reducer(operator.add)}
+ADD = {"notes": operator.add}
 
 
 def step(id: int, *before: Step, node: str = "") -> Step:
@@ -92,7 +90,7 @@ def test_reducer_is_not_called_for_the_first_value_and_cannot_change_what_is_the
         return before
 
     one = step(1)
-    state = State({"notes": Reducer(greedy)}, {})
+    state = State({"notes": greedy}, {})
     state.set(one, {"notes": [1]})
     two = step(2, one)
     state.set(two, {"notes": [2]})

@@ -31,7 +31,7 @@ KEYS = {
     "message_end": {"message", "text"},
     "message_retracted": {"message", "reason"},
     "step_limit": {"max_steps", "message"},
-    "finished": {"prediction"},
+    "finished": {"prediction", "metadata"},
     "error": {"node", "error"},
 }
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -12,38 +13,86 @@ from pydantic import BaseModel, ValidationError
 from agentcast.agents.base import public_message
 from agentcast.agents.context import emit_event
 from agentcast.agents.events import StepLimit
-from agentcast.agents.graph.building import Route, StatefulNode
-from agentcast.agents.graph.detaching import detached
+from agentcast.agents.graph import Graph, StatefulNode
+from agentcast.agents.graph.building import OnLoopLimit, Reducer, Route
+from agentcast.agents.graph.checking import option_problems
 from agentcast.agents.graph.errors import (
     InputError,
     NodeCancelled,
     NodeTimeout,
     ResultError,
-    RouteError,
     StepLimitError,
-    carry,
     limit_text,
+    name_node,
 )
-from agentcast.agents.graph.flow import Flow, Step
-from agentcast.agents.graph.state import State, View
+from agentcast.agents.graph.flow import Flow, Shape, Step, targets
+from agentcast.agents.graph.state import State, View, detached
 from agentcast.agents.streaming import NodeSpan, node_span, replace_methods
 from agentcast.agents.threads import unblocking
-from agentcast.agents.transpiler.asking import asker, parts_of, retries_of
-from agentcast.agents.transpiler.attempts import settle
-from agentcast.agents.transpiler.plan import Plan
-from agentcast.agents.values import cut_text, plain
+from agentcast.agents.transpiler.steps import ErrorFormatter, accepted_output, attempts_of, parts_of, retries_of
+from agentcast.agents.values import plain
 
 
-class Play:
+@dataclass(frozen=True)
+class Plan:
+    """What all runs of one compiled graph share: read-only, and without the modules that do the work, which belong to
+    the program and may be tuned or replaced."""
+
+    graph: Graph
+    shape: Shape
+    nodes: Mapping[str, StatefulNode]
+    reducers: Mapping[str, Reducer]
+    input_model: type[BaseModel]
+    always_set: frozenset[str]
+    """The inputs that are in the state even if only their default is known; others only if they are given."""
+    output_model: type[BaseModel] | None
+    formatter: ErrorFormatter
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How one call runs the graph.
+
+    :raises ValueError: one is out of range.
+    """
+
+    max_retries: int | None
+    """Of nodes that ask a language model and do not set their own; None: the default."""
+    max_steps: int
+    on_loop_limit: OnLoopLimit
+
+    def __post_init__(self) -> None:
+        retries = 0 if self.max_retries is None else self.max_retries
+        problems = list(option_problems(retries, self.max_steps, self.on_loop_limit))
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@dataclass(frozen=True, slots=True)
+class RunMetadata:
+    """What a run took: `steps` are the nodes that it ran, `retries` how often an output was asked for again; of this
+    program's own nodes, not of those of programs inside it."""
+
+    steps: int
+    retries: int
+
+
+class GraphRun:
     """One run of the graph of `plan`, its work done by `modules` (node → module)."""
 
-    def __init__(self, plan: Plan, modules: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, plan: Plan, modules: Mapping[str, Any], inputs: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> None:
+        graph = plan.graph
+        given = {"max_retries": None, "max_steps": graph.max_steps, "on_loop_limit": graph.on_loop_limit, **options}
+        self._options = Options(**given)
         self._plan = plan
         self._modules = modules
-        self._flow = Flow(plan.shape)
+        self._flow = Flow(plan.shape, self._options.max_steps)
         self._state = State(plan.reducers, _checked_inputs(plan, inputs))
         self._failure: BaseException | None = None
         self._set: set[str] = set()
+        self._retries = 0
         self._limited = False
         self._plain: dict[int, tuple[Any, Any]] = {}
 
@@ -58,16 +107,18 @@ class Play:
             self._start(self._flow.begin())
         if self._failure is not None:
             raise self._failure
-        return self._result()
+        result = self._result()
+        vars(result)[_METADATA] = RunMetadata(self._flow.started, self._retries)
+        return result
 
     def _start(self, steps: Iterable[Step]) -> None:
         for step in steps:
             self._group.start_soon(self._step, step, name=f"node {step.node}")
         if self._flow.limited and not self._limited:
             self._limited = True
-            limit = self._plan.shape.max_steps
+            limit = self._options.max_steps
             emit_event(StepLimit(max_steps=limit, message=limit_text(limit)))
-            if self._plan.graph.on_loop_limit == "raise":
+            if self._options.on_loop_limit == "raise":
                 raise StepLimitError(limit)
 
     async def _step(self, step: Step) -> None:
@@ -76,12 +127,12 @@ class Play:
         try:
             patch = await self._run_node(node, step)
             self._set.update(patch)
-            targets = await self._targets(node, step, patch)
-            self._start(self._flow.finish(step, targets))
+            following = await self._targets(node, step, patch)
+            self._start(self._flow.finish(step, following))
         except (anyio.get_cancelled_exc_class(), GeneratorExit):
             raise
         except BaseException as error:  # noqa: BLE001 -- raised by `run`
-            carry(error, node.name)
+            name_node(error, node.name)
             self._failure = self._failure or error
             self._group.cancel_scope.cancel()
 
@@ -91,7 +142,7 @@ class Play:
         values = self._state.values(list(node.input_model.model_fields), step.past)
         module = self._modules.get(node.name)
         with node_span(node.name, lambda: self._shown(values), parts_of(node, module)) as span:
-            with anyio.move_on_after(node.timeout) as scope, _stopped_by_nobody_else(node.name):
+            with anyio.move_on_after(node.timeout) as scope, _cancelled_from_outside(node.name):
                 output = await self._work(node, module, values, span)
             if scope.cancelled_caught:
                 raise NodeTimeout(node.name, node.timeout or 0)
@@ -101,9 +152,11 @@ class Play:
         return patch
 
     async def _work(self, node: StatefulNode, module: Any, values: Mapping[str, Any], span: NodeSpan) -> BaseModel:
-        given = _checked_input(node, values)
-        ask = await asker(node, module, given)
-        return await settle(node, ask, span, self._plan.formatter, retries_of(node))
+        attempt = await attempts_of(node, module, _checked_input(node, values))
+        retries = retries_of(node, self._options.max_retries)
+        output, failed = await accepted_output(node, attempt, span, self._plan.formatter, retries)
+        self._retries += failed
+        return output
 
     def _patch(self, output: BaseModel, step: Step) -> dict[str, Any]:
         """The fields that were returned; and defaults, where the state has nothing yet."""
@@ -114,7 +167,7 @@ class Play:
         }
 
     def _shown(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """`values` as events show them. Values of the state never change, so each is looked at but once."""
+        """`values` as events show them. Values of the state never change, so each is converted only once."""
         for value in values.values():
             if id(value) not in self._plain:
                 self._plain[id(value)] = value, plain(value)  # kept, so that no other value gets its id
@@ -123,12 +176,12 @@ class Play:
     # -- What follows ----------------------------------------------------------------------------------------------
 
     async def _targets(self, node: StatefulNode, step: Step, patch: Mapping[str, Any]) -> list[str]:
-        targets = list(self._plan.shape.edges[node.name])
+        found = list(self._plan.shape.edges[node.name])
         for route in self._plan.shape.routes[node.name]:
-            with _stopped_by_nobody_else(node.name):
+            with _cancelled_from_outside(node.name):
                 choice = await self._choose(route, step) if route.choose else self._decision(route, step, patch)
-            targets += _looked_up(route, choice)
-        return targets
+            found += targets(route, choice)
+        return found
 
     def _decision(self, route: Route, step: Step, patch: Mapping[str, Any]) -> Any:
         """A default that was not returned is none if the field has had a value before."""
@@ -153,10 +206,26 @@ class Play:
             raise ResultError(f"the result is no {model.__name__}: {public_message(error)}") from error
 
 
+_METADATA = "_agentcast_metadata"
+"""Where a result keeps its `RunMetadata`: beside its fields, as `functools.cached_property` does, so that it is neither
+compared, nor validated, nor dumped."""
+
+
+def metadata_of(result: Any) -> RunMetadata:
+    """:raises ValueError: `result` is no result of a graph."""
+    found = getattr(result, "__dict__", {}).get(_METADATA)
+    if not isinstance(found, RunMetadata):
+        raise ValueError(f"a {type(result).__name__} that no program of a graph has returned has no metadata")
+    return found
+
+
 @contextmanager
-def _stopped_by_nobody_else(node: str) -> Iterator[None]:
-    """A task that ends with a cancellation ends without a word, so one that did not come from outside is made an error:
-    else the run would go on to its end as if the node had done its work."""
+def _cancelled_from_outside(node: str) -> Iterator[None]:
+    """A cancelled task ends silently. If the run itself is not being cancelled, the cancellation becomes an error: else
+    the run would go on to its end as if the node had done its work.
+
+    :raises NodeCancelled: something inside was cancelled by other code.
+    """
     try:
         yield
     except anyio.get_cancelled_exc_class() as error:
@@ -172,7 +241,7 @@ def _checked_inputs(plan: Plan, inputs: Mapping[str, Any]) -> dict[str, Any]:
         known = ", ".join(model.model_fields) or "nothing"
         raise ValueError(f"the program takes no {', '.join(map(repr, unknown))}; it takes {known}")
     checked = model.model_validate(detached(dict(inputs)), by_name=True)
-    return {name: getattr(checked, name) for name in model.model_fields}
+    return {name: getattr(checked, name) for name in model.model_fields if name in plan.always_set or name in inputs}
 
 
 def _checked_input(node: StatefulNode, values: Mapping[str, Any]) -> BaseModel:
@@ -180,17 +249,3 @@ def _checked_input(node: StatefulNode, values: Mapping[str, Any]) -> BaseModel:
         return node.input_model.model_validate(detached(dict(values)), by_name=True)
     except ValidationError as error:
         raise InputError(node.name, f"its input is wrong: {public_message(error)}") from error
-
-
-def _looked_up(route: Route, choice: Any) -> Iterator[str]:
-    for key in choice if isinstance(choice, list | tuple | set) else [choice]:
-        try:
-            yield route.path_map[key]
-        except (KeyError, TypeError):
-            known = ", ".join(map(_named, route.path_map))
-            raise RouteError(route.source, f"its router chose {_named(key)}, which is none of {known}") from None
-
-
-def _named(key: Any) -> str:
-    """Clients are told of it, so not by the `repr` of whatever it is (G9)."""
-    return cut_text(repr(plain(key)), 200)
