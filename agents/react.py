@@ -25,7 +25,7 @@ from pydantic import PrivateAttr, ValidationError
 from agentcast.agents.base import ToolError, public_message
 from agentcast.agents.context import emit_event, status
 from agentcast.agents.events import StepLimit
-from agentcast.agents.history import told_as_text
+from agentcast.agents.inputs.history import told_as_text
 from agentcast.agents.mcp import TOOLS_AT_ONCE, McpServer, McpTool, told_apart
 from agentcast.agents.observations import LISTS_OF_NO_TEXTS, observation, observed, prompt_text
 from agentcast.agents.threads import unblocking

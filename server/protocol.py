@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from agentcast.agents.inputs import problems
+from agentcast.agents.inputs.checking import problems
 from agentcast.server.errors import BadRequest, CommandError, UnknownOp
 
 SUBPROTOCOL = "agentcast.v1"

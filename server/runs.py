@@ -35,7 +35,7 @@ from agentcast.agents.events import (
 )
 from agentcast.agents.execution import Execution
 from agentcast.agents.failures import failure_of
-from agentcast.agents.inputs import RejectedInput, read_input
+from agentcast.agents.inputs.checking import RejectedInput, read_input
 from agentcast.server.bus.base import Bus, Created, Filter, NewRun, Origin, new_epoch, new_run_id
 from agentcast.server.bus.replay import load_state
 from agentcast.server.config import Settings

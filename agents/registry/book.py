@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from agentcast.agents._dspy import missing_runtime
 from agentcast.agents.base import DEFAULT_MAX_CONCURRENT, DEFAULT_TIMEOUT, Agent, AgentSpec
-from agentcast.agents.contract import SchemaError, function_call, module_contract, signature_contract
+from agentcast.agents.inputs.contract import SchemaError, function_call, module_contract, signature_contract
 from agentcast.agents.llm import ModelError, as_model, make_lm
 from agentcast.agents.mcp import McpServer
 from agentcast.agents.react import DEFAULT_MAX_ITERS, ReAct, react_agent

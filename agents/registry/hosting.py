@@ -12,8 +12,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from agentcast.agents.base import AgentSpec, Emitter, Task
 from agentcast.agents.context import Numbers, within
-from agentcast.agents.contract import Call, Contract
-from agentcast.agents.history import history_messages, history_text
+from agentcast.agents.inputs.contract import Call, Contract
+from agentcast.agents.inputs.history import history_messages, history_text
 from agentcast.agents.llm import RunModels
 from agentcast.agents.react import servers_of
 from agentcast.agents.streaming import replace_methods, run_program

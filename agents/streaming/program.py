@@ -17,8 +17,8 @@ import dspy
 from agentcast.agents._dspy import UsageTracker
 from agentcast.agents.base import Emitter
 from agentcast.agents.context import current
-from agentcast.agents.contract import Contract, SchemaError, module_contract, read_inputs, signature_of
 from agentcast.agents.events import AgentEvent, Usage
+from agentcast.agents.inputs.contract import Contract, SchemaError, module_contract, read_inputs, signature_of
 from agentcast.agents.streaming.calls import call_in_thread, is_async
 from agentcast.agents.streaming.run import Run
 from agentcast.agents.streaming.stream import Stream

@@ -20,10 +20,10 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 import dspy
 from pydantic import BaseModel, RootModel, create_model
 
-from agentcast.agents.contract import SchemaError, input_model, parameter_fields
 from agentcast.agents.graph import END, Graph, GraphError, StatefulNode
 from agentcast.agents.graph.checking import CALL_OPTIONS, option_problems
 from agentcast.agents.graph.state import detached
+from agentcast.agents.inputs.contract import SchemaError, input_model, parameter_fields
 from agentcast.agents.streaming import node_span, replace_methods
 from agentcast.agents.streaming.calls import call_in_thread
 from agentcast.agents.transpiler.program import Program, call_observed, compiled, is_unobserved, run_to_end

@@ -14,9 +14,9 @@ from pydantic import BaseModel
 
 from agentcast.agents.base import Task
 from agentcast.agents.context import within
-from agentcast.agents.contract import module_contract
 from agentcast.agents.events import LmEnd, LmStart, MessageEnd, NodeEnd, ToolEnd, ValidationFailed
 from agentcast.agents.graph import END, Graph, StatefulNode
+from agentcast.agents.inputs.contract import module_contract
 from agentcast.agents.react import react_agent
 from agentcast.agents.registry import Registry
 from agentcast.agents.streaming import can_be_awaited, run_program, stream_events, streamify

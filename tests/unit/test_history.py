@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from agentcast.agents.base import Emitter, Task, Turn
 from agentcast.agents.graph import END, Graph, StatefulNode
-from agentcast.agents.history import HISTORY_TURNS
+from agentcast.agents.inputs.history import HISTORY_TURNS
 from agentcast.agents.react import react_agent
 from agentcast.agents.registry import Registry
 from agentcast.agents.streaming import stream_events

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from agentcast.agents.base import Emitter, Task, Turn
 from agentcast.agents.graph import END, Graph, StatefulNode
-from agentcast.agents.inputs import read_input
+from agentcast.agents.inputs.checking import read_input
 from agentcast.agents.registry import Registry
 from agentcast.agents.streaming import stream_events
 from agentcast.agents.transpiler import AgentTranspiler

@@ -33,7 +33,7 @@ from typing_extensions import TypedDict
 
 from agentcast.agents.base import Emitter, ToolError
 from agentcast.agents.graph import END, Graph, StatefulNode
-from agentcast.agents.inputs import RejectedInput, read_input
+from agentcast.agents.inputs.checking import RejectedInput, read_input
 from agentcast.agents.offline import offline_lm
 from agentcast.agents.registry import Registry
 from agentcast.agents.transpiler import AgentTranspiler

@@ -20,8 +20,8 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 
 from agentcast.agents.base import Emitter, Task, public_message
-from agentcast.agents.inputs import RejectedInput, read_input
-from agentcast.agents.media import MediaModel, holds_media, media_validator
+from agentcast.agents.inputs.checking import RejectedInput, read_input
+from agentcast.agents.inputs.media import MediaModel, holds_media, media_validator
 
 HISTORY = "history"
 """The name of an input field of type `str` that earlier turns fill."""

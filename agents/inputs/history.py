@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 
 from agentcast.agents._dspy import format_field_value
 from agentcast.agents.base import Turn
-from agentcast.agents.contract import is_history
-from agentcast.agents.media import holds_media, media_validator
+from agentcast.agents.inputs.contract import is_history
+from agentcast.agents.inputs.media import holds_media, media_validator
 from agentcast.agents.values import cut_text, plain, was_cut
 
 HISTORY_TURNS = 20
