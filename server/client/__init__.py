@@ -11,12 +11,11 @@ position per run, (epoch, seq), and an idempotency key per start. With these it 
 and come back without missing or repeating an event (G1, G2).
 """
 
-from agentcast.server.client.client import DEFAULT_URL, Client, connect
+from agentcast.server.client.client import Client, connect
 from agentcast.server.client.connection import BadUrl, ClientError, Closed, Refused, TooBig, Unreachable
 from agentcast.server.client.run import Run, RunFailed
 
 __all__ = [
-    "DEFAULT_URL",
     "BadUrl",
     "Client",
     "ClientError",

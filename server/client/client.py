@@ -9,8 +9,6 @@ from agentcast.server.client.connection import HubUrl, describe_agents
 from agentcast.server.client.run import PATIENCE, OnDrop, Run
 from agentcast.server.protocol import Detail
 
-DEFAULT_URL = "http://127.0.0.1:8000"
-
 
 class Client:
     """A hub at some URL. Nothing is connected before a run is started."""
@@ -53,11 +51,11 @@ class Client:
         )
 
 
-def connect(
-    url: str = DEFAULT_URL, *, patience: float = PATIENCE, on_drop: OnDrop = lambda reason, attempt: None
-) -> Client:
-    """A client of the hub at `url`. When its connection is lost it tries for `patience` seconds to get another one, and
-    calls `on_drop` with the reason and the number of each attempt that failed.
+def connect(url: str, *, patience: float = PATIENCE, on_drop: OnDrop = lambda reason, attempt: None) -> Client:
+    """A client of the hub at `url`, such as "http://127.0.0.1:8000".
+
+    When a connection is lost it tries for `patience` seconds to get another. `on_drop` is called with the reason and
+    the number of each attempt that failed.
 
     :raises BadUrl: `url` cannot be the address of a hub.
     """

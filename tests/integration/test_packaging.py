@@ -155,7 +155,7 @@ import agentcast
 from agentcast.events import Status
 
 status: Status = agentcast.events.Status(message="hello")
-number: int = agentcast.connect().url
+number: int = agentcast.connect("http://127.0.0.1:8000").url
 agentcast.nothing
 """
     )

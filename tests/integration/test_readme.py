@@ -340,3 +340,11 @@ def test_the_public_host_name_is_allowed(folder: Path):
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_client_of_the_page_of_names_works(hub: str):
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/api.md").read_text(), re.MULTILINE | re.DOTALL)
+    words = [sys.executable, "-c", snippet.replace(DEFAULT_URL, hub)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
+    assert "'countdown'" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("done lift-off")
