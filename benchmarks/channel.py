@@ -9,7 +9,7 @@ import anyio.to_thread
 
 from agentcast.agents.channel import Channel
 from agentcast.agents.events import Token
-from agentcast.agents.gate import drive
+from agentcast.agents.execution import drive
 from benchmarks.report import Row
 
 GROUP = "Channel of a run, events to its consumer"

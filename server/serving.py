@@ -12,10 +12,12 @@ import socket
 import sys
 import threading
 from types import FrameType
+from typing import NoReturn
 
 import anyio
 import typer
 import uvicorn
+import uvloop
 
 from agentcast.agents import llm
 from agentcast.agents.base import redact
@@ -28,6 +30,11 @@ from agentcast.server.bus.redis import check
 from agentcast.server.config import Settings
 from agentcast.server.errors import BusError
 from agentcast.server.protocol import MESSAGE_BYTES
+
+LEAVING = 1.0
+"""Seconds that tasks which agents have left behind get to end, once the hub has stopped."""
+
+logger = logging.getLogger(__name__)
 
 
 class CannotServe(Exception):
@@ -52,8 +59,44 @@ def serve(settings: Settings) -> int:
         raise CannotServe(str(error)) from None
     sock = bind(settings)
     server = _Server(hub, settings, banner=_banner(hub, model, redis, sock))
-    anyio.run(server.serve, [sock], backend_options={"use_uvloop": True})
+    _run(server, sock)
     return server.exit_code
+
+
+def _run(server: "_Server", sock: socket.socket) -> None:
+    """Run `server` to its end on an event loop of its own.
+
+    asyncio lets a `SystemExit` or `KeyboardInterrupt` that a task raises out of the loop, besides giving it to those who
+    wait for the task. Tasks of agents may raise them, and end their runs by that; the loop goes on (G9). Signals come
+    to `_Server.handle_exit`, not as exceptions, once the server has started.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        loop = runner.get_loop()
+        serving = loop.create_task(server.serve([sock]))
+        while not serving.done():
+            try:
+                loop.run_until_complete(serving)
+            except (SystemExit, KeyboardInterrupt) as error:
+                if serving.done() or not server.started:
+                    raise
+                logger.error("a task raised %s; the hub goes on", type(error).__name__, exc_info=error)
+        if not loop.run_until_complete(_end_tasks()):
+            _exit(server.exit_code)
+
+
+async def _end_tasks() -> bool:
+    """Cancel what still runs, tasks of agents; whether they end, in bounded time. The runner would wait for ever."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    return not tasks or not (await asyncio.wait(tasks, timeout=LEAVING))[1]
+
+
+def _exit(code: int) -> NoReturn:
+    """End the process without waiting for what agents have left behind (G6)."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def retrying(settings: Settings) -> llm.Retrying:
@@ -119,10 +162,8 @@ class _Server(uvicorn.Server):
         await self._hub.stop()
         await super().shutdown(sockets)
         if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
-            # A cancelled run may have left it behind (G6). asyncio and the interpreter would wait for it, however long.
-            logging.shutdown()
-            sys.stdout.flush()
-            os._exit(self.exit_code)
+            # A cancelled run may have left it behind. asyncio and the interpreter would wait for it, however long.
+            _exit(self.exit_code)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal: stop; a second one: at once. uvicorn would raise it again in the end, and so die of it."""
