@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import anyio
+from anyio.lowlevel import checkpoint
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from agentcast.agents.base import Stopped
@@ -60,7 +61,9 @@ class Channel:
         self._thread = threading.get_ident()
         self._sending, self._receiving = anyio.create_memory_object_stream[Emitted](hard_cap)
         # anyio warns about streams that are collected while they are open.
-        weakref.finalize(self, _close_streams, self._sending, self._receiving).atexit = False
+        weakref.finalize(self, _close_streams, self._sending, self._receiving)
+        self._held = 0
+        """Events in the stream."""
         self._closed = False
         self._consumer: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -76,12 +79,12 @@ class Channel:
         self._pinged_at: float | None = None
 
     def __len__(self) -> int:
-        return self._sending.statistics().current_buffer_used + len(self._inbox)
+        return self._held + len(self._inbox)
 
     @property
     def congested(self) -> bool:
         """Whether the run is to be held back."""
-        return not self._closed and len(self) >= self._high_water
+        return not self._closed and self._held + len(self._inbox) >= self._high_water
 
     # -- Producers -------------------------------------------------------------------------------------------------
 
@@ -98,7 +101,7 @@ class Channel:
                 raise Stopped
 
     async def send(self, event: AgentEvent) -> None:
-        """See `agentcast.agents.base.Emitter.send`. Cancelling the wait leaves the event sent. Works on any event loop."""
+        """See `agentcast.agents.base.Emitter.send`. On any event loop. Cancelling the wait leaves the event sent."""
         if threading.get_ident() == self._thread:
             self._put(event)
         else:
@@ -137,6 +140,7 @@ class Channel:
         except anyio.WouldBlock:
             self._overflow()
             raise Stopped from None
+        self._held += 1
         self._announce(event)
 
     def _put_from_thread(self, event: AgentEvent) -> None:
@@ -163,6 +167,7 @@ class Channel:
                 self._inbox.clear()
                 self._overflow()
                 return
+            self._held += 1
             self._announce(emitted.event)
 
     def _overflow(self) -> None:
@@ -206,32 +211,37 @@ class Channel:
         return self.take()
 
     async def ready(self, patience: float = 0.0, can_wait: Callable[[AgentEvent], bool] | None = None) -> bool:
-        """Wait until an event waits, or the channel is closed; false once it is closed and drained.
+        """Wait until an event waits, or the channel is closed; false once it is closed and drained. Always gives way to
+        other tasks.
 
         Events for which `can_wait` is true wait up to `patience` seconds for others to join them, unless the channel is
         congested.
         """
         self._patience, self._can_wait = patience, can_wait or _cannot_wait
         self._empty_inbox()
-        if not self._is_due():
-            self._consumer = self._loop.create_future()
-            if len(self):
-                self._start_timer()
-            try:
-                await self._consumer
-            finally:
-                self._consumer = None
-                if self._timer is not None:
-                    self._timer.cancel()
-                    self._timer = None
+        if self._closed or self.congested or (len(self) and (self._urgent or not patience)):
+            await checkpoint()
+        else:
+            await self._woken()
         return not self._closed or len(self) > 0
+
+    async def _woken(self) -> None:
+        self._consumer = self._loop.create_future()
+        if len(self):
+            self._start_timer()
+        try:
+            await self._consumer
+        finally:
+            self._consumer = None
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
 
     def take(self) -> list[Emitted]:
         """All that waits now."""
         self._empty_inbox()
-        waiting = self._sending.statistics().current_buffer_used
-        items = [self._receiving.receive_nowait() for _ in range(waiting)]
-        self._urgent = False
+        items = [self._receiving.receive_nowait() for _ in range(self._held)]
+        self._held, self._urgent = 0, False
         self._release()
         return items
 
@@ -256,16 +266,13 @@ class Channel:
         self._release()
         self._wake_consumer()
 
-    def _is_due(self) -> bool:
-        return self._closed or (len(self) > 0 and (self._urgent or not self._patience or self.congested))
-
     def _announce(self, event: AgentEvent) -> None:
         """Wake the consumer for an event that was put, or see that it is woken in time."""
         if not self._urgent:
             self._urgent = not self._can_wait(event)
         if self._consumer is None:
             return
-        if self._is_due():
+        if self._urgent or not self._patience or self.congested:
             self._wake_consumer()
         elif self._timer is None:
             self._start_timer()

@@ -11,10 +11,10 @@ This module must not know who follows the run, how agents work, or when a run st
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
-
 from typing import Any
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from agentcast.agents.channel import Channel, Emitted
 from agentcast.agents.events import (
@@ -72,7 +72,7 @@ class _Message:
         return self.say(joined)
 
     def say(self, text: str) -> str:
-        """As much of the clean `text` as is to be sent. A message is cut where it grows over what one value may take."""
+        """What of the clean `text` is to be sent: a message is cut where it grows over what one value may take."""
         if self.cut or not text:
             return ""
         size = text_bytes(text)
@@ -192,7 +192,6 @@ class Recorder:
             while await channel.ready(FLUSH_AFTER, self._can_wait):
                 async with self._lock:
                     await self._record_waiting(channel)
-                await anyio.sleep(0)  # a producer that is always ready must not hold the loop
             async with self._lock:
                 self._end_pieces()
                 await self._append()
@@ -208,7 +207,7 @@ class Recorder:
         items = channel.take()
         for start in range(0, len(items), BATCH_EVENTS):
             if start:
-                await anyio.sleep(0)  # a burst must not hold the loop for longer than one batch takes
+                await checkpoint()  # a burst must not hold the loop for longer than one batch takes
             for emitted in items[start : start + BATCH_EVENTS]:
                 self._take(emitted)
                 if self._sealed >= APPEND_BYTES:

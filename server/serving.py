@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import anyio
 import typer
@@ -59,29 +59,32 @@ def serve(settings: Settings) -> int:
         raise CannotServe(str(error)) from None
     sock = bind(settings)
     server = _Server(hub, settings, banner=_banner(hub, model, redis, sock))
-    _run(server, sock)
+    anyio.run(_serve, server, sock, backend_options={"loop_factory": _Loop})
     return server.exit_code
 
 
-def _run(server: "_Server", sock: socket.socket) -> None:
-    """Run `server` to its end on an event loop of its own.
+class _Loop(uvloop.Loop):
+    """An event loop that goes on when a task raises `SystemExit` or `KeyboardInterrupt` (G9).
 
-    asyncio lets a `SystemExit` or `KeyboardInterrupt` that a task raises out of the loop, besides giving it to those who
-    wait for the task. Tasks of agents may raise them, and end their runs by that; the loop goes on (G9). Signals come
-    to `_Server.handle_exit`, not as exceptions, once the server has started.
+    asyncio lets these out of the loop, besides giving them to those who wait for the task. A task of an agent may raise
+    them, and ends its run by that. Signals come to `_Server.handle_exit`, and are no exceptions.
     """
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        loop = runner.get_loop()
-        serving = loop.create_task(server.serve([sock]))
-        while not serving.done():
+
+    def run_until_complete(self, future: Any) -> Any:
+        task = asyncio.ensure_future(future, loop=self)  # noqa: TID251 -- as every loop does
+        while True:
             try:
-                loop.run_until_complete(serving)
+                return super().run_until_complete(task)
             except (SystemExit, KeyboardInterrupt) as error:
-                if serving.done() or not server.started:
+                if task.done():
                     raise
                 logger.error("a task raised %s; the hub goes on", type(error).__name__, exc_info=error)
-        if not loop.run_until_complete(_end_tasks()):
-            _exit(server.exit_code)
+
+
+async def _serve(server: "_Server", sock: socket.socket) -> None:
+    await server.serve([sock])
+    if not await _end_tasks():
+        _exit(server.exit_code)
 
 
 async def _end_tasks() -> bool:

@@ -26,7 +26,7 @@ An error in making an event fails the run with that error; DSPy would log and fo
 a run is called, or that there is a server.
 """
 
-from agentcast.agents.streaming.bridge import wait_in_thread
+from agentcast.agents.streaming.bridge import wait_for_room, wait_in_thread
 from agentcast.agents.streaming.carrying import carrying
 from agentcast.agents.streaming.drop_in import streamify
 from agentcast.agents.streaming.dspy_calls import is_async
@@ -55,5 +55,6 @@ __all__ = [
     "stream_events",
     "streamify",
     "tell_step_limit",
+    "wait_for_room",
     "wait_in_thread",
 ]

@@ -141,6 +141,14 @@ def innermost() -> Any:
     return dspy.settings.get(RUN_SETTING)
 
 
+async def wait_for_room() -> None:
+    """Wait while the run that the calling code is in is held back (G5). To be awaited before telling something in a
+    task of the run, which nothing else holds back."""
+    run: Bridge | None = innermost()
+    if run is not None:
+        await run.room()
+
+
 def wait_in_thread(seconds: float) -> None:
     """Wait in a thread, for no longer than the run goes on that the calling code is in.
 

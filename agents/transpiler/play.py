@@ -24,7 +24,7 @@ from agentcast.agents.graph.errors import (
 )
 from agentcast.agents.graph.flow import Flow, Step
 from agentcast.agents.graph.state import State, View
-from agentcast.agents.streaming import NodeSpan, node_span, replace_methods, tell_step_limit
+from agentcast.agents.streaming import NodeSpan, node_span, replace_methods, tell_step_limit, wait_for_room
 from agentcast.agents.threads import unblocking
 from agentcast.agents.transpiler.asking import asker, parts_of, retries_of
 from agentcast.agents.transpiler.attempts import settle
@@ -86,6 +86,7 @@ class Play:
     # -- A node ----------------------------------------------------------------------------------------------------
 
     async def _run_node(self, node: StatefulNode, step: Step) -> dict[str, Any]:
+        await wait_for_room()
         values = self._state.values(list(node.input_model.model_fields), step.past)
         module = self._modules.get(node.name)
         with node_span(node.name, lambda: self._shown(values), parts_of(node, module)) as span:

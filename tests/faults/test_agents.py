@@ -393,7 +393,7 @@ async def test_a_storm_that_cannot_be_held_back_ends_as_overflow() -> None:
 
 
 async def test_a_task_that_only_ever_emits_without_waiting_ends_as_overflow() -> None:
-    """No task but the agent's own can be held back where it does not wait, so it meets the cap while the bus is away."""
+    """Only the agent's own coroutine can be held back where it does not wait."""
 
     @agent("storming")
     async def storming(input: Anything, emit: Emitter) -> None:
