@@ -244,6 +244,34 @@ async def test_what_the_hub_records_comes_after_the_buffered_tokens(case: Case) 
 
 
 @pytest.mark.usefixtures("never_flush")
+async def test_recording_goes_on_after_the_hub_has_recorded_all_that_waited(case: Case) -> None:
+    """The recorder is woken for what the hub then takes itself."""
+    async with case.recording() as channel:
+        await anyio.wait_all_tasks_blocked()
+        channel.nowait(Status(message="1"))
+        await case.recorder.record(5.0, CancelRequested(reason="why"))
+        await anyio.wait_all_tasks_blocked()
+        channel.nowait(Status(message="2"))
+
+        assert brief(await case.delivered(3)) == ["status 1", "cancel_requested", "status 2"]
+
+
+@pytest.mark.usefixtures("never_flush")
+async def test_tokens_that_wait_wake_nobody_until_the_agent_is_to_be_held_back(case: Case) -> None:
+    async with case.recording() as channel:
+        await channel.send(START)
+        await channel.send(Token(message="a", delta="x"))
+        await case.mail.take(2)
+        for _ in range(63):
+            channel.nowait(Token(message="a", delta="x"))
+            await anyio.wait_all_tasks_blocked()
+        assert len(channel) == 63
+        await channel.send(Token(message="a", delta="x"))
+
+        assert brief(await case.delivered(3))[2:] == ["token a " + 64 * "x"]
+
+
+@pytest.mark.usefixtures("never_flush")
 async def test_closing_the_channel_flushes_and_drains_it(case: Case) -> None:
     async with case.recording() as channel:
         await channel.send(MessageStart(message="a", span="s", field="f"))
