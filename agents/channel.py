@@ -141,7 +141,8 @@ class Channel:
             self._overflow()
             raise Stopped from None
         self._held += 1
-        self._announce(event)
+        if self._consumer is not None or not self._urgent:
+            self._announce(event)
 
     def _put_from_thread(self, event: AgentEvent) -> None:
         if not self._closed and len(self) >= self._hard_cap:

@@ -181,6 +181,22 @@ async def test_first_token_of_each_message_goes_at_once(case: Case) -> None:
         assert brief(await case.delivered(5))[2:] == ["token a 2", "message_start b", "token b 3"]
 
 
+@pytest.mark.usefixtures("never_flush")
+async def test_first_token_goes_at_once_also_when_the_start_of_its_message_went_before(case: Case) -> None:
+    async with case.recording() as channel:
+        for name in "ab":
+            await channel.send(MessageStart(message=name, span="s", field="f"))
+        await case.mail.take(2)
+        await channel.send(Token(message="a", delta="1"))
+        await case.mail.take(3)
+        await channel.send(Token(message="a", delta="2"))
+        await anyio.wait_all_tasks_blocked()
+        assert len(case.mail.items) == 3
+        await channel.send(Token(message="b", delta="3"))
+
+        assert brief(await case.delivered(5))[2:] == ["token a 1", "token a 2", "token b 3"]
+
+
 async def test_later_tokens_are_joined_after_a_short_while(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FLUSH_AFTER", 0.05)
     async with case.recording() as channel:
