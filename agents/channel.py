@@ -3,7 +3,7 @@
 Events travel through an anyio memory object stream, which belongs to one event loop. What this module adds lets them
 come from everywhere: from worker threads and other event loops, which put theirs into an inbox that one wake-up of the
 loop empties, and from synchronous callbacks on the loop, which cannot wait. Events leave in the order in which they
-were emitted: whoever emits on the loop empties the inbox first, so what a thread emitted before it handed something
+were emitted: each emit on the loop empties the inbox first, so what a thread emitted before it handed something
 to the loop comes before what the loop then emits.
 
 From `HIGH_WATER` waiting events on the channel is congested, and its run is held back: `execution` does not resume the
@@ -198,7 +198,7 @@ class Channel:
         self._pinged_at = None
 
     def _call_loop(self, callback: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody is left who could be woken
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nothing waits there
             self._loop.call_soon_threadsafe(callback)
 
     # -- The consumer ----------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ resumed again. So it needs a task that belongs to no task group, which would wai
 cancellation for as long as it likes.
 
 Only the coroutine itself is driven. Tasks that it starts are ordinary tasks of the event loop, and nothing of the loop
-is changed for them: they wait where they emit with `await`, and are cancelled by whoever owns them. A task that a
-library starts inside a run, and that serves other runs too, is therefore never held back or dropped with the run.
+is changed for them: they wait where they emit with `await`, and are cancelled by their owners. A task that a library
+starts inside a run, and that serves other runs too, is therefore never held back or dropped with the run.
 
 Cancelling is gentle: the cancellation is delivered once, and from then on the agent is shielded, so that it can clean
 up with awaits of its own. How long it gets for that is the caller's business.

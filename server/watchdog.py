@@ -1,7 +1,7 @@
 """Notices when the event loop is blocked, and names who does it (G3).
 
 Our own code never blocks the loop; an `async` agent that computes or sleeps synchronously does. It cannot be stopped,
-but its users can be told which agent it is and where it stands.
+but the log can say which task it is and where it stands.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """DSPy's `send_stream`, one for each run: where an LM call puts its chunks.
 
 This module must not know what becomes of a chunk, nor who consumes it. It carries G3 and G5: it never blocks an event
-loop, and whoever can wait does wait while the run is held back.
+loop, and a caller that can wait does so while the run is held back.
 """
 
 from collections.abc import Iterable
