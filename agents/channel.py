@@ -135,14 +135,21 @@ class Channel:
             self._empty_inbox()
         if self._closed:
             raise Stopped
+        self._admit(Emitted(time.time(), event))
+        if self.overflowed:
+            raise Stopped
+
+    def _admit(self, emitted: Emitted) -> None:
+        """Put into the stream, and see that the consumer is woken in time. On the loop."""
         try:
-            self._sending.send_nowait(Emitted(time.time(), event))
+            self._sending.send_nowait(emitted)
         except anyio.WouldBlock:
+            self._inbox.clear()  # over the cap, too
             self._overflow()
-            raise Stopped from None
+            return
         self._held += 1
         if self._consumer is not None or not self._urgent:
-            self._announce(event)
+            self._announce(emitted.event)
 
     def _put_from_thread(self, event: AgentEvent) -> None:
         if not self._closed and len(self) >= self._hard_cap:
@@ -161,15 +168,7 @@ class Channel:
     def _empty_inbox(self) -> None:
         """Move what threads have put into the stream. On the loop."""
         while self._inbox:
-            emitted = self._inbox.popleft()
-            try:
-                self._sending.send_nowait(emitted)
-            except anyio.WouldBlock:
-                self._inbox.clear()
-                self._overflow()
-                return
-            self._held += 1
-            self._announce(emitted.event)
+            self._admit(self._inbox.popleft())
 
     def _overflow(self) -> None:
         self.overflowed = True
@@ -268,7 +267,7 @@ class Channel:
         self._wake_consumer()
 
     def _announce(self, event: AgentEvent) -> None:
-        """Wake the consumer for an event that was put, or see that it is woken in time."""
+        """Wake the consumer for an event that was put, at once or in time."""
         if not self._urgent:
             self._urgent = not self._can_wait(event)
         if self._consumer is None:

@@ -547,6 +547,31 @@ async def test_a_storm_meets_the_hard_cap_and_what_came_before_is_received():
         await channel.send(token("storm", 0))
 
 
+async def test_threads_meet_the_hard_cap_while_the_loop_is_blocked(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(channel_module, "LOOP_BLOCKED_AFTER", 0.02)
+    channel = Channel(high_water=8, hard_cap=20)
+    stopped = []
+
+    def produce() -> None:
+        try:
+            for number in range(15, 100):
+                channel.nowait(token("storm", number))
+        except Stopped:
+            stopped.append(number)
+
+    for number in range(15):
+        channel.nowait(token("storm", number))
+    thread = threading.Thread(target=produce)
+    thread.start()
+    thread.join(10)  # blocks the loop
+    assert stopped == [20]
+    with pytest.raises(Stopped):
+        channel.nowait(token("storm", 21))
+    assert channel.overflowed
+    assert by_producer(item.event for item in await channel.receive()) == {"storm": list(range(20))}
+    assert await channel.receive() == []
+
+
 async def test_closing_takes_nothing_more_but_gives_what_is_there():
     channel = Channel()
     channel.nowait(token("a", 0))
