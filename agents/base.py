@@ -55,8 +55,9 @@ class Emitter(Protocol):
         """
 
     def nowait(self, event: AgentEvent) -> None:
-        """Emit from synchronous code. On the event loop this never waits: the agent is instead not resumed until
-        there is room. In any other thread it waits for room.
+        """Emit from synchronous code. On the event loop this never waits: the agent's coroutine is instead not resumed
+        until there is room. Tasks that the agent starts are not held back, so let them `send`. In any other thread this
+        waits for room.
 
         :raises Stopped: the run has ended, or is to end now, or emitted more than may be held.
         """

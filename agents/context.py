@@ -35,6 +35,9 @@ class Observer(Protocol):
     retracts: bool
     """Whether text that an LM call has streamed is void once the call fails, so that the call may be made again."""
 
+    async def room(self) -> None:
+        """Wait while the run is held back, on any event loop."""
+
     def wait(self, seconds: float) -> None:
         """Wait in a thread.
 
@@ -110,6 +113,14 @@ def status(message: str) -> None:
     context = current()
     if context.emitter is not None:
         context.emitter.nowait(Status(message=message, span=context.span))
+
+
+async def wait_for_room() -> None:
+    """Wait while the run that the calling code is in is held back (G5). To be awaited before something is emitted in a
+    task of the run, which nothing else holds back."""
+    observer: Observer | None = current().observer
+    if observer is not None:
+        await observer.room()
 
 
 def wait_in_thread(seconds: float) -> None:

@@ -12,7 +12,6 @@ from starlette.middleware import Middleware
 from starlette.routing import WebSocketRoute
 
 from agentcast.agents.base import Agent
-from agentcast.agents.channel import Channel
 from agentcast.agents.llm import ModelInfo, close_connections
 from agentcast.agents.mcp import supervise
 from agentcast.agents.registry import servers_used
@@ -45,7 +44,7 @@ class AgentCast:
         self.hub = Hub(self.bus)
         self.runs = Runs(self.bus, agents, settings, worker)
         self.connections = Connections(self.hub, self.runs, settings, degraded=lambda: self.bus.degraded)
-        self.watchdog = Watchdog(_culprit)
+        self.watchdog = Watchdog()
         self.mcp_servers = servers_used(agents.values())
         self.crashed: str | None = None
         """The part that broke, if one did: the hub is not ready from then on, and its server should exit."""
@@ -119,8 +118,3 @@ def _bus(settings: Settings, worker: str) -> Bus:
     from agentcast.server.bus.redis import RedisBus  # 70 ms that a hub without Redis need not wait
 
     return RedisBus(settings.redis.get_secret_value(), worker, prefix=settings.redis_prefix)
-
-
-def _culprit() -> str | None:
-    channel = Channel.resumed
-    return channel.label if channel is not None else None

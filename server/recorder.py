@@ -1,7 +1,7 @@
 """The single writer of one run's log: stamps, coalesces, folds, encodes once and appends (G1, G5, G7, G10).
 
-Tokens are buffered per message. The first token of a message goes at once; after that all buffers are flushed every
-`FLUSH_AFTER` seconds, and before any other event. What was stamped is sealed: it is appended in parts of what one
+The first token of a message goes at once. Later ones wait in the channel, for `FLUSH_AFTER` seconds at most or until
+another event comes, and are then joined, per message. What was stamped is sealed: it is appended in parts of what one
 append takes, and while the bus is away the very same part is retried. Nothing more is taken from the run's channel
 meanwhile, so the agent is held back.
 
@@ -11,6 +11,7 @@ This module must not know who follows the run, how agents work, or when a run st
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -19,6 +20,7 @@ from agentcast.agents.channel import Channel, Emitted
 from agentcast.agents.events import (
     FULL_ONLY_EVENTS,
     TERMINAL_EVENTS,
+    AgentEvent,
     Event,
     LmEnd,
     MessageEnd,
@@ -45,38 +47,41 @@ logger = logging.getLogger(__name__)
 
 
 class _Message:
-    """A message that streams: what was sent of it, and what waits in its buffer."""
+    """A message that streams: what was sent of it, and what waits to be sent."""
 
-    __slots__ = ("buffer", "cut", "pieces", "room", "sent", "started", "ts")
+    __slots__ = ("cut", "pieces", "room", "sent", "ts", "waiting")
 
     def __init__(self) -> None:
         self.sent: list[str] = []
-        self.buffer: list[str] = []
+        self.waiting: list[str] = []
         self.pieces = Pieces()
         self.ts = 0.0
+        """When the oldest waiting delta was emitted."""
         self.room = VALUE_BYTES
-        self.started = False
         self.cut = False
 
-    def take(self, ts: float, delta: str) -> None:
-        """Buffer a delta. A message is cut where it grows over what one value may take."""
-        if self.cut or not delta:
-            return
-        if not self.buffer:
+    def add(self, ts: float, delta: str) -> None:
+        if not self.waiting:
             self.ts = ts
-        size = text_bytes(delta)
-        if size > self.room:
-            self.cut = True
-            delta = cut_text(delta, max(self.room, 200)) if size > max(self.room, 200) else delta + "… [cut]"
-        self.room -= size
-        self.buffer.append(delta)
+        self.waiting.append(delta)
 
     def flush(self) -> str:
-        delta = "".join(self.buffer)
-        self.buffer.clear()
-        self.sent.append(delta)
-        self.started = True
-        return delta
+        """All that waits and is certain, joined; sent from now on."""
+        joined = self.pieces.push("".join(self.waiting))
+        self.waiting.clear()
+        return self.say(joined)
+
+    def say(self, text: str) -> str:
+        """What of the clean `text` is to be sent: a message is cut where it grows over what one value may take."""
+        if self.cut or not text:
+            return ""
+        size = text_bytes(text)
+        if size > self.room:
+            self.cut = True
+            text = cut_text(text, max(self.room, 200)) if size > max(self.room, 200) else text + "… [cut]"
+        self.room -= size
+        self.sent.append(text)
+        return text
 
 
 class Recorder:
@@ -106,11 +111,15 @@ class Recorder:
         self._last: Frame | None = None
         """The newest frame that the bus has taken."""
         self._messages: dict[str, _Message] = {}
-        self._buffered: dict[str, _Message] = {}
+        self._silent: set[str] = set()
+        """Open messages of which nothing was sent yet."""
+        self._waiting: dict[str, _Message] = {}
+        """Open messages with deltas that wait to be sent; only while events are being taken."""
+        self._channel: Channel | None = None
         self._snapshots = snapshots
         self._grown = 0
         self._snapshot_size = 0
-        self._lock = anyio.Lock()
+        self._lock = anyio.Lock(fast_acquire=True)
 
     @classmethod
     async def take_over(cls, bus: Bus, run: str, snapshots: "Snapshots") -> "Recorder":
@@ -144,10 +153,10 @@ class Recorder:
         return self._last
 
     async def record(self, ts: float, *events: Event) -> None:
-        """Append what the hub itself has to say, after everything that was recorded before."""
+        """Append what the hub itself has to say, after everything that the agent has emitted before."""
         async with self._lock:
-            self._flush()
-            await self._append()  # apart: the status that an event brings must not be seen before the event
+            if self._channel is not None:
+                await self._record_waiting(self._channel)
             for event in events:
                 self._stamp(ts, event)
             await self._append()
@@ -178,32 +187,33 @@ class Recorder:
 
     async def record_from(self, channel: Channel) -> None:
         """Record all that comes out of `channel`, until it is closed and drained."""
-        flush_at: float | None = None
-        while True:
-            items: list[Emitted] | None = None
-            with anyio.move_on_after(None if flush_at is None else max(0.0, flush_at - anyio.current_time())):
-                items = await channel.receive()
-            for start in range(0, len(items or ()), BATCH_EVENTS):
-                await self._record_batch((items or [])[start : start + BATCH_EVENTS])
-            if items is not None and not items:
+        self._channel = channel
+        try:
+            while await channel.ready(FLUSH_AFTER, self._can_wait):
+                async with self._lock:
+                    await self._record_waiting(channel)
+            async with self._lock:
                 self._end_pieces()
-            if not items or (flush_at is not None and anyio.current_time() >= flush_at):
-                await self.record(0.0)
-            if items is not None and not items:
-                return
-            if not self._buffered:
-                flush_at = None
-            elif flush_at is None:
-                flush_at = anyio.current_time() + FLUSH_AFTER
+                await self._append()
+        finally:
+            self._channel = None
 
-    async def _record_batch(self, items: Sequence[Emitted]) -> None:
-        async with self._lock:
-            for emitted in items:
+    def _can_wait(self, event: AgentEvent) -> bool:
+        """Whether `event` may wait for others: whether it is a token, and not its message's first."""
+        return type(event) is Token and event.message not in self._silent
+
+    async def _record_waiting(self, channel: Channel) -> None:
+        """Record what waits in `channel` now."""
+        items = channel.take()
+        for start in range(0, len(items), BATCH_EVENTS):
+            if start:
+                await checkpoint()  # a burst must not hold the loop for longer than one batch takes
+            for emitted in items[start : start + BATCH_EVENTS]:
                 self._take(emitted)
                 if self._sealed >= APPEND_BYTES:
                     await self._append()
+            self._flush()
             await self._append()
-        await checkpoint()  # a burst must not hold the loop for longer than one batch takes
 
     # -- Stamping --------------------------------------------------------------------------------------------------
 
@@ -221,7 +231,7 @@ class Recorder:
                 event = self._complete(ts, event)
             case MessageRetracted():
                 self._flush()
-                self._messages.pop(event.message, None)
+                self._close(event.message)
             case LmEnd(usage=Usage() as usage):
                 self.usage = usage if self.usage is None else self.usage + usage
             case _:
@@ -231,56 +241,66 @@ class Recorder:
 
     def _take_token(self, ts: float, event: Token) -> None:
         message = self._messages.get(event.message)
-        if message is None:
-            return  # of a message that has not begun, or has ended
-        message.take(ts, message.pieces.push(event.delta))
-        if message.buffer:
-            self._buffered[event.message] = message
-            if not message.started:
-                self._flush()
+        if message is None or message.cut or not event.delta:
+            return  # without a message: it has not begun, or has ended
+        message.add(ts, event.delta)
+        self._waiting[event.message] = message
+        if event.message in self._silent:
+            self._flush()
 
     def _begin(self, event: MessageStart) -> None:
         if len(self._messages) >= MAX_MESSAGES:  # no more can be open than a RunState shows
             self._flush()
-            del self._messages[next(iter(self._messages))]
+            self._close(next(iter(self._messages)))
         self._messages[event.message] = _Message()
+        self._silent.add(event.message)
 
     def _complete(self, ts: float, event: MessageEnd) -> MessageEnd:
-        """The joined deltas always equal the text: what they lack is sent, what they contradict is theirs to say."""
-        message = self._messages.pop(event.message)
-        said, text, half = "".join((*message.sent, *message.buffer)), clean_text(event.text), message.pieces.end()
-        message.take(ts, text[len(said) :] if text.startswith(said) else half)
-        if message.buffer:
-            self._buffered[event.message] = message
-            self._flush()
+        """The joined deltas always equal the text: what they lack is sent; where they contradict it, they win."""
+        self._flush()
+        message = self._messages[event.message]
+        said, text, half = "".join(message.sent), clean_text(event.text), message.pieces.end()
+        self._send(event.message, ts, message.say(text[len(said) :] if text.startswith(said) else half))
+        self._close(event.message)
         return MessageEnd(message=event.message, text="".join(message.sent))
 
+    def _close(self, id: str) -> None:
+        self._messages.pop(id, None)
+        self._silent.discard(id)
+
     def _end_pieces(self) -> None:
-        """Nothing more comes: whatever messages are open lack no more than what waits of them."""
+        """Nothing more comes: whatever messages are open lack no more than the half pairs that wait of them."""
         for id, message in self._messages.items():
-            message.take(0.0, message.pieces.end())
-            if message.buffer:
-                self._buffered[id] = message
+            self._send(id, 0.0, message.say(message.pieces.end()))
 
     def _flush(self) -> None:
-        for id, message in self._buffered.items():
-            # Without validation: deltas were checked one by one, and together they stay under the message's cap.
-            self._stamp(message.ts, Token.model_construct(message=id, delta=message.flush()))
-        self._buffered.clear()
+        """Send what waits of all messages."""
+        if self._waiting:
+            for id, message in self._waiting.items():
+                self._send(id, message.ts, message.flush())
+            self._waiting.clear()
+
+    def _send(self, id: str, ts: float, delta: str) -> None:
+        if delta:
+            self._silent.discard(id)
+            # No model: deltas were checked one by one, and together they stay under the message's cap.
+            self._stamp_fact(ts, {"event": "token", "message": id, "delta": delta})
 
     def _stamp(self, ts: float, event: Event) -> None:
-        fact, seq, ts = event.wire(), self._seq + 1, max(self._ts, ts)
+        self._stamp_fact(ts, event.wire())
+
+    def _stamp_fact(self, ts: float, fact: dict[str, Any]) -> None:
+        name, seq, ts = fact["event"], self._seq + 1, max(self._ts, ts)
         data = encode_event(
             self.run, self._origin.agent, seq, self._prev, ts, fact
         )  # if it cannot be encoded, it never was
         self._seq, self._ts = seq, ts
-        self.state.apply(fact | {"seq": self._seq, "ts": self._ts})
-        progress = event.event not in FULL_ONLY_EVENTS
-        terminal = event.event in TERMINAL_EVENTS
-        self._batch.append(Frame(self.run, self.epoch, self._seq, data, progress, terminal))
+        self.state.apply(fact | {"seq": seq, "ts": ts})
+        progress = name not in FULL_ONLY_EVENTS
+        self._batch.append(Frame(self.run, self.epoch, seq, data, progress, name in TERMINAL_EVENTS))
         self._sealed += len(data)
         if progress:
-            self._prev = self._seq
+            self._prev = seq
 
     # -- Appending -------------------------------------------------------------------------------------------------
 

@@ -12,10 +12,12 @@ import socket
 import sys
 import threading
 from types import FrameType
+from typing import Any, NoReturn
 
 import anyio
 import typer
 import uvicorn
+import uvloop
 
 from agentcast import __version__
 from agentcast.agents import llm
@@ -27,6 +29,11 @@ from agentcast.server.asgi import FrameProtocol
 from agentcast.server.config import Settings
 from agentcast.server.errors import BusError
 from agentcast.server.protocol import MESSAGE_BYTES
+
+LEAVING = 1.0
+"""Seconds that tasks which agents have left behind get to end, once the hub has stopped."""
+
+logger = logging.getLogger(__name__)
 
 
 class CannotServe(Exception):
@@ -53,15 +60,50 @@ def serve(settings: Settings) -> int:
         raise CannotServe(str(error)) from None
     sock = bind(settings)
     server = _Server(hub, settings, banner=_banner(hub, model, redis, sock))
-    anyio.run(_run, server, sock, backend_options={"use_uvloop": True})
+    anyio.run(_serve, server, sock, backend_options={"loop_factory": _Loop})
     return server.exit_code
 
 
-async def _run(server: "_Server", sock: socket.socket) -> None:
+class _Loop(uvloop.Loop):
+    """An event loop that goes on when a task raises `SystemExit` or `KeyboardInterrupt` (G9).
+
+    asyncio lets these out of the loop, besides giving them to those who wait for the task. A task of an agent may raise
+    them, and ends its run by that. Signals come to `_Server.handle_exit`, and are no exceptions.
+    """
+
+    def run_until_complete(self, future: Any) -> Any:
+        task = asyncio.ensure_future(future, loop=self)  # noqa: TID251 -- as every loop does
+        while True:
+            try:
+                return super().run_until_complete(task)
+            except (SystemExit, KeyboardInterrupt) as error:
+                if task.done():
+                    raise
+                logger.error("a task raised %s; the hub goes on", type(error).__name__, exc_info=error)
+
+
+async def _serve(server: "_Server", sock: socket.socket) -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(server.freeze_again)
         await server.serve([sock])
         tasks.cancel_scope.cancel()
+    if not await _end_tasks():
+        _exit(server.exit_code)
+
+
+async def _end_tasks() -> bool:
+    """Cancel what still runs, tasks of agents; whether they end, in bounded time. The runner would wait for ever."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    return not tasks or not (await asyncio.wait(tasks, timeout=LEAVING))[1]
+
+
+def _exit(code: int) -> NoReturn:
+    """End the process without waiting for what agents have left behind (G6)."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def retrying(settings: Settings) -> llm.Retrying:
@@ -134,10 +176,8 @@ class _Server(uvicorn.Server):
         await self._hub.stop()
         await super().shutdown(sockets)
         if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
-            # A cancelled run may have left it behind (G6). asyncio and the interpreter would wait for it, however long.
-            logging.shutdown()
-            sys.stdout.flush()
-            os._exit(self.exit_code)
+            # A cancelled run may have left it behind. asyncio and the interpreter would wait for it, however long.
+            _exit(self.exit_code)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal: stop; a second one: at once. uvicorn would raise it again in the end, and so die of it."""

@@ -1,15 +1,15 @@
 """Notices when the event loop is blocked, and names who does it (G3).
 
 Our own code never blocks the loop; an `async` agent that computes or sleeps synchronously does. It cannot be stopped,
-but its users can be told which agent it is and where it stands.
+but the log can say which task it is and where it stands.
 """
 
+import asyncio
 import logging
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 
 import anyio
 
@@ -20,20 +20,20 @@ logger = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Watches the loop on which `run` runs. `culprit` names what the loop is executing; it is called from a thread."""
+    """Watches the loop on which `run` runs."""
 
-    def __init__(self, culprit: Callable[[], str | None], blocked_after: float = BLOCKED_AFTER) -> None:
+    def __init__(self, blocked_after: float = BLOCKED_AFTER) -> None:
         self.longest = 0.0
         """The longest the loop was seen blocked, in seconds."""
-        self._culprit = culprit
         self._blocked_after = blocked_after
         self._beat = time.monotonic()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread = 0
         self._stop = threading.Event()
 
     async def run(self) -> None:
         """Watch until cancelled."""
-        self._loop_thread = threading.get_ident()
+        self._loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
         thread = threading.Thread(target=self._watch, name="agentcast watchdog", daemon=True)
         self._beat = time.monotonic()
         thread.start()
@@ -56,9 +56,15 @@ class Watchdog:
                 logger.error(
                     "the event loop has been blocked for %.1f s by %s; every other run waits. It stands at:\n%s",
                     blocked,
-                    self._culprit() or "something that is not an agent",
+                    self._culprit(),
                     self._where(),
                 )
+
+    def _culprit(self) -> str:
+        """The task that the loop is executing. An agent's own bears the name of its run; one that it has started bears
+        the name that it was given, and only the stack says whose it is."""
+        task = asyncio.current_task(self._loop)
+        return "a callback, which is no task" if task is None else f"the task {task.get_name()!r}"
 
     def _where(self) -> str:
         frame = sys._current_frames().get(self._loop_thread)

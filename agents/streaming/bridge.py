@@ -70,6 +70,12 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
         finally:
             self.close()
 
+    async def room(self) -> None:
+        """Wait while the run is held back, on any event loop. An emitter that is no channel has always room."""
+        wait = getattr(self.emit, "room", None)
+        if wait is not None:
+            await wait()
+
     @property
     def is_innermost(self) -> bool:
         """Whether the calling code is in this run, and not in another one that goes on inside it."""

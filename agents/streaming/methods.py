@@ -6,6 +6,8 @@
 - `RLM.aforward` runs code, and what that calls, on the event loop; in a run it does all its work on a thread (G3).
 - `BestOfN.forward` and `Refine.forward` count failed attempts on the module, those of all its calls together; in a run
   they count on a copy.
+- `Module.acall`, `BaseLM.acall` and `Tool.acall` tell the run of themselves in callbacks, which cannot wait; in a run
+  they wait for room before they begin (G5). So a task of the program is held back there, and no other task is.
 - `Predict.forward` and `aforward` call the LM that the predictor has, or DSPy's settings; in an agent's run they call
   what the context's `models` makes of it, so that nobody's predictors need to be changed. And `aforward` cannot await
   an LM that has no asynchronous side; it then does on a thread what `forward` does, outside of runs, too.
@@ -24,7 +26,7 @@ from typing import Any
 
 import dspy
 
-from agentcast.agents.context import current
+from agentcast.agents.context import current, wait_for_room
 from agentcast.agents.observations import contained, observed, showable
 from agentcast.agents.streaming.calls import call_in_thread, can_be_awaited
 from agentcast.agents.threads import unblocking
@@ -57,6 +59,17 @@ def _awaited_tool(acall: Callable[..., Any]) -> Callable[..., Any]:
             function = unblocking(_listing(tool.func) if is_shown else tool.func, f"tool {tool.name}")
             result = await acall(_calling(function, tool), **args)
             return showable(result) if is_shown else result
+
+    return call
+
+
+def _held_back(acall: Callable[..., Any]) -> Callable[..., Any]:
+    """`acall` that in a run waits for room first."""
+
+    @functools.wraps(acall)
+    async def call(callee: Any, /, *args: Any, **named: Any) -> Any:
+        await wait_for_room()
+        return await acall(callee, *args, **named)
 
     return call
 
@@ -162,7 +175,9 @@ def _modelled(predictor: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 _REPLACEMENTS: dict[tuple[str, str], Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    ("Tool", "acall"): _awaited_tool,
+    ("Module", "acall"): _held_back,
+    ("BaseLM", "acall"): _held_back,
+    ("Tool", "acall"): lambda acall: _awaited_tool(_held_back(acall)),
     ("Tool", "__call__"): _called_tool,
     ("RLM", "aforward"): _all_on_a_thread,
     ("BestOfN", "forward"): _on_a_copy,

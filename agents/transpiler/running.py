@@ -11,7 +11,7 @@ import dspy
 from pydantic import BaseModel, ValidationError
 
 from agentcast.agents.base import public_message
-from agentcast.agents.context import emit_event
+from agentcast.agents.context import emit_event, wait_for_room
 from agentcast.agents.events import StepLimit
 from agentcast.agents.graph import Graph, StatefulNode
 from agentcast.agents.graph.building import OnLoopLimit, Reducer, Route
@@ -139,6 +139,7 @@ class GraphRun:
     # -- A node ----------------------------------------------------------------------------------------------------
 
     async def _run_node(self, node: StatefulNode, step: Step) -> dict[str, Any]:
+        await wait_for_room()
         values = self._state.values(list(node.input_model.model_fields), step.past)
         module = self._modules.get(node.name)
         with node_span(node.name, lambda: self._shown(values), parts_of(node, module)) as span:

@@ -104,6 +104,29 @@ async def test_an_agent_stuck_in_a_thread_does_not_keep_the_process(agent: str) 
         assert await hub.exit_code(within=5) == 0
 
 
+async def test_a_task_of_an_agent_that_ignores_its_cancellation_does_not_keep_the_process() -> None:
+    async with serve(grace="0.2", cancel_grace="0.2") as hub, hub.client() as client:
+        assert (await client.view(await client.start("deaf"))).document["result"] == "done"
+        hub.signal(signal.SIGTERM)
+        assert await hub.exit_code(within=8) == 0
+
+
+async def test_what_a_task_of_an_agent_raises_ends_the_run_and_not_the_process() -> None:
+    """asyncio lets SystemExit and KeyboardInterrupt out of the event loop."""
+    async with serve() as hub, hub.client() as client, hub.client() as other:
+        beside = await other.start("counter", {"n": 20})
+        await other.event("token", beside)
+        for interrupt in (False, True):
+            view = await client.view(await client.start("exiting", {"interrupt": interrupt}))
+            assert view.names == ["run_queued", "run_start", "status", "run_error"]
+            assert view.document["error"]["code"] == "agent_error"
+        assert (await other.view(beside)).document["status"] == "done"
+        assert (await client.view(await client.start("counter", {"n": 3}))).document["result"] == "0 1 2 "
+        hub.signal(signal.SIGTERM)
+        assert await hub.exit_code(within=5) == 0
+    assert "a task raised SystemExit; the hub goes on" in "".join(hub.log)
+
+
 async def test_a_client_that_does_not_read_does_not_keep_the_process() -> None:
     async with serve(grace="0.1") as hub, hub.client() as client:
         client.ws.transport.pause_reading()

@@ -49,6 +49,37 @@ async def stubborn(emit: Emitter) -> str:
 
 
 @registry.agent
+async def exiting(emit: Emitter, interrupt: bool = False) -> str:
+    """A task of it calls `sys.exit`, or raises as Ctrl-C would."""
+
+    async def child() -> None:
+        await emit.send(Status(message="in the child"))
+        raise KeyboardInterrupt if interrupt else SystemExit(3)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(child)
+    return "never"
+
+
+@registry.agent
+async def deaf(emit: Emitter) -> str:
+    """Leaves a task behind that ignores its cancellation."""
+
+    async def child() -> None:
+        while True:
+            try:
+                await anyio.sleep(0.01)
+            except asyncio.CancelledError:
+                pass
+
+    left.append(asyncio.get_running_loop().create_task(child()))
+    return "done"
+
+
+left: list[asyncio.Task[None]] = []
+
+
+@registry.agent
 async def flooder(emit: Emitter) -> str:
     """Says far more than sockets and queues hold."""
     for _ in range(20_000):

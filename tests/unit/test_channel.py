@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import gc
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from agentcast.agents import channel as channel_module
 from agentcast.agents.base import Stopped
 from agentcast.agents.channel import Channel
 from agentcast.agents.events import AgentEvent, Status, Token
-from agentcast.agents.gate import drive
+from agentcast.agents.execution import Execution, drive
 
 pytestmark = pytest.mark.anyio
 
@@ -76,6 +77,7 @@ async def in_task(channel: Channel, name: str) -> None:
     for number in range(COUNT):
         channel.nowait(token(name, number))
         if number % 3 == 0:
+            await channel.room()
             await anyio.lowlevel.checkpoint()
 
 
@@ -124,7 +126,61 @@ async def test_events_of_all_kinds_of_producers_keep_their_order_and_none_is_los
     found = by_producer(events)
     assert len(found) == 3 * 3 + 2 + 2
     assert all(numbers == list(range(COUNT)) for numbers in found.values())
-    assert deepest <= 64 + len(found)
+    assert deepest <= 64 + 3 * len(found)
+
+
+async def test_what_a_thread_emits_before_it_hands_over_comes_before_what_the_loop_then_emits():
+    """The loop is not woken in between: it waits for the thread."""
+    channel = Channel(high_water=1000)
+    for number in range(0, 100, 2):
+        thread = threading.Thread(target=channel.nowait, args=(token("both", number),))
+        thread.start()
+        thread.join()  # hands over
+        channel.nowait(token("both", number + 1))
+    assert by_producer(item.event for item in await channel.receive()) == {"both": list(range(100))}
+
+
+async def test_one_wake_up_of_the_loop_serves_all_that_threads_have_put(monkeypatch: pytest.MonkeyPatch):
+    channel = Channel(high_water=1000)
+    wakes = 0
+    wake = channel._wake
+
+    def counted() -> None:
+        nonlocal wakes
+        wakes += 1
+        wake()
+
+    monkeypatch.setattr(channel, "_wake", counted)
+    for name in "ab":
+        thread = threading.Thread(target=in_thread, args=(channel, name))
+        thread.start()
+        thread.join()
+    assert set(by_producer(item.event for item in await channel.receive())) == {"a", "b"}
+    await some_turns()
+    assert wakes == 1
+
+
+@pytest.mark.parametrize("kind", ["task", "scope"])
+async def test_a_receive_that_is_cancelled_as_an_event_arrives_does_not_lose_it(kind: str):
+    channel = Channel()
+    scope = anyio.CancelScope()
+
+    async def receive() -> None:
+        with scope:
+            got.extend(await channel.receive())
+
+    got: list[Any] = []
+    task = asyncio.get_running_loop().create_task(receive())
+    await some_turns()
+    channel.nowait(token("a", 0))
+    if kind == "task":
+        task.cancel()
+    else:
+        scope.cancel()
+    await asyncio.wait([task])
+    if not got:
+        got = await channel.receive()
+    assert by_producer(item.event for item in got) == {"a": [0]}
 
 
 async def test_a_cancelled_receive_loses_nothing():
@@ -150,14 +206,94 @@ async def test_each_event_has_the_time_at_which_it_was_emitted():
     assert before <= item.ts <= between
 
 
+# -- Waiting for more ------------------------------------------------------------------------------------------------
+
+NEVER = 1000.0
+
+
+async def readiness(channel: Channel, patience: float) -> anyio.Event:
+    """Set once the channel is ready; events of the producer "patient" can wait."""
+    ready = anyio.Event()
+
+    async def wait() -> None:
+        await channel.ready(patience, lambda event: isinstance(event, Token) and event.message == "patient")
+        ready.set()
+
+    tasks.append(asyncio.get_running_loop().create_task(wait()))
+    await some_turns()
+    return ready
+
+
+tasks: list[asyncio.Task[None]] = []
+
+
+async def test_events_that_can_wait_wait_until_another_comes():
+    channel = Channel()
+    ready = await readiness(channel, NEVER)
+    for number in range(2):
+        channel.nowait(token("patient", number))
+    await some_turns()
+    assert not ready.is_set()
+    channel.nowait(token("urgent", 0))
+    await some_turns()
+    assert ready.is_set()
+    assert by_producer(item.event for item in channel.take()) == {"patient": [0, 1], "urgent": [0]}
+    channel.nowait(token("patient", 2))
+    ready = await readiness(channel, NEVER)
+    assert not ready.is_set()
+    channel.close()
+    await some_turns()
+    assert ready.is_set()
+
+
+async def test_an_urgent_event_that_came_while_nobody_waited_is_not_left_waiting():
+    channel = Channel()
+    await readiness(channel, NEVER)
+    channel.nowait(token("urgent", 0))
+    await some_turns()
+    channel.take()
+    for name in ("urgent", "patient"):
+        channel.nowait(token(name, 0))
+    assert (await readiness(channel, NEVER)).is_set()
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["came before the wait", "came in the wait"])
+async def test_events_that_can_wait_wait_no_longer_than_that(before: bool):
+    channel = Channel()
+    await readiness(channel, NEVER)
+    channel.nowait(token("urgent", 0))
+    await some_turns()
+    channel.take()
+    if before:
+        channel.nowait(token("patient", 0))
+        assert not (await readiness(channel, NEVER)).is_set()
+        tasks.pop().cancel()
+        await some_turns()
+    ready = await readiness(channel, 0.01)
+    if not before:
+        channel.nowait(token("patient", 0))
+    with anyio.fail_after(5):
+        await ready.wait()
+    assert len(channel.take()) == 1
+
+
+async def test_events_that_can_wait_do_not_hold_the_run_back():
+    channel = Channel(high_water=4)
+    ready = await readiness(channel, NEVER)
+    for number in range(4):
+        assert not ready.is_set()
+        channel.nowait(token("patient", number))
+        await some_turns()
+    assert ready.is_set()
+
+
 # -- Back-pressure ---------------------------------------------------------------------------------------------------
 
 
-async def test_fifty_gathered_tasks_are_held_back_and_tasks_of_others_are_not():
+async def test_fifty_gathered_tasks_wait_where_they_emit_and_tasks_of_others_do_not():
     async def child(channel: Channel, name: str) -> None:
         for number in range(40):
-            channel.nowait(token(name, number))
-            await anyio.lowlevel.checkpoint()
+            await channel.send(token(name, number))
 
     async def run(channel: Channel) -> None:
         async with anyio.create_task_group() as group:
@@ -175,6 +311,130 @@ async def test_fifty_gathered_tasks_are_held_back_and_tasks_of_others_are_not():
         events, deepest = await receive_all(channel, some_turns)
     assert deepest <= 64 + 50
     assert all(numbers == list(range(40)) for numbers in by_producer(events).values())
+
+
+async def test_tasks_that_wait_for_room_begin_one_by_one():
+    """As calls of DSPy do: each waits for room and then emits several events at once, which cannot wait."""
+
+    async def child(channel: Channel, name: str) -> None:
+        for number in range(0, 40, 4):
+            await channel.room()
+            for each in range(4):
+                channel.nowait(token(name, number + each))
+
+    async def run(channel: Channel) -> None:
+        async with anyio.create_task_group() as group:
+            for number in range(50):
+                group.start_soon(child, channel, f"c{number}")
+
+    channel = Channel(high_water=64)
+    async with anyio.create_task_group() as group:
+        group.start_soon(drive_and_close, run(channel), channel)
+        events, deepest = await receive_all(channel, some_turns)
+    assert 64 <= deepest < 64 + 4
+    assert all(numbers == list(range(40)) for numbers in by_producer(events).values())
+
+
+async def test_a_task_that_never_waits_meets_the_hard_cap():
+    async def child(channel: Channel) -> None:
+        while True:
+            channel.nowait(token("status", 0))
+            await anyio.lowlevel.checkpoint()
+
+    async def run(channel: Channel) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(child, channel)
+
+    channel = Channel(high_water=8, hard_cap=100)
+    with pytest.raises(BaseExceptionGroup) as raised, anyio.fail_after(5):
+        await drive(run(channel), channel)
+    assert raised.value.subgroup(Stopped)
+    assert channel.overflowed
+    assert len(await channel.receive()) == 100
+
+
+class Worker:
+    """A library's: one task for all who use it, started by the first."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[None] | None = None
+        self._jobs, self._taken = anyio.create_memory_object_stream[tuple[int, list[int], anyio.Event]](math.inf)
+
+    async def double(self, number: int) -> int:
+        if self.task is None:
+            self.task = asyncio.get_running_loop().create_task(self._work())
+        result: list[int] = []
+        done = anyio.Event()
+        self._jobs.send_nowait((number, result, done))
+        await done.wait()
+        return result[0]
+
+    async def _work(self) -> None:
+        with self._taken:
+            async for number, result, done in self._taken:
+                result.append(2 * number)
+                done.set()
+
+    async def close(self) -> None:
+        self._jobs.close()
+        assert self.task is not None
+        await self.task
+
+
+@pytest.mark.parametrize("first", ["congested", "cancelled", "abandoned", "deaf"])
+async def test_a_worker_that_one_run_has_started_serves_all_whatever_becomes_of_that_run(first: str):
+    worker = Worker()
+
+    async def starting(channel: Channel) -> None:
+        assert await worker.double(1) == 2
+        while True:
+            try:
+                for _ in range(8):
+                    channel.nowait(token("first", 0))
+                await anyio.sleep_forever()
+            except asyncio.CancelledError:
+                if first != "deaf":
+                    raise
+
+    async def using(channel: Channel) -> int:
+        await channel.send(token("second", 0))
+        return await worker.double(21)
+
+    stuck, free = Channel("first", high_water=8), Channel("second")
+    with anyio.fail_after(5):
+        one = Execution(starting(stuck), stuck)
+        while len(stuck) < 8:
+            await anyio.lowlevel.checkpoint()
+        if first in ("cancelled", "deaf"):
+            one.cancel()
+            await some_turns()
+        if first in ("abandoned", "deaf"):
+            one.abandon()
+            await one.done.wait()
+        assert worker.task is not None
+        assert not worker.task.done()
+        two = Execution(using(free), free)
+        await two.done.wait()
+        assert two.value == 42
+        one.abandon()
+        await one.done.wait()
+        await worker.close()
+
+
+async def test_the_loop_is_left_as_it_was_while_a_run_goes_on_and_after_it():
+    loop = asyncio.get_running_loop()
+    seen = []
+
+    async def run(channel: Channel) -> None:
+        seen.append(loop.get_task_factory())
+        async with anyio.create_task_group() as group:
+            group.start_soon(channel.send, Status(message="from a child"))
+
+    before = loop.get_task_factory()
+    channel = Channel()
+    await drive(run(channel), channel)
+    assert [*seen, loop.get_task_factory()] == [before, before]
+    assert len(channel) == 1
 
 
 async def test_the_runs_own_coroutine_is_not_resumed_while_nobody_receives():
@@ -287,6 +547,31 @@ async def test_a_storm_meets_the_hard_cap_and_what_came_before_is_received():
         await channel.send(token("storm", 0))
 
 
+async def test_threads_meet_the_hard_cap_while_the_loop_is_blocked(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(channel_module, "LOOP_BLOCKED_AFTER", 0.02)
+    channel = Channel(high_water=8, hard_cap=20)
+    stopped = []
+
+    def produce() -> None:
+        try:
+            for number in range(15, 100):
+                channel.nowait(token("storm", number))
+        except Stopped:
+            stopped.append(number)
+
+    for number in range(15):
+        channel.nowait(token("storm", number))
+    thread = threading.Thread(target=produce)
+    thread.start()
+    thread.join(10)  # blocks the loop
+    assert stopped == [20]
+    with pytest.raises(Stopped):
+        channel.nowait(token("storm", 21))
+    assert channel.overflowed
+    assert by_producer(item.event for item in await channel.receive()) == {"storm": list(range(20))}
+    assert await channel.receive() == []
+
+
 async def test_closing_takes_nothing_more_but_gives_what_is_there():
     channel = Channel()
     channel.nowait(token("a", 0))
@@ -352,42 +637,43 @@ async def test_cancelling_passes_the_gate():
     assert cleaned_up
 
 
-async def test_what_swallows_its_cancellation_is_dropped_when_abandoned_children_included():
+async def test_what_swallows_its_cancellation_is_dropped_when_abandoned_and_its_tasks_go_on_until_they_emit():
     swallowed = 0
+    go_on = anyio.Event()
 
-    async def stubborn() -> None:
+    async def child() -> None:
+        await go_on.wait()
+        channel.nowait(token("child", 0))
+
+    async def run() -> None:
         nonlocal swallowed
+        children.append(asyncio.get_running_loop().create_task(child()))
         while True:
             try:
-                await asyncio.sleep(3600)
+                await anyio.sleep_forever()
             except asyncio.CancelledError:
                 swallowed += 1
 
     children: list[asyncio.Task[None]] = []
-
-    async def run() -> None:
-        children.append(asyncio.get_running_loop().create_task(stubborn()))
-        await stubborn()
-
     channel = Channel()
     task = asyncio.get_running_loop().create_task(drive(run(), channel))
     with anyio.fail_after(5):
         await some_turns()
-        for each in (task, *children):
-            each.cancel()
+        task.cancel()
         await some_turns()
-        assert swallowed == 2
+        assert swallowed == 1
         assert not task.done()
         channel.abandon()
-        for each in (task, *children):
-            each.cancel()
+        task.cancel()
         with pytest.raises(Stopped):
             await task
-        await children[0]
-    assert swallowed == 2
-    assert channel.abandoned
-    with pytest.raises(Stopped):
-        channel.nowait(token("a", 0))
+        assert swallowed == 1
+        assert channel.abandoned
+        await some_turns()
+        assert not children[0].done()
+        go_on.set()
+        with pytest.raises(Stopped):
+            await children[0]
 
 
 async def test_a_coroutine_that_ignores_even_its_closing_is_kept_away_for_good():
@@ -441,43 +727,17 @@ async def test_a_child_that_is_cancelled_before_its_first_step_leaves_no_warning
     gc.collect()  # "coroutine was never awaited" would come from here, and fail the test
 
 
-async def test_the_watchdog_can_see_whose_run_the_loop_executes():
+async def test_the_task_of_a_run_bears_its_name():
     channel = Channel("mine")
-    seen = []
 
-    async def child() -> None:
-        seen.append(Channel.resumed)
+    async def run() -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        return task.get_name()
 
-    async def run() -> None:
-        seen.append(Channel.resumed)
-        await asyncio.get_running_loop().create_task(child())
-
-    await drive(run(), channel)
-    assert seen == [channel, channel]
-    assert Channel.resumed is None
-
-
-async def test_a_task_factory_that_was_there_goes_on_being_used():
-    made = []
-
-    def factory(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
-        made.append(coro)
-        return asyncio.Task(coro, loop=loop, **options)
-
-    async def run(channel: Channel) -> None:
-        async with anyio.create_task_group() as group:
-            group.start_soon(channel.send, Status(message="from a child"))
-
-    loop = asyncio.get_running_loop()
-    before = loop.get_task_factory()
-    loop.set_task_factory(factory)
-    try:
-        channel = Channel()
-        await drive(run(channel), channel)
-        assert len(made) == 1
-        assert len(channel) == 1
-    finally:
-        loop.set_task_factory(before)
+    execution = Execution(run(), channel)
+    await execution.done.wait()
+    assert execution.value == "mine"
 
 
 # -- A loop that is blocked on its producers -------------------------------------------------------------------------
@@ -501,7 +761,7 @@ async def test_handing_over_wakes_the_loop_but_does_not_wait_for_one_that_is_blo
     def put() -> bool:
         channel.nowait(token("thread", 0))
         channel.hand_over()
-        return channel._arrived.is_set()
+        return not channel._inbox
 
     channel = Channel()
     assert await anyio.to_thread.run_sync(put)

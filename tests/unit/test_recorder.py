@@ -181,6 +181,22 @@ async def test_first_token_of_each_message_goes_at_once(case: Case) -> None:
         assert brief(await case.delivered(5))[2:] == ["token a 2", "message_start b", "token b 3"]
 
 
+@pytest.mark.usefixtures("never_flush")
+async def test_first_token_goes_at_once_also_when_the_start_of_its_message_went_before(case: Case) -> None:
+    async with case.recording() as channel:
+        for name in "ab":
+            await channel.send(MessageStart(message=name, span="s", field="f"))
+        await case.mail.take(2)
+        await channel.send(Token(message="a", delta="1"))
+        await case.mail.take(3)
+        await channel.send(Token(message="a", delta="2"))
+        await anyio.wait_all_tasks_blocked()
+        assert len(case.mail.items) == 3
+        await channel.send(Token(message="b", delta="3"))
+
+        assert brief(await case.delivered(5))[2:] == ["token a 1", "token a 2", "token b 3"]
+
+
 async def test_later_tokens_are_joined_after_a_short_while(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FLUSH_AFTER", 0.05)
     async with case.recording() as channel:
@@ -241,6 +257,34 @@ async def test_what_the_hub_records_comes_after_the_buffered_tokens(case: Case) 
         await case.recorder.record(5.0, CancelRequested(reason="why"))
 
         assert brief(await case.delivered(4))[2:] == ["token a 2", "cancel_requested"]
+
+
+@pytest.mark.usefixtures("never_flush")
+async def test_recording_goes_on_after_the_hub_has_recorded_all_that_waited(case: Case) -> None:
+    """The recorder is woken for what the hub then takes itself."""
+    async with case.recording() as channel:
+        await anyio.wait_all_tasks_blocked()
+        channel.nowait(Status(message="1"))
+        await case.recorder.record(5.0, CancelRequested(reason="why"))
+        await anyio.wait_all_tasks_blocked()
+        channel.nowait(Status(message="2"))
+
+        assert brief(await case.delivered(3)) == ["status 1", "cancel_requested", "status 2"]
+
+
+@pytest.mark.usefixtures("never_flush")
+async def test_tokens_that_wait_wake_nobody_until_the_agent_is_to_be_held_back(case: Case) -> None:
+    async with case.recording() as channel:
+        await channel.send(START)
+        await channel.send(Token(message="a", delta="x"))
+        await case.mail.take(2)
+        for _ in range(63):
+            channel.nowait(Token(message="a", delta="x"))
+            await anyio.wait_all_tasks_blocked()
+        assert len(channel) == 63
+        await channel.send(Token(message="a", delta="x"))
+
+        assert brief(await case.delivered(3))[2:] == ["token a " + 64 * "x"]
 
 
 @pytest.mark.usefixtures("never_flush")

@@ -33,7 +33,7 @@ from agentcast.agents.events import (
     ToolStart,
     Usage,
 )
-from agentcast.agents.gate import drive
+from agentcast.agents.execution import drive
 from agentcast.agents.streaming import Outcome, is_async, run_program
 from tests.support.lms import Engine, chat, lm_of, pieces
 
@@ -836,7 +836,50 @@ async def test_a_slow_consumer_holds_the_gathered_calls_back_and_nothing_else():
                     await anyio.lowlevel.checkpoint()
                 deepest = max(deepest, len(channel))
     assert len(messages_of(events)) == 100
-    assert 64 <= deepest <= 64 + 50 * 3  # beyond the mark, what each task emits in one step
+    assert 64 <= deepest <= 64 + 50 * 4  # beyond the mark, what each task emits between two waits
+
+
+class Twice(dspy.Module):  # type: ignore[misc]
+    async def aforward(self, n: int) -> int:
+        return 2 * n
+
+
+async def twice(n: int) -> int:
+    return 2 * n
+
+
+CALLS: dict[str, Callable[[], Callable[[int], Any]]] = {
+    "modules": lambda: lambda n: Twice().acall(n=n),
+    "tools": lambda: lambda n: dspy.Tool(twice).acall(n=n),
+    "LMs": lambda: lambda n: dspy.settings.lm.acall(f"n{n}"),
+    "predictors": lambda: lambda n: dspy.Predict("question -> answer").acall(question=f"n{n}"),
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+async def test_fifty_tasks_that_call_again_and_again_are_held_back_between_calls(kind: str):
+    class Many(dspy.Module):  # type: ignore[misc]
+        async def aforward(self) -> Any:
+            async with anyio.create_task_group() as group:
+                for _ in range(50):
+                    group.start_soon(self.calls)
+
+        async def calls(self) -> None:
+            call = CALLS[kind]()
+            for number in range(20):
+                await call(number)
+
+    channel = Channel()
+    count = deepest = 0
+    with dspy.context(lm=lm_of(lambda _: chat(answer="x"))), anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            group.start_soon(run_to_close, Many(), channel)
+            while items := await channel.receive():
+                count += len(items)
+                await anyio.wait_all_tasks_blocked()
+                deepest = max(deepest, len(channel))
+    assert count >= 50 * 20 * 2
+    assert deepest <= 64 + 50 * 4
 
 
 async def run_to_close(program: Any, channel: Channel) -> None:

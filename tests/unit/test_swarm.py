@@ -33,8 +33,7 @@ from agentcast.agents.events import (
     ToolEnd,
     ToolStart,
 )
-from agentcast.agents.execution import Execution
-from agentcast.agents.gate import drive
+from agentcast.agents.execution import Execution, drive
 from agentcast.agents.offline.engine import reply
 from agentcast.agents.registry import Registry
 from agentcast.agents.threads import abandoned_threads
