@@ -20,7 +20,7 @@ library = mcp_server(
     "library",
     command=sys.executable,
     args=["-m", "agentcast.agents.demo.librarian_server"],
-    env={"PYTHONPATH": str(Path(__file__).parents[2]), VARIABLE: os.environ.get(VARIABLE, "")},
+    env={"PYTHONPATH": str(Path(__file__).parents[3]), VARIABLE: os.environ.get(VARIABLE, "")},
 )
 
 

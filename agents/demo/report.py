@@ -49,7 +49,7 @@ class Topic(BaseModel):
         min_length=1,
         max_length=2_000,
         description="what the report is about",
-        examples=["What happens to slow clients, lost connections and cancelled runs?"],
+        examples=["What happens to a slow client? How is a run cancelled? Which events end a run?"],
     )
 
 
