@@ -1,7 +1,7 @@
 """The offline model: it searches, quotes and calculates by rules, so that everything runs without a key or a network.
 
 It is an engine of `dspy.LM`: it reads the prompt that any model would get (`prompt`), decides (`answering`), and writes
-what DSPy's adapters expect, word by word at a human pace. It must not know agents, runs or events.
+what DSPy's adapters expect, word by word at a human pace. It holds no state, and must not know agents, runs or events.
 """
 
 import functools
@@ -26,6 +26,7 @@ __all__ = ["NOTE", "AsyncOfflineEngine", "OfflineEngine", "offline_lm", "reply"]
 DELAY_VARIABLE = "AGENTCAST_OFFLINE_DELAY"
 """Environment variable: seconds between words, by default 0.03; 0 streams without a pause."""
 
+_CONTROL = re.compile(r"[^\t\n\r -\U0010ffff]")
 _PIECE = re.compile(r"(\s*(?:\[\[ ## \w+ ## \]\]|</?\w+>)\s*)|\S+\s*|\s+")
 
 
@@ -43,7 +44,7 @@ def reply(request: lm15.Request) -> lm15.Message:
     prompt = parse(request)
     values, call = respond(prompt) if prompt.outputs else ({}, None)
     values = {name: value for name, value in values.items() if value is not None}
-    said = {name: value if isinstance(value, str) else _json(value) for name, value in values.items()}
+    said = {n: _CONTROL.sub("", value if isinstance(value, str) else _json(value)) for n, value in values.items()}
     if not prompt.outputs:
         text = NOTE
     elif prompt.form == "json":
@@ -83,8 +84,6 @@ def _events(request: lm15.Request) -> Iterator[tuple[float, Any]]:
 
 
 class OfflineEngine:
-    """The synchronous half. Holds no state: any number of threads may use it."""
-
     def complete(self, request: lm15.Request) -> lm15.Response:
         return _response(request, reply(request))
 

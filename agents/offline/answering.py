@@ -13,16 +13,14 @@ from agentcast.agents.words import Index, content_words
 
 NOTE = "(This is the offline model: it does not think. Set AGENTCAST_LM to a model's name for real answers.)"
 CANNOT_TELL = "I cannot tell"
-HISTORY, PREVIOUS_ANSWER, PROBLEMS = "history", "previous_answer", "problems"
-"""Inputs that are no texts to answer from; the last two are a rejected answer and what is wrong with it."""
+HISTORY, PREVIOUS_ANSWER, PROBLEMS = "history", "previous_answer", "problems"  # what is wrong with that answer
 
 _QUESTION = re.compile(r"question|query|topic|task|request|prompt|problem")
 _ANSWER = re.compile(r"answer|response|reply|output|result|report|message")
 _GIST = re.compile(r"summary|abstract|gist|title|headline")
 _NUMBERED = re.compile(r".*question_?(\d+)")
 _UNKNOWN = re.compile(r"unknown|unclear|undecided|none|neutral|other|n/a", re.I)
-_ROLES = {"sum": "expression|formula", "query": r"query|q|search\w*", "file": r"file\w*|path|url", "line": "line"}
-"""What arguments of these names are for."""
+_ARGUMENTS = {"sum": "expression|formula", "query": r"query|q|search\w*", "file": r"file\w*|path|url", "line": "line"}
 _FAILED = re.compile(r"tool \S+ failed|execution error in", re.I)
 _NOTHING = re.compile(rf"\W*(?:(?:no|nothing|not|0)\b.{{0,40}}\b(?:found|match|result|hit)|{_FAILED.pattern}|$)", re.I)
 _YES_OR_NO = re.compile(r"(?:can|could|do|does|did|is|are|was|were|will|would|should|may|must|has|have)\b", re.I)
@@ -51,7 +49,7 @@ class _Answerer:
         asking = [name for name in given if _QUESTION.search(name) or prompt.tools or prompt.steps]
         asking = asking or [name for name, value in given.items() if value.endswith("?")]
         self.question = "\n".join(given[name] for name in asking)
-        self.texts = [value for name, value in given.items() if name not in asking]
+        self.texts = [text for name, value in given.items() if name not in asking for text in texts_of(value)]
         self.words = content_words(self.question)
         steps = [step for step in prompt.steps if step.tool not in ("finish", "submit")]
         self.useful = [step for step in steps if not _NOTHING.match(step.observation)]
@@ -143,16 +141,17 @@ class _Answerer:
 
     def _text(self, name: str, *, is_main: bool) -> str:
         if number := _NUMBERED.fullmatch(name):
-            return dict(enumerate(self._questions(), 1)).get(int(number[1]), self.question)
+            return self._questions()[: int(number[1])][-1]
         if _GIST.search(name) or is_main:
             return self._answer() if is_main else self._begin()
         return "I look for sentences with the words of the question." if name == "reasoning" else f"{CANNOT_TELL}."
 
     def _answer(self) -> str:
         lists = [items for text in self.texts if isinstance(items := loaded(text), list)]
-        if not all(isinstance(item, str) for items in lists for item in items) or [] in lists:
-            asked = [value for name, value in self.prompt.values.items() if _NUMBERED.fullmatch(name)]
-            return _written_up([item for items in lists for item in items if isinstance(item, dict)], asked)
+        findings = [item for items in lists for item in items if isinstance(item, dict)]
+        asked = [value for name, value in self.prompt.values.items() if _NUMBERED.fullmatch(name)]
+        if findings or (asked and [] in lists):
+            return _written_up(findings, asked)
         if self.texts and not self.question and not any(map(_QUESTION.search, self.prompt.values)):
             return f"Thank you. I have read this: “{self._begin()}” I can add nothing to it."
         if found := self._quotes():
@@ -162,23 +161,24 @@ class _Answerer:
             )
         said = [step for step in self.useful if not any(item.file for item in sentences(step.observation))]
         if said:
-            return "\n\n".join(f"{step.tool}: “{step.observation[:500]}”" for step in said)
+            return "\n\n".join(f"{step.tool}: “{step.observation[:1_000]}”" for step in said)
         if not self.words:
             return "I answer questions about texts. Please ask one with words that I can look for in them."
         return f"{CANNOT_TELL}: {self.failed or 'nothing that I have read has all of this: ' + ', '.join(self.words)}."
 
     def _questions(self) -> list[str]:
         parts = re.split(r"\?+\s*|,? and (?=(?:wh\w+|how)\b)|, (?=(?:wh\w+|how)\b)", self.question.strip())
-        return [f"{part[0].upper()}{part[1:]}?" for part in parts if part]
+        found = [f"{part[0].upper()}{part[1:]}?" for part in parts if part]
+        return found if len(found) > 1 else [self.question]
 
     def _quotes(self) -> list[Sentence]:
-        read = [text for value in self.texts for text in texts_of(value)] + [step.observation for step in self.useful]
+        read = self.texts + [step.observation for step in self.useful]
         return quotes(self.words, self.question, [item for text in read for item in sentences(text)])
 
     def _begin(self) -> str:
         """The first sentence of the longest text that says something."""
-        text = max(self.texts, key=len, default=self.question)
-        return next((item.text for item in sentences(text) if len(content_words(item.text)) > 2), text[:200].strip())
+        text = max(reversed(self.texts), key=lambda text: len(text.split()), default=self.question)
+        return next((item.text for item in sentences(text) if len(content_words(item.text)) > 1), text[:200].strip())
 
     def _corrected(self, name: str, text: str) -> str:
         """A text as it was before, without e-mail addresses or shorter if that is what was wrong with it."""
@@ -199,7 +199,7 @@ def _sum_in(question: str) -> str:
 
 
 def _role(argument: str) -> str:
-    return next((role for role, names in _ROLES.items() if re.fullmatch(names, argument, re.I)), "")
+    return next((role for role, names in _ARGUMENTS.items() if re.fullmatch(names, argument, re.I)), "")
 
 
 def _resolved(schema: Schema, root: Schema) -> Schema:

@@ -53,13 +53,13 @@ def parse(request: Request) -> Prompt:
     inputs, outputs = (_FIELD.findall(part) for part in declared.partition("Your output fields are:\n")[::2])
     form = "json" if _JSON in structure else "chat" if "[[ ## completed ## ]]" in structure else "xml"
     template = loaded(structure.partition(_JSON)[2])
-    structure = "\n".join(map(str, template.values())) if isinstance(template, dict) else structure
+    head = "\n".join(map(str, template.values())) if isinstance(template, dict) else head
     values, steps = _turn(request, inputs, form)
     listed = "\n".join([objective, *texts_of(values.pop("tools", ""))])
     allowed = request.config.tool_choice.allowed if request.config.tool_choice else ()
     native = [_native(tool) for tool in request.tools if isinstance(tool, FunctionTool)]
     native = [tool for tool in native if not allowed or tool.name in allowed]
-    schemas = {name: _schema(name, structure) for name in outputs}
+    schemas = {name: _schema(name, head) for name in outputs}
     return Prompt(form, bool(native), values, schemas, native or tools_in(listed), steps)
 
 
@@ -130,10 +130,12 @@ def _sections(text: str, names: Iterable[str], form: str) -> dict[str, str]:
     return {name: value.strip().removesuffix(f"</{name}>").strip() for name, value in found.items() if name}
 
 
-def _schema(name: str, structure: str) -> Schema:
-    if nested := re.search(f"^<{name}>.+</{name}>$", structure, re.M):  # in XML
-        return _nested(_read(ET.fromstring, nested[0]))
-    note = re.search(rf"\{{{name}\}} +# note: the value you produce (.*)", structure)
+def _schema(name: str, head: str) -> Schema:
+    if nested := re.search(f"^<{name}>.+</{name}>$", head, re.M):  # in XML, which names parts but not their types
+        annotation = re.search(rf"^\d+\. `{name}` \((.*?)\):", head, re.M)
+        found = _nested(_read(ET.fromstring, nested[0]), annotation[1] if annotation else "")
+        return {"anyOf": [found, {"type": "null"}]} if annotation and "NoneType" in annotation[1] else found
+    note = re.search(rf"\{{{name}\}} +# note: the value you produce (.*)", head)
     said = note[1] if note else ""
     if choice := _CHOICE.match(said):
         return {"enum": choice[1].split("; ")}
@@ -143,8 +145,8 @@ def _schema(name: str, structure: str) -> Schema:
     return schema if isinstance(schema, dict) else {}
 
 
-def _nested(element: ET.Element | None) -> Schema:
+def _nested(element: ET.Element | None, annotation: str = "") -> Schema:
     children = {child.tag: _nested(child) for child in element or ()}
     if "item" in children:
-        return {"type": "array", "items": children["item"]}
+        return {"type": "array", "items": children["item"] or {"type": "string" if "str" in annotation else "other"}}
     return {"type": "object", "properties": children, "required": list(children)} if children else {}

@@ -8,8 +8,7 @@ from typing import NamedTuple
 from agentcast.agents.words import Index
 
 MAX_TEXT, MAX_QUOTE, MAX_QUOTES, MAX_SENTENCES = 20_000, 400, 3, 1_000
-ENOUGH = 0.75
-"""The share of a question's words that must stand in a sentence, its heading and the sentences next to it."""
+ENOUGH = 0.75  # of a question's words must stand in a sentence, its heading and the sentences next to it
 
 _PLACE = re.compile(r"^(\w[\w./ -]*\.\w{1,8}):(\d+)(?:-\d+)?(?: \((.*)\))?\n", re.M)
 _SKIPPED = re.compile(
@@ -21,11 +20,11 @@ _SENTENCE = re.compile(rf"\S(?:(?!{_END}).)*[\"')*_]*", re.S)
 _NO_SENTENCE = re.compile(r"\W*$|.*\?$", re.S)
 _BULLET = re.compile(r"^(?:[-*+•>] +|\d+[.)] +)+")
 _NEEDED = re.compile(r"not|no|never|none|nothing|nobody|neither|nor|cannot|without|except|unless|.+n['’]t|.*\d.*", re.I)
-_NUMBERS = {
+_MUST_HAVE = {
     re.compile(r"\bhow many (\w{1,4})", re.I): r"[0-9][0-9,.]* (?:[^ ]+ ){0,2}\1",
+    re.compile(r"\bwhy\b", re.I): "(?:because|since|so|therefore|otherwise) ",
     re.compile(r"\bhow (?:much|long|often|far|old|big|large|high|fast|tall|heavy)\b", re.I): "[0-9]",
 }
-"""What must be in the answers to such questions."""
 
 
 class Sentence(NamedTuple):
@@ -55,13 +54,13 @@ def sentences(text: str) -> list[Sentence]:
 def quotes(words: list[str], question: str, read: Iterable[Sentence]) -> list[Sentence]:
     """The sentences that answer `question`, the best first. Better none than one about something else: it must have
     most of its `words`, half of them and all negations and numbers itself, and a number if one is asked for."""
-    needed = [match.expand(form) for asked, form in _NUMBERS.items() if (match := asked.search(question))]
+    needed = [match.expand(form) for asked, form in _MUST_HAVE.items() if (match := asked.search(question))]
     kept = list({item.text: item for item in read}.values())[:MAX_SENTENCES]
-    texts = [item.text if len(words) > 1 else " ".join(item.text.split()[:3]) for item in kept]
+    texts = [item.text if len(words) > 1 else " ".join(item.text.split()[:2]) for item in kept]
     index = Index(zip(texts, (item.around for item in kept), strict=True))
     own = {word: set(index.search([word], "body")) for word in words}
     near = {word: set(index.search([word])) for word in words}
-    counts = {at: sum(at in own[word] for word in words) for at in index.search(words)}
+    counts = {at: sum(at in own[word] for word in words) for at in index.search(words, "body")}
     fitting = [
         kept[at]
         for at, count in counts.items()

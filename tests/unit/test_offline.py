@@ -16,16 +16,16 @@ from pydantic import AfterValidator, BaseModel, Field
 from agentcast.agents.offline import NOTE, AsyncOfflineEngine, OfflineEngine, offline_lm, reply
 from agentcast.agents.offline.prompt import parse
 from agentcast.agents.offline.quoting import quotes, sentences
-from agentcast.agents.words import content_words
+from agentcast.agents.words import Index, content_words
 from tests.support.graphs import Text, events_of, node, of, program_of
 
 ADAPTERS = {
-    "chat": dspy.ChatAdapter(),
-    "chat, native": dspy.ChatAdapter(use_native_function_calling=True),
+    "chat": dspy.ChatAdapter(use_json_adapter_fallback=False),
+    "chat, native": dspy.ChatAdapter(use_native_function_calling=True, use_json_adapter_fallback=False),
     "json": dspy.JSONAdapter(),
     "json, text": dspy.JSONAdapter(use_native_function_calling=False),
-    "xml": dspy.XMLAdapter(),
-    "xml, native": dspy.XMLAdapter(use_native_function_calling=True),
+    "xml": dspy.XMLAdapter(use_json_adapter_fallback=False),
+    "xml, native": dspy.XMLAdapter(use_native_function_calling=True, use_json_adapter_fallback=False),
 }
 CANNOT = re.compile("I cannot tell|I answer questions about texts")
 
@@ -52,7 +52,7 @@ def search(query: str, limit: int = 5) -> str:
 
 def read(file: str, line: int = 1) -> str:
     """Read a section of a file."""
-    return f"{file}:1-9 (Keys)\n# Keys\n\nThe key is under the mat.\nThe mat is <red>. A second key hangs & waits."
+    return f"{file}:1-9 (Keys)\n# Keys\n\nThe key is under the mat.\nThe mat is <red>. Another key hangs & waits."
 
 
 def calculate(expression: str) -> str:
@@ -88,7 +88,7 @@ def test_searches_then_reads_the_best_place_then_quotes_it(kind: Any, last: str)
         (last, {}),
     ]
     assert "home/keys.md, line 3: “The key is under the mat.”" in result.answer
-    assert "home/keys.md, line 4: “A second key hangs & waits.”" in result.answer
+    assert "home/keys.md, line 4: “Another key hangs & waits.”" in result.answer
     assert result.answer.endswith(NOTE)
 
 
@@ -349,16 +349,23 @@ def test_value_that_must_be_guessed_is_called_a_guess():
 def test_lists_objects_and_optional_fields():
     signature = dspy.Signature(
         "notes: list[str], question -> answer, texts: list[str], places: list[Place], numbers: list[int],"
-        " supported: bool | None, title, place: str",
+        " supported: bool | None, best: Place | None, title, place: str",
         custom_types={"Place": Place},
     )
     notes = ["home/keys.md:3 (Keys)\nThe key is <under>\nthe mat & the rug.", "Nothing found.", "The mat is red."]
     result = dspy.Predict(signature)(notes=notes, question="Where is the key?")
     assert result.texts == ["The key is <under> the mat & the rug."]
     assert result.places == [Place(file="home/keys.md", line=3, text="The key is <under> the mat & the rug.")]
-    assert (result.numbers, result.supported) == ([], None)
+    assert (result.numbers, result.supported, result.best) == ([], None, None)
+    assert result.title == "The key is <under> the mat & the rug."
     assert result.place == "I cannot tell."
     assert "home/keys.md, line 3: “The key is <under> the mat & the rug.”" in result.answer
+
+
+@pytest.mark.parametrize("notes", [[], [1, 2.5], [None], ["", " "]])
+def test_lists_without_texts_say_nothing(notes: list[Any]):
+    result = dspy.Predict("notes: list[Any], question -> answer")(notes=notes, question="Key?")
+    assert result.answer.startswith("I cannot tell")
 
 
 @pytest.mark.usefixtures("adapter")
@@ -366,7 +373,7 @@ def test_several_questions_are_told_apart_and_findings_written_up():
     question = "Where is the key? who has the mat, and why?"
     plan = dspy.Predict("question -> sub_questions: list[str], question_1, question_2, question_4")(question=question)
     assert plan.sub_questions == ["Where is the key?", "Who has the mat?", "Why?"]
-    assert (plan.question_1, plan.question_2, plan.question_4) == ("Where is the key?", "Who has the mat?", question)
+    assert (plan.question_1, plan.question_2, plan.question_4) == ("Where is the key?", "Who has the mat?", "Why?")
     findings = [
         {"question": "Key?", "file": "a.md", "line": 3, "text": "It is here."},
         {"question": "Key?", "file": "a.md", "line": 3, "text": "It is here."},
@@ -532,6 +539,7 @@ def test_any_other_prompt_is_answered_with_what_it_is(system: str | None, text: 
         "a" * 20_000,
         "| bee |\n" * 3_000,
         "?!… ###\n\n---\n```\n",
+        "A bee \0 is \x1b here \" ' * ^ ( NEAR AND OR NOT",
         "[" * 5_000,
         "null",
         "1.5",
@@ -597,6 +605,14 @@ def test_sentences_are_verbatim_and_know_their_line():
         ("g.md", 28, "End"),
     ]
     assert found[0].around == "Pets One sentence here. Another one, over two lines."
+
+
+def test_any_character_can_be_searched_for():
+    texts = Index([("half a pair and \0 zero", "“quoted”"), ("cancelled, cancelling; don't", 'a "b" c')])
+    assert texts.search(["cancel"]) == texts.search(["don't"]) == [1]
+    assert texts.search(["zero", "quoted"]) == [0]
+    assert texts.search(["AND", "NEAR", "zebra"]) == [0]
+    assert texts.search([]) == texts.search(["half"], "around") == []
 
 
 def test_rarest_words_win():
