@@ -1,4 +1,4 @@
-"""The librarian's MCP server, over stdio: search and read a folder of texts, and a slow index that tells its progress.
+"""The librarian's MCP server, over stdio: search and read a folder of texts, and a slow index that reports progress.
 
     python -m agentcast.agents.demo.librarian_server
 

@@ -46,5 +46,5 @@ class Researcher(dspy.Signature):  # type: ignore[misc]
     """
 
     history: str = dspy.InputField(desc="earlier questions and answers of this conversation")
-    question: str = dspy.InputField(desc="what you want to know")
+    question: str = dspy.InputField(desc="what you want to know, such as: What happens to a slow client?")
     answer: str = dspy.OutputField(desc="the answer, with verbatim quotes and the names of their files")

@@ -21,6 +21,7 @@ _GIST = re.compile(r"summary|abstract|gist|title|headline")
 _NUMBERED = re.compile(r".*question_?(\d+)")
 _UNKNOWN = re.compile(r"unknown|unclear|undecided|none|neutral|other|n/a", re.I)
 _ARGUMENTS = {"sum": "expression|formula", "query": r"query|q|search\w*", "file": r"file\w*|path|url", "line": "line"}
+_DESCRIBED = {"sum": "calculat|arithmetic", "query": "search|find|look", "file": "read|open|show"}  # others may do harm
 _FAILED = re.compile(r"tool \S+ failed|execution error in", re.I)
 _NOTHING = re.compile(rf"\W*(?:(?:no|nothing|not|0)\b.{{0,40}}\b(?:found|match|result|hit)|{_FAILED.pattern}|$)", re.I)
 _YES_OR_NO = re.compile(r"(?:can|could|do|does|did|is|are|was|were|will|would|should|may|must|has|have)\b", re.I)
@@ -66,13 +67,14 @@ class _Answerer:
             is_new = all(step.tool != tool.name for step in self.prompt.steps)
             if is_new and all(args[name] is not None or "default" in tool.args[name] for name in args):
                 return thought, tool.name, {name: value for name, value in args.items() if value is not None}
-        thought = "I answer from what I have." if self.useful else "I have found nothing, and say so."
-        return (thought, "submit", self.fields(submit.args)) if submit else (thought, "finish", {})
+        return "I answer from what I have found.", *(("submit", self.fields(submit.args)) if submit else ("finish", {}))
 
     def _calls(self, tools: list[Tool]) -> Iterator[tuple[str, Tool, dict[str, Any]]]:
-        """The calls that make sense, in their order: what the question is about by the tool's description, or a search
-        and a look at the place that it found."""
-        roles = {role: tool for tool in reversed(tools) for name in tool.args if (role := _role(name))}
+        """The calls that make sense, in their order: what the question is about, or a search and a look at its result."""
+        roles: dict[str, Tool] = {}
+        for tool in reversed(tools):
+            fits = [role for role, said in _DESCRIBED.items() if re.search(said, f"{tool.name} {tool.desc}", re.I)]
+            roles |= {role: tool for name in tool.args if (role := _role(name)) in fits}
         if "sum" in roles and (sum_ := _sum_in(self.question)):
             yield f"I calculate {sum_}.", roles["sum"], {"sum": sum_}
             return
@@ -167,8 +169,8 @@ class _Answerer:
         return f"{CANNOT_TELL}: {self.failed or 'nothing that I have read has all of this: ' + ', '.join(self.words)}."
 
     def _questions(self) -> list[str]:
-        parts = re.split(r"\?+\s*|,? and (?=(?:wh\w+|how)\b)|, (?=(?:wh\w+|how)\b)", self.question.strip())
-        found = [f"{part[0].upper()}{part[1:]}?" for part in parts if part]
+        parts = filter(None, re.split(r"\?+\s*|(?:,| and|, and) (?=(?:wh\w+|how)\b)", self.question.strip()))
+        found = [f"{part[0].upper()}{part[1:]}?" for part in parts]
         return found if len(found) > 1 else [self.question]
 
     def _quotes(self) -> list[Sentence]:

@@ -25,8 +25,7 @@ _PLAIN = {"True or False": "boolean", "a single int value": "integer", "a single
 class Tool(NamedTuple):
     name: str
     desc: str
-    args: dict[str, Schema]
-    """One with a `default` may be left out."""
+    args: dict[str, Schema]  # one with a `default` may be left out
 
 
 class Step(NamedTuple):

@@ -61,12 +61,11 @@ def quotes(words: list[str], question: str, read: Iterable[Sentence]) -> list[Se
     own = {word: set(index.search([word], "body")) for word in words}
     near = {word: set(index.search([word])) for word in words}
     counts = {at: sum(at in own[word] for word in words) for at in index.search(words, "body")}
-    fitting = [
+    return [
         kept[at]
         for at, count in counts.items()
         if count == max(counts.values()) >= len(words) / 2
         and sum(at in near[word] for word in words) >= ENOUGH * len(words)
         and all(at in own[word] for word in words if _NEEDED.fullmatch(word))
         and all(re.search(form, kept[at].text, re.I) for form in needed)
-    ]
-    return fitting[:MAX_QUOTES]
+    ][:MAX_QUOTES]

@@ -43,7 +43,7 @@ TOOLS = (
 
 
 class Heard:
-    """An emitter that keeps what it is told."""
+    """An emitter that keeps what it is sent."""
 
     def __init__(self) -> None:
         self.events: list[AgentEvent] = []

@@ -121,6 +121,20 @@ def test_tool_whose_arguments_cannot_be_known_is_not_called(kind: Any):
     assert result.answer.startswith("I cannot tell")
 
 
+@pytest.mark.parametrize("kind", [dspy.ReAct, dspy.ReActV2])
+def test_tool_that_its_description_does_not_fit_is_left_alone(kind: Any):
+    def remove(path: str) -> str:
+        """Delete a file."""
+        raise AssertionError
+
+    def execute(query: str) -> str:
+        """Run a statement."""
+        raise AssertionError
+
+    result = kind("question -> answer", tools=[remove, execute, search])(question="Where is the key?")
+    assert [name for name, _ in calls(result)][:-1] == ["search"]
+
+
 def test_input_field_fills_the_argument_of_its_name():
     def weather(city: str) -> str:
         """Weather forecast for a city."""

@@ -293,9 +293,9 @@ async def test_twenty_swarms_at_once_never_mix(docs: Path):
         assert {file for file, _, _ in QUOTED.findall(run.result["answer"])} == {f"{name}.md"}
         assert len(run.result["findings"]) == 2
         run.messages()
-        told = str([event.wire() for event in run.events])
-        assert f"{name}root" in told
-        assert not [other for other in names if other != name and other in told]
+        seen = str([event.wire() for event in run.events])
+        assert f"{name}root" in seen
+        assert not [other for other in names if other != name and other in seen]
 
 
 # -- What comes out ------------------------------------------------------------------------------------------------
@@ -462,7 +462,7 @@ async def test_cancelling_stops_the_checks_in_their_threads():
             task = Task(run="r1", input=agent.spec.input_model(question=QUESTION))
             execution = Execution(agent.run(task, channel), channel)
             await anyio.to_thread.run_sync(checking.wait, 20)
-        told = await cancelled(run, channel, execution)
+        count = await cancelled(run, channel, execution)
         calls = lm.engine.calls
         go_on.set()
         for thread in threading.enumerate():
@@ -470,6 +470,6 @@ async def test_cancelling_stops_the_checks_in_their_threads():
                 await anyio.to_thread.run_sync(thread.join, 5)
                 assert not thread.is_alive()
     assert lm.engine.calls == calls
-    assert len(run.events) == told
+    assert len(run.events) == count
     assert "Merging" not in run.statuses()
     assert not abandoned_threads()
