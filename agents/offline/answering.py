@@ -70,7 +70,7 @@ class _Answerer:
         return "I answer from what I have found.", *(("submit", self.fields(submit.args)) if submit else ("finish", {}))
 
     def _calls(self, tools: list[Tool]) -> Iterator[tuple[str, Tool, dict[str, Any]]]:
-        """The calls that make sense, in their order: what the question is about, or a search and a look at its result."""
+        """The calls that make sense, in their order: what the question is about, or a search and then a look."""
         roles: dict[str, Tool] = {}
         for tool in reversed(tools):
             fits = [role for role, said in _DESCRIBED.items() if re.search(said, f"{tool.name} {tool.desc}", re.I)]

@@ -211,6 +211,8 @@ NO_ANSWER = {
     ],
     "negation": [
         "Which movie did nobody hate?",
+        "On which Friday are movies never shown?",
+        "What can ferns not drink, 12 litres a day?",
         "Why does the hub not need Python?",
         "What can I do without a server?",
         "Who never drinks?",
@@ -338,6 +340,7 @@ Severity = dspy.Signature(
         ("Level: critical or low?", Level.UNKNOWN, None),
         ("level: low. No, wait: level: critical", Level.UNKNOWN, None),
         ("Sea level: criticality", Level.UNKNOWN, None),
+        ("The level low is far from what I mean", Level.UNKNOWN, None),
         ("5", Level.UNKNOWN, None),
         ("null", Level.UNKNOWN, None),
         ("", Level.UNKNOWN, None),
