@@ -1,24 +1,24 @@
-"""A folder of texts that can be searched: BM25 over its paragraphs, built when first asked, renewed when files change.
+"""A folder of texts that can be searched by paragraphs.
 
-The folder is `AGENTCAST_DOCS`; by default this project's own `docs/` and README, or, where those are not at hand (an
-installed package), the text that ships with this module.
+The index is built at the first search, and again when files have changed.
+
+The folder is `AGENTCAST_DOCS`; by default the guide to agentcast that ships with this module.
 
 Everything here blocks and is meant to run on a thread. Files are known by their path inside the folder, never by where
 the folder is. This module must not know agents.
 """
 
-import math
+import itertools
 import os
 import re
 import threading
-from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from agentcast.agents.base import ToolError
-from agentcast.agents.words import stems
+from agentcast.agents.words import Index, content_words
 
 SUFFIXES = frozenset({".md", ".txt", ".rst", ".py"})
 MAX_FILES = 2_000
@@ -29,12 +29,14 @@ MAX_HEADING = 80
 MAX_HITS = 10
 VARIABLE = "AGENTCAST_DOCS"
 
-_PROJECT = Path(__file__).resolve().parents[2]  # `agentcast.agents` may be a symbolic link
+GUIDE = Path(__file__).parent / "texts"
+"""A short guide to agentcast."""
+
+
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules", "venv", "build", "dist"})
 _HEADING = re.compile(r"^#{1,6} +(.+?)\s*#*$")
+_FENCE = re.compile(r"^ *(?:```|~~~)")
 _UNDERLINE = re.compile(r"^([=\-~^])\1{2,}$")
-_K, _B = 1.4, 0.6
-_HEADING_WEIGHT = 2
 
 
 @dataclass(frozen=True)
@@ -58,29 +60,25 @@ def place(file: str, lines: str, heading: str) -> str:
 
 
 class Corpus:
-    """The texts of some folders and files. Safe to use from several threads at once."""
+    """The texts of a folder, or of one file. Safe to use from several threads at once."""
 
-    def __init__(self, *roots: Path) -> None:
-        self._roots = [root.resolve() for root in roots]
+    def __init__(self, root: Path) -> None:
+        self._root = root.resolve()
         self._lock = threading.Lock()
         self._stamp: tuple[tuple[str, int, int], ...] | None = None
-        self._index = _Index([])
+        self._passages: list[Passage] = []
+        self._index = Index([])
 
     def files(self) -> dict[str, Path]:
         """The text files by name, hidden ones and those behind links to elsewhere left out."""
-        found: dict[str, Path] = {}
-        for root in self._roots:
-            folder = root if root.is_dir() else root.parent
-            for path in _walk(root):
-                name = path.relative_to(folder).as_posix()
-                found.setdefault(name if len(self._roots) == 1 or root.is_file() else f"{root.name}/{name}", path)
-                if len(found) >= MAX_FILES:
-                    return found
-        return found
+        folder = self._root if self._root.is_dir() else self._root.parent
+        found = itertools.islice(_walk(self._root), MAX_FILES)
+        return {path.relative_to(folder).as_posix(): path for path in found}
 
     def search(self, query: str, limit: int) -> list[Passage]:
         """The passages that fit `query` best, the best first; empty if none shares a word with it."""
-        return self._fresh().search(query, limit)
+        found, index = self._fresh()
+        return [found[number] for number in index.search(content_words(query), limit=limit)]
 
     def open(self, name: str) -> tuple[str, list[str]]:
         """The file that `name` means: its name here and its lines.
@@ -91,14 +89,15 @@ class Corpus:
         known = _find(name, files)
         return known, _read(files[known]).splitlines()
 
-    def _fresh(self) -> "_Index":
+    def _fresh(self) -> tuple[list[Passage], Index]:
         files = self.files()
         stamp = tuple(_stamp(name, path) for name, path in files.items())
         with self._lock:  # built once, however many ask at the same time
             if stamp != self._stamp:
-                self._index = _Index([part for name, path in files.items() for part in passages(name, _read(path))])
+                self._passages = [part for name, path in files.items() for part in passages(name, _read(path))]
+                self._index = Index((part.text, part.heading) for part in self._passages)
                 self._stamp = stamp
-            return self._index
+            return self._passages, self._index
 
 
 def corpus() -> Corpus:
@@ -109,18 +108,12 @@ def corpus() -> Corpus:
     chosen = os.environ.get(VARIABLE, "").strip()
     if chosen and not Path(chosen).expanduser().exists():
         raise ToolError(f"{VARIABLE} is set to something that does not exist")
-    return _corpus(tuple([Path(chosen).expanduser()] if chosen else _own_texts()))
+    return _corpus(Path(chosen).expanduser() if chosen else GUIDE)
 
 
 @cache
-def _corpus(roots: tuple[Path, ...]) -> Corpus:
-    return Corpus(*roots)
-
-
-def _own_texts() -> list[Path]:
-    own = [path for path in (_PROJECT / "docs", _PROJECT / "README.md") if path.exists()]
-    is_checkout = (_PROJECT / "pyproject.toml").exists()
-    return own if own and is_checkout else [Path(__file__).parent / "texts"]
+def _corpus(root: Path) -> Corpus:
+    return Corpus(root)
 
 
 def found(query: str, limit: int) -> str:
@@ -158,46 +151,24 @@ def _find(name: str, files: Collection[str]) -> str:
     raise ToolError(f"there is no file {wanted!r}; there are: {some}")
 
 
-class _Index:
-    """BM25; a passage's heading counts as part of it."""
-
-    def __init__(self, parts: list[Passage]) -> None:
-        self._parts = parts
-        self._words = [Counter(stems(f"{f'{part.heading} ' * _HEADING_WEIGHT}{part.text}")) for part in parts]
-        self._lengths = [sum(words.values()) for words in self._words]
-        self._mean = sum(self._lengths) / len(parts) if parts else 1.0
-        self._holders: dict[str, list[int]] = {}
-        for at, words in enumerate(self._words):
-            for word in words:
-                self._holders.setdefault(word, []).append(at)
-
-    def search(self, query: str, limit: int) -> list[Passage]:
-        scores: Counter[int] = Counter()
-        for word in dict.fromkeys(stems(query)):
-            holders = self._holders.get(word, [])
-            rarity = math.log(1 + (len(self._parts) - len(holders) + 0.5) / (len(holders) + 0.5))
-            for at in holders:
-                times = self._words[at][word]
-                length = 1 - _B + _B * self._lengths[at] / self._mean
-                scores[at] += rarity * times * (_K + 1) / (times + _K * length)  # type: ignore[assignment]
-        ranked = sorted(scores, key=lambda at: (-scores[at], at))
-        return [self._parts[at] for at in ranked[:limit]]
-
-
 def passages(file: str, text: str) -> Iterator[Passage]:
-    """The parts of `text` between empty lines, each with the heading that it stands under; long ones are parted."""
+    """The parts of `text` between empty lines, each with the heading that it stands under; long ones are parted, and
+    code blocks left out."""
     lines = text.splitlines()
     heading = ""
+    in_code = False
     block: list[str] = []
     for number, line in enumerate([*lines, ""], start=1):
-        title = _title(lines, number - 1)
-        if line.strip() and title is None and len(block) < PASSAGE_LINES:
+        title = None if in_code else _title(lines, number - 1)
+        is_fence = _FENCE.match(line) is not None
+        if line.strip() and title is None and len(block) < PASSAGE_LINES and not in_code and not is_fence:
             block.append(line)
             continue
         if any(character.isalnum() for held in block for character in held):
             yield Passage(file, number - len(block), "\n".join(block), heading)
         heading = heading if title is None else title
-        block = [line] if line.strip() and title is None else []
+        block = [line] if line.strip() and title is None and not in_code and not is_fence else []
+        in_code ^= is_fence
 
 
 def section(lines: list[str], around: int) -> tuple[int, int]:

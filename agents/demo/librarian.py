@@ -1,7 +1,7 @@
 """`librarian`: the researcher's questions, answered with the tools of an MCP server.
 
 The server, `librarian_server`, ships with it, is started with the hub and works on the same folder as the researcher.
-It shows what MCP servers look like in use: several runs share one process, and a long tool tells of its progress.
+It shows what MCP servers look like in use: several runs share one process, and a long tool reports its progress.
 """
 
 import os
@@ -29,10 +29,9 @@ class Librarian(dspy.Signature):  # type: ignore[misc]
     """Answer a question about a library of texts, or about the library itself, with the tools of an MCP server.
 
     Search for the words that matter, read what looks best, and calculate instead of guessing. Quote the sentences that
-    support the answer word for word, each with its file and line. An index tells which texts there are. If they do not
-    say, say so.
+    support the answer word for word, each with its file and line. An index lists the texts. If they do not say, say so.
     """
 
     history: str = dspy.InputField(desc="earlier questions and answers of this conversation")
-    question: str = dspy.InputField(desc="what you want to know")
+    question: str = dspy.InputField(desc="what you want to know, such as: How many files are in the library?")
     answer: str = dspy.OutputField(desc="the answer, with verbatim quotes and the names of their files")

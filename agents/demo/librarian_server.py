@@ -1,4 +1,4 @@
-"""The librarian's MCP server, over stdio: search and read a folder of texts, and a slow index that tells its progress.
+"""The librarian's MCP server, over stdio: search and read a folder of texts, and a slow index that reports progress.
 
     python -m agentcast.agents.demo.librarian_server
 
@@ -42,7 +42,7 @@ async def read(file: str, line: int = 1, count: int | None = None) -> str:
 
 @server.tool()
 async def index(ctx: Context) -> str:
-    """List all files with their headings. Goes through them one by one, which takes some seconds."""
+    """List and count all files of the library, with their headings. Reads them one by one, which takes seconds."""
     names = list(await _done(lambda: corpus.corpus().files()))
     entries = []
     for number, name in enumerate(names):

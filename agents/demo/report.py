@@ -2,7 +2,7 @@
 parallel branches and a loop.
 
 No model is asked whether a citation is right: a function looks it up in the files, and as long as one is wrong, the
-writer is told which, and why.
+writer learns which, and why.
 """
 
 import bisect
@@ -49,7 +49,7 @@ class Topic(BaseModel):
         min_length=1,
         max_length=2_000,
         description="what the report is about",
-        examples=["What happens to slow clients, lost connections and cancelled runs?"],
+        examples=["What happens to a slow client? How is a run cancelled? Which events end a run?"],
     )
 
 
@@ -140,10 +140,10 @@ def _remedy(texts: Corpus, quote: str) -> str:
 
 def _starts(quote: str, lines: Sequence[str]) -> Iterator[int]:
     """The lines, from 1, at which `quote` starts; it may go on over line breaks."""
-    told = [(number, _flat(line)) for number, line in enumerate(lines, start=1) if line.strip()]
-    offsets = [0, *itertools.accumulate(len(line) + 1 for _, line in told)]
-    for match in re.finditer(re.escape(quote), " ".join(line for _, line in told)):
-        yield told[bisect.bisect_right(offsets, match.start()) - 1][0]
+    kept = [(number, _flat(line)) for number, line in enumerate(lines, start=1) if line.strip()]
+    offsets = [0, *itertools.accumulate(len(line) + 1 for _, line in kept)]
+    for match in re.finditer(re.escape(quote), " ".join(line for _, line in kept)):
+        yield kept[bisect.bisect_right(offsets, match.start()) - 1][0]
 
 
 def _flat(text: str) -> str:

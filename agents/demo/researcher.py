@@ -1,14 +1,14 @@
 """`researcher`: answers questions about a folder of texts, with quotes and file names.
 
-The folder is `AGENTCAST_DOCS`; by default this project's own `docs/` and README, or, where those are not at hand (an
-installed package), the text that ships with this module. It works offline, and better with a real model.
+The folder is `AGENTCAST_DOCS`; by default the guide to agentcast that ships with the demo. It works offline, and better
+with a real model.
 """
 
 import dspy
 
-from agentcast.agents.arithmetic import evaluate, show
 from agentcast.agents.base import ToolError
 from agentcast.agents.context import status
+from agentcast.agents.demo.arithmetic import evaluate
 from agentcast.agents.demo.corpus import corpus, excerpt, found
 from agentcast.agents.registry import Registry
 
@@ -29,10 +29,10 @@ def read(file: str, line: int = 1, count: int | None = None) -> str:
 
 
 def calculate(expression: str) -> str:
-    """Calculate an arithmetic expression: numbers, + - * / // % ** ( ), sqrt, round, min, max, abs."""
+    """Calculate an arithmetic expression: numbers, + - * / and brackets."""
     status(f"Calculating {expression[:100]}")
     try:
-        return f"{expression.strip()} = {show(evaluate(expression))}"
+        return f"{expression.strip()} = {evaluate(expression)}"
     except ValueError as error:
         raise ToolError(str(error)) from error
 
@@ -46,5 +46,5 @@ class Researcher(dspy.Signature):  # type: ignore[misc]
     """
 
     history: str = dspy.InputField(desc="earlier questions and answers of this conversation")
-    question: str = dspy.InputField(desc="what you want to know")
+    question: str = dspy.InputField(desc="what you want to know, such as: What happens to a slow client?")
     answer: str = dspy.OutputField(desc="the answer, with verbatim quotes and the names of their files")

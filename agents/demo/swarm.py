@@ -19,6 +19,7 @@ from agentcast.agents.react import react_agent
 from agentcast.agents.threads import in_thread
 
 MAX_RESEARCHERS = 5
+QUESTIONS = "What happens to a slow client? How is a run cancelled? What is the offline model?"
 STOP_GRACE = 2.0
 """Seconds that the checks of a cancelled run get to notice it."""
 
@@ -63,7 +64,7 @@ class Check(dspy.Signature):  # type: ignore[misc]
     question: str = dspy.InputField()
     passages: list[str] = dspy.InputField(desc="all that was read, each passage under its file and line")
     finding: str = dspy.InputField()
-    supported: bool = dspy.OutputField()
+    supported: bool | None = dspy.OutputField(desc="null: you cannot tell")
     quotes: list[Quote] = dspy.OutputField(desc="the sentences of the passages that answer the question")
 
 
@@ -93,7 +94,7 @@ class Swarm(dspy.Module):  # type: ignore[misc]
 
     async def aforward(
         self,
-        question: Annotated[str, Field(description="what you want to know")],
+        question: Annotated[str, Field(description="what you want to know", examples=[QUESTIONS])],
         researchers: Annotated[int, Field(ge=2, le=MAX_RESEARCHERS, description="how many at once, at most")] = 3,
     ) -> dspy.Prediction:
         plan = await self.plan.acall(question=question, count=researchers)

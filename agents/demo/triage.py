@@ -1,7 +1,7 @@
 """`triage`: a support ticket as typed fields, and an answer to it. A graph with a condition, which corrects itself.
 
-What the fields may hold is said once, by their models: what a model gives is checked against them, and it is told
-what was wrong until it is right.
+The fields' models define what they may hold, "unknown" included. What a language model gives is checked against them;
+it is shown what is wrong, and asked again.
 """
 
 import enum
@@ -16,6 +16,12 @@ from agentcast.agents.demo.researcher import registry
 from agentcast.agents.graph import END, Graph, StatefulNode
 from agentcast.agents.transpiler import AgentTranspiler
 
+EXAMPLE = """\
+Category: bug
+Severity: high
+Since 2026-11-03 the export fails with error 500, and nobody can send the monthly reports to the tax office. All of us \
+wait for it, so please call us!
+"""
 SUMMARY_WORDS = 25
 REPLY_WORDS = 150
 
@@ -28,6 +34,7 @@ class Category(enum.StrEnum):
     ACCESS = "access"
     FEATURE = "feature"
     QUESTION = "question"
+    UNKNOWN = "unknown"
 
 
 class Severity(enum.StrEnum):
@@ -35,9 +42,10 @@ class Severity(enum.StrEnum):
     HIGH = "high"
     NORMAL = "normal"
     LOW = "low"
+    UNKNOWN = "unknown"
 
 
-HOURS = {Severity.CRITICAL: 4, Severity.HIGH: 24, Severity.NORMAL: 72, Severity.LOW: 240}
+HOURS = {Severity.CRITICAL: 4, Severity.HIGH: 24, Severity.NORMAL: 72, Severity.LOW: 240, Severity.UNKNOWN: 24}
 """How long a customer may wait for us."""
 TEAMS = {Category.BILLING: "accounting", Category.ACCESS: "security"}
 """Who takes what cannot wait; the engineers take the rest."""
@@ -66,7 +74,7 @@ class Ticket(BaseModel):
         min_length=1,
         max_length=20_000,
         description="what the customer wrote",
-        examples=["Since 2026-11-03 the export fails with error 500, and all our users wait for it. Please call us!"],
+        examples=[EXAMPLE],
     )
 
 
@@ -74,22 +82,22 @@ class Classified(BaseModel):
     """What a ticket is about."""
 
     category: Category = Field(
-        description="bug: crash, error, fails, broken, wrong, typo; billing: invoice, charge, payment, refund, price; "
-        "access: log in, sign in, login, password, permission, locked, account; feature: wish, suggestion, add, would "
-        "like; question: anything else"
+        description="bug: something fails; billing: invoices and payments; access: logging in and permissions; "
+        "feature: a wish; question: anything else; unknown: you cannot tell"
     )
     severity: Severity = Field(
-        description="critical: outage, down, data loss, security, all users; high: urgent, blocked, deadline, cannot "
-        "work, immediately; low: typo, minor, cosmetic, idea, wish, some day; normal: anything else"
+        description="critical: an outage, data loss or a security problem; high: the customer cannot work; "
+        "low: a wish, or something cosmetic; normal: anything else; unknown: you cannot tell"
     )
-    area: Literal["export", "dashboard", "api", "mobile", "account", "other"] = Field(
-        description="export: csv, download, report; dashboard: page, chart, browser; api: request, token, webhook; "
-        "mobile: phone, app, android, ios; account: login, password, invoice, plan; other: anything else"
+    area: Literal["export", "dashboard", "api", "mobile", "account", "other", "unknown"] = Field(
+        description="the part of the product that it is about; unknown: you cannot tell"
     )
     since: date | None = Field(default=None, description="the day since which it is so, if the ticket names one")
-    respond_in_hours: int = Field(
+    respond_in_hours: int | None = Field(
+        default=None,
         ge=1,
-        description="how soon the customer hears from us: within 4 if critical, 24 if high, 72 if normal, 240 if low",
+        description="how soon the customer hears from us: within 4 if critical, 24 if high or unknown, 72 if normal, "
+        "240 if low; null: you cannot tell",
     )
     summary: Annotated[str, _short(SUMMARY_WORDS), AfterValidator(_private)] = Field(
         description=f"what is the matter, in at most {SUMMARY_WORDS} words and without e-mail addresses"
@@ -97,9 +105,9 @@ class Classified(BaseModel):
 
     @field_validator("respond_in_hours")
     @classmethod
-    def _is_soon_enough(cls, hours: int, info: ValidationInfo) -> int:
+    def _is_soon_enough(cls, hours: int | None, info: ValidationInfo) -> int | None:
         severity = info.data.get("severity")
-        if severity is not None and hours > HOURS[severity]:
+        if severity is not None and hours is not None and hours > HOURS[severity]:
             raise ValueError(f"must be at most {HOURS[severity]} if the severity is {severity}, and is {hours}")
         return hours
 
@@ -109,7 +117,7 @@ class Case(Ticket, Classified):
 
 
 class Escalation(BaseModel):
-    escalated_to: str | None = Field(default=None, description="who was called, if it cannot wait")
+    escalated_to: str | None = Field(default=None, description="who was called, if it cannot wait, or is unclear")
 
 
 class Answer(BaseModel):
@@ -127,19 +135,30 @@ def escalate(case: Classified) -> dict[str, str]:
     return {"escalated_to": TEAMS.get(case.category, "engineering")}
 
 
+def hand_over(case: Classified) -> dict[str, str]:
+    return {"escalated_to": "a person at the support desk"}
+
+
 def urgency(state: Mapping[str, Any]) -> str:
+    if state["severity"] is Severity.UNKNOWN:
+        return "unclear"
     return "urgent" if state["severity"] in (Severity.CRITICAL, Severity.HIGH) else "can wait"
 
 
 def graph() -> Graph:
     made = Graph(
-        description="Classify a support ticket into typed fields, escalate it if it is urgent, and draft a reply."
+        description="Classify a support ticket into typed fields, escalate it if it is urgent, hand it over to a "
+        "person if that is unclear, and draft a reply."
     )
     made.add_node(StatefulNode("classify", Ticket, Classified, instructions="Classify a support ticket.", use_cot=True))
     made.add_node(StatefulNode("escalate", Classified, Escalation, fn=escalate))
+    made.add_node(StatefulNode("hand_over", Classified, Escalation, fn=hand_over))
     made.add_node(StatefulNode("answer", Case, Answer, instructions="Draft a reply to a support ticket."))
-    made.add_conditional_edges("classify", urgency, {"urgent": "escalate", "can wait": "answer"})
+    made.add_conditional_edges(
+        "classify", urgency, {"urgent": "escalate", "unclear": "hand_over", "can wait": "answer"}
+    )
     made.add_edge("escalate", "answer")
+    made.add_edge("hand_over", "answer")
     made.add_edge("answer", END)
     made.set_entry_point("classify")
     return made

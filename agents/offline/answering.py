@@ -1,367 +1,220 @@
-"""The output fields of a prompt, filled from what it gives: quotes, sums, counts, choices. Nothing is invented.
+"""What the offline model makes of a prompt: it calls the tool that fits, quotes, and says what it cannot tell.
 
-Where a field needs a value and the text has none, text says so, an optional field stays empty, and a number is 0.
+A field that is no text gets only what an input states under the field's name ("Severity: high", "since 2026-11-03").
 """
 
 import re
-from functools import cached_property
+from collections.abc import Iterator
 from typing import Any
 
-from agentcast.agents.arithmetic import evaluate, find_sums, show
-from agentcast.agents.offline.acting import question_of, with_topic
-from agentcast.agents.offline.evidence import Passage, Quote, central, found_nothing, passages, quotes
-from agentcast.agents.offline.fields import is_part, kind_of, options_of, resolved
-from agentcast.agents.offline.letters import is_letter, letter
-from agentcast.agents.offline.merging import cited, findings, is_borne_out, merged, misplaced
-from agentcast.agents.offline.prompt import Field, Prompt, texts_of
-from agentcast.agents.offline.repairing import problems_by_field, repaired
-from agentcast.agents.offline.splitting import split_question
-from agentcast.agents.offline.typed import addresses, choice, days, is_about, numbers, stated
-from agentcast.agents.words import STOP_WORDS, keywords, stem, stems
+from agentcast.agents.offline.prompt import Prompt, Schema, Tool, loaded, texts_of
+from agentcast.agents.offline.quoting import Sentence, quotes, sentences
+from agentcast.agents.words import Index, content_words
 
-NOTE = (
-    "(This is the offline model: it quotes and calculates by rules, it does not think. "
-    "Set AGENTCAST_LM to a model's name for real answers.)"
-)
-LONG_TEXT = 40
-"""Words from which on an input is taken as something to read rather than as a question."""
+NOTE = "(This is the offline model: it does not think. Set AGENTCAST_LM to a model's name for real answers.)"
+CANNOT_TELL = "I cannot tell"
+HISTORY, PREVIOUS_ANSWER, PROBLEMS = "history", "previous_answer", "problems"  # what is wrong with that answer
 
-_QUESTION = re.compile(r"question|query|ask|prompt|task|topic|request|instruction|problem|goal")
-_PRIMARY = re.compile(r"^(?:final_)?(?:answer|response|reply|output|result|report|text|message|summary|explanation)$")
-_PARTS = re.compile(r"question|quer(?:y|ies)$|sub_?(?:task|topic|problem)|aspect")
-_LIMITED = re.compile(r"\bat most \d+ (?:words|characters)\b")
-_COUNT = re.compile(r"^(?:n|k|max_.*|.*count|.*number|.*limit|how_many.*)$")
-_PARTS_BY_DEFAULT, _MOST_PARTS = 3, 20
-_CLAIM = re.compile(r"^(?:claim|finding|statement|hypothesis|answer|response|text)$")
-_VERIFIES = re.compile(r"support|faithful|ground|verif|confirm|proven|entail|correct|accurate|consistent|factual")
+_QUESTION = re.compile(r"question|query|topic|task|request|prompt|problem")
+_ANSWER = re.compile(r"answer|response|reply|output|result|report|message")
+_GIST = re.compile(r"summary|abstract|gist|title|headline")
+_NUMBERED = re.compile(r".*question_?(\d+)")
+_UNKNOWN = re.compile(r"unknown|unclear|undecided|none|neutral|other|n/a", re.I)
+_ARGUMENTS = {"sum": "expression|formula", "query": r"query|q|search\w*", "file": r"file\w*|path|url", "line": "line"}
+_DESCRIBED = {"sum": "calculat|arithmetic", "query": "search|find|look", "file": "read|open|show"}  # others may do harm
+_FAILED = re.compile(r"tool \S+ failed|execution error in", re.I)
+_NOTHING = re.compile(rf"\W*(?:(?:no|nothing|not|0)\b.{{0,40}}\b(?:found|match|result|hit)|{_FAILED.pattern}|$)", re.I)
+_YES_OR_NO = re.compile(r"(?:can|could|do|does|did|is|are|was|were|will|would|should|may|must|has|have)\b", re.I)
+_AT_MOST, _ADDRESS = re.compile(r"at most (\d+) words"), re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
+_FORMS = {"integer": r"-?\d+", "number": r"-?\d+(?:\.\d+)?", "boolean": "true|false", "date": r"\d{4}-\d\d-\d\d"}
+_SUM = re.compile(r"(what(?:'s| is) |calculate )?([-\d .+*/×÷()]*\d ?[-+*/×÷][-\d .+*/×÷()]*\d\)*)( ?=)?[ ?.!]*", re.I)
+_NO_SUM = re.compile(r"\d+([-/])\d+\1\d+|\(\d+\) ?[\d-]+")  # a date, or a telephone number
 
 
-def answer(prompt: Prompt) -> dict[str, Any]:
-    """A value for each output field of `prompt`, as JSON data; an optional field without one is left out."""
-    reply = _Reply(prompt)
-    values = {output.name: reply.value(output) for output in prompt.outputs}
-    if prompt.rejection is not None:
-        values = repaired(prompt.rejection, values)
-    return {name: value for name, value in values.items() if value is not None}
+def respond(prompt: Prompt) -> tuple[dict[str, Any], tuple[str, dict[str, Any]] | None]:
+    """A value for each output field, None if it stays open, and the tool that is called beside them, if one is."""
+    answerer = _Answerer(prompt)
+    if not prompt.is_native and not {"next_tool_name", "tool_calls"} & prompt.outputs.keys():
+        return answerer.fields(prompt.outputs), None
+    thought, tool, args = answerer.call()
+    move = {"next_tool_name": tool, "next_tool_args": args, "tool_calls": [{"name": tool, "args": args}]}
+    return {name: move.get(name, thought) for name in prompt.outputs}, (tool, args) if prompt.is_native else None
 
 
-class _Reply:
+class _Answerer:
+    """`question` is what is asked; `texts` are the inputs that are there to be read."""
+
     def __init__(self, prompt: Prompt) -> None:
         self.prompt = prompt
-        self.steps = [step for step in prompt.steps if step.tool != "finish"]
+        given = {n: v for n, v in prompt.values.items() if v and n not in (HISTORY, PREVIOUS_ANSWER, PROBLEMS)}
+        asking = [name for name in given if _QUESTION.search(name) or prompt.tools or prompt.steps]
+        asking = asking or [name for name, value in given.items() if value.endswith("?")]
+        self.question = "\n".join(given[name] for name in asking)
+        self.texts = [text for name, value in given.items() if name not in asking for text in texts_of(value)]
+        self.words = content_words(self.question)
+        steps = [step for step in prompt.steps if step.tool not in ("finish", "submit")]
+        self.useful = [step for step in steps if not _NOTHING.match(step.observation)]
+        self.failed = next((step.observation[:200] for step in steps if _FAILED.match(step.observation)), "")
+        self.problems = prompt.values.get(PROBLEMS, "")
+        self.guessed: list[str] = []
 
-    # -- What there is to answer from ------------------------------------------------------------------------------
+    def call(self) -> tuple[str, str, dict[str, Any]]:
+        """The next turn: a thought, a tool that was not called yet, and its arguments; or the end of the loop."""
+        tools = {tool.name: tool for tool in self.prompt.tools if tool.name != "finish"}
+        submit = tools.pop("submit", None)
+        for thought, tool, given in self._calls(list(tools.values())):
+            args = {name: given.get(_role(name), self.prompt.values.get(name)) for name in tool.args}
+            is_new = all(step.tool != tool.name for step in self.prompt.steps)
+            if is_new and all(args[name] is not None or "default" in tool.args[name] for name in args):
+                return thought, tool.name, {name: value for name, value in args.items() if value is not None}
+        return "I answer from what I have found.", *(("submit", self.fields(submit.args)) if submit else ("finish", {}))
 
-    @cached_property
-    def _split(self) -> tuple[str, list[Passage]]:
-        """The question, and the inputs that are there to be read."""
-        values = {name: value for name, value in self.prompt.values.items() if name != "history" and value.strip()}
-        asking = [name for name in values if _QUESTION.search(name) and len(values[name].split()) < 5 * LONG_TEXT]
-        if not asking and len(values) > 1:
-            asking = [name for name in values if values[name].rstrip().endswith("?")][:1]
-        if not asking and not self.steps:
-            asking = [name for name, value in values.items() if len(value.split()) < LONG_TEXT][:1] or asking
-            asking = asking if len(values) > len(asking) or not self._is_statement(values) else []
-        question = "\n".join(values[name] for name in asking)
-        read = {name: value for name, value in values.items() if name not in asking and name != self._claim}
-        return question, [part for name, value in read.items() for part in _read(value, name)]
+    def _calls(self, tools: list[Tool]) -> Iterator[tuple[str, Tool, dict[str, Any]]]:
+        """The calls that make sense, in their order: what the question is about, or a search and then a look."""
+        roles: dict[str, Tool] = {}
+        for tool in reversed(tools):
+            fits = [role for role, said in _DESCRIBED.items() if re.search(said, f"{tool.name} {tool.desc}", re.I)]
+            roles |= {role: tool for name in tool.args if (role := _role(name)) in fits}
+        if "sum" in roles and (sum_ := _sum_in(self.question)):
+            yield f"I calculate {sum_}.", roles["sum"], {"sum": sum_}
+            return
+        names = [tool.name.replace("_", " ") for tool in tools]
+        index = Index((f"{name} {tool.desc}", name) for name, tool in zip(names, tools, strict=True))
+        hits = [index.search([word], column) for word in self.words for column in ("body", "around")]
+        for at, tool in enumerate(tools):
+            if 2 * sum(at in hit for hit in hits) > len(self.words) and tool not in roles.values():
+                yield f"The question is about what {tool.name} gives, so I call it.", tool, {}
+                return
+        if "query" in roles and self.words:
+            yield f"I search for: {', '.join(self.words)}.", roles["query"], {"query": " ".join(self.words)}
+        places = [item for step in self.useful for item in sentences(step.observation) if item.file]
+        if places and "file" in roles:
+            yield f"I read {places[0].file} around line {places[0].line}.", roles["file"], places[0]._asdict()
 
-    @cached_property
-    def _claim(self) -> str | None:
-        """The input that is to be checked against the others; None: nothing is."""
-        values = self.prompt.values
-        claims = [name for name in values if _CLAIM.match(name)]
-        others = [name for name in values if name not in claims and not _QUESTION.search(name)]
-        asked = any(_VERIFIES.search(output.name) for output in self.prompt.outputs)
-        return claims[-1] if claims and others and asked else None
+    def fields(self, outputs: dict[str, Schema]) -> dict[str, Any]:
+        """A value for each of `outputs`; None: it stays open."""
+        texts = [name for name, schema in outputs.items() if schema.get("type") == "string" and "format" not in schema]
+        said = [name for name in texts if not _GIST.search(name) and not _NUMBERED.fullmatch(name)]
+        main = next((name for name in said if _ANSWER.search(name)), next(iter(said[::-1]), ""))
+        values: dict[str, Any] = {n: None if n in texts else self._value(n, schema) for n, schema in outputs.items()}
+        values |= {name: self._corrected(name, self._text(name, is_main=name == main)) for name in texts}
+        if not main:  # a reply that cannot be read is better than a wrong value
+            return values | dict.fromkeys(self.guessed, f"{CANNOT_TELL}.")
+        guesses = [f"{CANNOT_TELL} {name}: what stands there is a guess." for name in self.guessed]
+        return values | {main: "\n\n".join([values[main], *guesses, NOTE])}
 
-    def _is_statement(self, values: dict[str, str]) -> bool:
-        text = next(iter(values.values()), "").strip()
-        return not text.endswith("?") and len(keywords(text)) > 3 and not find_sums(text)
+    def _value(self, name: str, schema: Schema) -> Any:
+        """What is stated for a field that is no text; else None or "unknown", if it can be that; else a guess."""
+        definitions = {"$defs": schema.get("$defs", {})}
+        options = [_resolved(option, definitions) for option in schema.get("anyOf", [schema])]
+        stated = None if f"{name}: " in self.problems else self._stated(name, options[0])
+        if stated is not None or {"type": "null"} in options:
+            return stated
+        match options[0]:
+            case {"type": "array", **rest}:
+                return self._list(name, _resolved(rest.get("items", {}), definitions))
+            case {"properties": parts, **rest}:
+                return {part: self._value(part, parts[part] | definitions) for part in rest.get("required", ())}
+            case {"enum": choices}:
+                unknown = sorted((c for c in choices if _UNKNOWN.fullmatch(str(c))), key=lambda c: c != "unknown")
+                self.guessed += [] if unknown else [name]
+                return [*unknown, choices[-1]][0]
+            case {"type": "boolean" | "integer" | "number" as kind, **rest}:
+                self.guessed.append(name)
+                return kind != "boolean" and rest.get("minimum", 0)
+        return f"{CANNOT_TELL}."
 
-    @cached_property
-    def _is_borne_out(self) -> bool | None:
-        """Whether the claim, if there is one, is borne out by what was read."""
-        if self._claim is None:
-            return None
-        return is_borne_out(self.prompt.values[self._claim].replace(NOTE, ""), [passage.text for passage in self.read])
+    def _stated(self, name: str, schema: Schema) -> Any:
+        """The one value that the inputs state under its name; None: none, or several."""
+        kind = str(schema.get("format", schema.get("type")))
+        choices: dict[str, Any] = {str(choice).lower(): choice for choice in schema.get("enum", ())}
+        forms = "|".join(map(re.escape, choices)) or _FORMS.get(kind, "(?!)")
+        label = rf"(?<!not )\b{re.escape(name).replace('_', '[ _-]')} *[:=]{'?' if kind == 'date' else ''} *"
+        found = re.findall(rf"{label}({forms})(?![\w-]|[.,:/]\w| or )", "\n".join(self.prompt.values.values()), re.I)
+        text = found[0].lower() if len(set(found)) == 1 else ""
+        return choices.get(text, (text or None) if kind == "date" else loaded(text))
 
-    @cached_property
-    def question(self) -> str:
-        return with_topic(self._split[0] or question_of(self.prompt.values), self.prompt.values)
+    def _list(self, name: str, items: Schema) -> list[Any]:
+        if parts := items.get("properties"):
+            found = [item._asdict() | {"question": self.question} for item in self._quotes() if item.file]
+            return [{part: item.get(part, item["text"]) for part in parts} for item in found]
+        texts = self._questions() if "question" in name else [item.text for item in self._quotes()]
+        return texts if items.get("type", "string") == "string" and "enum" not in items else []
 
-    @cached_property
-    def read(self) -> list[Passage]:
-        """All that was read: the inputs, and what the tools gave."""
-        useful = [step for step in self.steps if not found_nothing(step.observation)]
-        found = [passage for step in useful for passage in passages(step.observation, step.tool)]
-        return [*self._split[1], *(passage for passage in found if not self._is_sum(passage))]
+    def _text(self, name: str, *, is_main: bool) -> str:
+        if number := _NUMBERED.fullmatch(name):
+            return self._questions()[: int(number[1])][-1]
+        if _GIST.search(name) or is_main:
+            return self._answer() if is_main else self._begin()
+        return "I look for sentences with the words of the question." if name == "reasoning" else f"{CANNOT_TELL}."
 
-    def _is_sum(self, passage: Passage) -> bool:
-        return passage.line is None and any(passage.text.strip().endswith(f"= {text}") for _, text in self.sums)
-
-    @cached_property
-    def text(self) -> str:
-        """Everything in the prompt that may hold a value."""
-        return "\n".join([self.question, *(passage.text for passage in self.read)])
-
-    @cached_property
-    def sums(self) -> list[tuple[str, str]]:
-        """The sums of the question and their values, or why they have none."""
-        found = []
-        for sum_ in find_sums(self.question)[:4]:
-            try:
-                found.append((sum_, show(evaluate(sum_))))
-            except ValueError as error:
-                found.append((sum_, f"no value ({error})"))
-        return found
-
-    @cached_property
-    def quotes(self) -> list[Quote]:
-        if self._split[0] or self.steps:
-            return quotes(self.question, self.read, limit=3) or self._what_tools_said()
-        return central(self.read)
-
-    def _what_tools_said(self) -> list[Quote]:
-        """The start of what tools gave that share no word with the question: still an answer to the call."""
-        called = {step.tool for step in self.steps}
-        return central([passage for passage in self.read if passage.source in called])
-
-    # -- Values ----------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def primary(self) -> str | None:
-        """The field that holds the answer proper; one that is to be short has no room for it."""
-        strings = [output for output in self.prompt.outputs if output.schema.get("type", "") == "string"]
-        texts = [output.name for output in strings if not _LIMITED.search(output.desc)]
-        texts = [name for name in texts if kind_of(name) != "reasoning"]
-        named = [name for name in texts if _PRIMARY.match(name)]
-        return next(iter(named or [name for name in texts if kind_of(name) is None] or texts), None)
-
-    @cached_property
-    def choices(self) -> dict[str, Any]:
-        """The fields that are a choice, and what is chosen."""
-        return {output.name: self._choice(output) for output in self.prompt.outputs if options_of(output)}
-
-    def value(self, output: Field, *, top: bool = True) -> Any:
-        schema = resolved(output.schema)
-        if options_of(output):
-            return self._choice(output)
-        if "anyOf" in schema:
-            return self._any_of(output, schema["anyOf"])
-        match schema.get("type"):
-            case "boolean":
-                return self._truth(output)
-            case "integer" | "number" as kind:
-                return self._number(output, schema, whole=kind == "integer")
-            case "array":
-                found = self._list(output, resolved(schema.get("items", {}), output.schema))
-                return found[: schema.get("maxItems")]
-            case "object":
-                return self._object(output, schema)
-            case "null":
-                return None
-            case _:
-                return self._long_text(output) if top else self._text(output)
-
-    def _any_of(self, output: Field, options: list[dict[str, Any]]) -> Any:
-        definitions = {"$defs": output.schema.get("$defs", {})}
-        for option in options:
-            if option.get("type") != "null":
-                value = self.value(Field(output.name, output.desc, option | definitions), top=False)
-                return None if value in ("", [], {}) or (value == 0 and not self._numbers(output)) else value
-        return None
-
-    def _object(self, output: Field, schema: dict[str, Any]) -> dict[str, Any]:
-        definitions = {"$defs": output.schema.get("$defs", {})}
-        values = {
-            name: self.value(Field(name, inner.get("description", ""), inner | definitions), top=False)
-            for name, inner in schema.get("properties", {}).items()
-        }
-        needed = schema.get("required", [])
-        return {name: value for name, value in values.items() if value is not None or name in needed}
-
-    def _choice(self, output: Field) -> Any:
-        return choice(options_of(output), output.desc, self.text)
-
-    def _truth(self, output: Field) -> bool:
-        if self._is_borne_out is not None and _VERIFIES.search(output.name):
-            return self._is_borne_out
-        generic = {"answer", "result", "output", "ok"}
-        about = [part for part in output.name.lower().split("_") if part not in STOP_WORDS | generic]
-        present = set(stems(self.text if self.read else self.question))
-        if about:
-            return is_about("_".join(about), present)
-        wanted = {stem(word) for word in keywords(self.question)}
-        found = {term for passage in self.read for term in stems(passage.text)}
-        return bool(wanted) and 2 * len(wanted & found) > len(wanted)
-
-    def _numbers(self, output: Field) -> list[float]:
-        if self.sums:
-            return [float(text) for _, text in self.sums if not text.startswith("no value")]
-        near = quotes(f"{output.name.replace('_', ' ')} {output.desc} {self.question}", self.read, limit=1)
-        return numbers("\n".join([*(quote.text for quote in near), self.text]), output.name)
-
-    def _number(self, output: Field, schema: dict[str, Any], *, whole: bool) -> float | int:
-        low, high = schema.get("minimum", float("-inf")), schema.get("maximum", float("inf"))
-        given = stated(output.desc, self.choices.values())
-        found = [*self._numbers(output), *([] if given is None else [given])]
-        fitting = [number for number in found if low <= number <= high and (number.is_integer() or not whole)]
-        number = fitting[0] if fitting else min(max(0.0, low), high)
-        return int(number) if whole else number
-
-    def _list(self, output: Field, items: dict[str, Any]) -> list[Any]:
-        match items.get("type"):
-            case "integer":
-                return [int(number) for number in self._numbers(output) if number.is_integer()]
-            case "number":
-                return self._numbers(output)
-            case "string" if "enum" not in items:
-                return self._texts(output)
-            case "object" if kind_of(output.name) == "quotes":
-                found = [_as_object(quote, items, self.question) for quote in self.quotes]
-                return [item for item in found if all(name in item for name in items.get("required", ()))]
-            case _:
-                return [option for option in items.get("enum", []) if stem(str(option)) in stems(self.text)]
-
-    def _texts(self, output: Field) -> list[str]:
-        if self._split[0] and _PARTS.search(output.name):
-            return split_question(self._split[0], self._wanted(output))
-        match kind_of(output.name):
-            case "sources":
-                return list(dict.fromkeys(quote.source for quote in self.quotes))
-            case "keywords":
-                return keywords(self.text)[:8]
-            case "date":
-                return days(self.text)
-            case "email" | "url" as kind:
-                return addresses(kind, self.text)
-            case _:
-                return [quote.text for quote in self.quotes]
-
-    def _wanted(self, output: Field) -> int:
-        """How many parts are asked for."""
-        counts = [value for name, value in self.prompt.values.items() if _COUNT.match(name) and value.isdecimal()]
-        wanted = int(counts[0][:3]) if counts else output.schema.get("maxItems", _PARTS_BY_DEFAULT)
-        return max(1, min(wanted, _MOST_PARTS))
-
-    def _part(self, output: Field) -> str | None:
-        """The part of the question that a numbered field is for; None: it is not for one."""
-        numbered = [other.name for other in self.prompt.outputs if is_part(other.name)]
-        if output.name not in numbered or not self._split[0]:
-            return None
-        parts = split_question(self._split[0], len(numbered))
-        return parts[min(numbered.index(output.name), len(parts) - 1)]
-
-    def _long_text(self, output: Field) -> str:
-        if is_letter(output.desc):
-            return f"{letter(self.prompt.values)}\n\n{NOTE}"
-        if part := self._part(output):
-            return part
-        return self._whole_answer() if output.name == self.primary else self._text(output)
-
-    def _text(self, output: Field) -> str:
-        if output.schema.get("format") == "date":
-            return next(iter(days(self.text)), "")
-        match kind_of(output.name):
-            case "reasoning":
-                return self._reasoning()
-            case "sources" | "keywords":
-                return ", ".join(self._texts(output))
-            case "title":
-                best = self.quotes[:1] or central(self.read, limit=1)
-                return _short(best[0].text if best else self.question)
-            case "summary":
-                return " ".join(quote.text for quote in central(self.read)) or self.question
-            case "email" | "url" | "date":
-                return next(iter(self._texts(output)), "")
-            case _:
-                about = f"{output.name.replace('_', ' ')} {output.desc}"
-                best = quotes(about, self.read, limit=1) or self.quotes[:1]
-                return best[0].text if best else "Not stated."
-
-    # -- Texts -----------------------------------------------------------------------------------------------------
-
-    def _whole_answer(self) -> str:
-        given = self.prompt.values.values()
-        asked = [text for name, text in self.prompt.values.items() if is_part(name)]
-        if found := [item for value in given for item in findings(value)]:
-            corrections = misplaced(text for value in given for text in texts_of(value))
-            return "\n\n".join([*(cited(found, corrections, asked) or merged(found, leave_out=NOTE)), NOTE])
-        parts = [f"{sum_} = {text}" for sum_, text in self.sums]
-        parts += [
-            f"“{quote.text}”" if quote.source in self.prompt.values else f"{quote.place}: “{quote.text}”"
-            for quote in self.quotes
-        ]
-        if not self.quotes and not self.sums:
-            parts.append(self._nothing())
-        elif self.quotes and self._is_weak():
-            parts.insert(0, "Nothing that I read answers this directly. The closest is:")
-        return "\n\n".join([*parts, NOTE])
-
-    def _is_weak(self) -> bool:
-        if all(quote.line is None for quote in self.quotes):  # from a tool that answers, not from a file that was found
-            return False
-        wanted = {stem(word) for word in keywords(self.question)}
-        matched = frozenset[str]().union(*(quote.matched for quote in self.quotes))
-        return bool(self._split[0] and wanted) and 3 * len(matched) <= len(wanted)
-
-    def _nothing(self) -> str:
-        about = ", ".join(keywords(self.question)[:8]) or "this"
-        if self.steps:
-            return f"The tools gave nothing that answers this (I looked for: {about})."
-        if self.read:
-            return f"The text says nothing about it (I looked for: {about})."
-        return "There is no text to answer this from, and nothing to calculate."
-
-    def _reasoning(self) -> str:
-        parts = []
-        if self.prompt.rejection is not None:
-            wrong = problems_by_field(self.prompt.rejection.problems, [output.name for output in self.prompt.outputs])
-            parts.append(f"My answer was rejected: I keep what was right, and repair {', '.join(wrong) or 'the rest'}.")
-        if calls := [step.tool for step in self.steps]:
-            counts = [f"{tool} {calls.count(tool)}×" for tool in dict.fromkeys(calls)]
-            parts.append(f"I called {', '.join(counts)}.")
-        if self.sums:
-            parts.append(f"I calculated {', '.join(sum_ for sum_, _ in self.sums)}.")
-        if self.quotes:
-            sources = list(dict.fromkeys(quote.source for quote in self.quotes))
-            parts.append(
-                f"I compared what I read with the words of the question ({', '.join(keywords(self.question)[:8])}) "
-                f"and took what is closest to them, from {', '.join(sources)}."
-                if self._split[0] or self.steps
-                else "I took the sentences whose words the text uses most."
+    def _answer(self) -> str:
+        lists = [items for text in self.texts if isinstance(items := loaded(text), list)]
+        findings = [item for items in lists for item in items if isinstance(item, dict)]
+        asked = [value for name, value in self.prompt.values.items() if _NUMBERED.fullmatch(name)]
+        if findings or (asked and [] in lists):
+            return _written_up(findings, asked)
+        if self.texts and not self.question and not any(map(_QUESTION.search, self.prompt.values)):
+            return f"Thank you. I have read this: “{self._begin()}” I can add nothing to it."
+        if found := self._quotes():
+            doubt = ["I cannot say yes or no. The texts say:"] if _YES_OR_NO.match(self.question) else []
+            return "\n\n".join(
+                doubt + [f"{i.file}, line {i.line}: “{i.text}”".removeprefix(", line 0: ") for i in found]
             )
-        if self.choices:
-            chosen = (f"{name} {option}" for name, option in self.choices.items())
-            parts.append(f"By the words that the text has, I chose {', '.join(chosen)}.")
-        if self._is_borne_out is not None:
-            parts.append(f"The {self._claim} is {'' if self._is_borne_out else 'not '}borne out by what I read.")
-        if not parts or (calls and not self.quotes and not self.sums):
-            parts.append("Nothing that I could read or calculate answers the question, so I say so.")
-        return " ".join(parts if self.primary else [*parts, NOTE])
+        said = [step for step in self.useful if not any(item.file for item in sentences(step.observation))]
+        if said:
+            return "\n\n".join(f"{step.tool}: “{step.observation[:1_000]}”" for step in said)
+        if not self.words:
+            return "I answer questions about texts. Please ask one with words that I can look for in them."
+        return f"{CANNOT_TELL}: {self.failed or 'nothing that I have read has all of this: ' + ', '.join(self.words)}."
+
+    def _questions(self) -> list[str]:
+        parts = filter(None, re.split(r"\?+\s*|(?:,| and|, and) (?=(?:wh\w+|how)\b)", self.question.strip()))
+        found = [f"{part[0].upper()}{part[1:]}?" for part in parts]
+        return found if len(found) > 1 else [self.question]
+
+    def _quotes(self) -> list[Sentence]:
+        read = self.texts + [step.observation for step in self.useful]
+        return quotes(self.words, self.question, [item for text in read for item in sentences(text)])
+
+    def _begin(self) -> str:
+        """The first sentence of the longest text that says something."""
+        text = max(reversed(self.texts), key=lambda text: len(text.split()), default=self.question)
+        return next((item.text for item in sentences(text) if len(content_words(item.text)) > 1), text[:200].strip())
+
+    def _corrected(self, name: str, text: str) -> str:
+        """A text as it was before, without e-mail addresses or shorter if that is what was wrong with it."""
+        before = loaded(self.prompt.values.get(PREVIOUS_ANSWER, ""))
+        problem = self.problems.partition(f"{name}: ")[2].partition("; ")[0]
+        text = str(before.get(name) or text).replace(NOTE, "").strip() if isinstance(before, dict) else text
+        if limit := _AT_MOST.search(problem):
+            text = " ".join(text.split()[: int(limit[1])])
+            text = text.rpartition(",")[0] if 2 * text.rfind(",") > len(text) else text
+        return _ADDRESS.sub("[…]", text) if "mail" in problem else text
 
 
-def _read(value: str, name: str) -> list[Passage]:
-    """An input as passages; of a list, each item has its own, and those that say "nothing found" none."""
-    texts = texts_of(value)
-    return [passage for text in texts if len(texts) == 1 or not found_nothing(text) for passage in passages(text, name)]
+def _sum_in(question: str) -> str:
+    """The expression that is all that `question` asks for ("What is 2 + 3?"); else nothing, also of "24/7"."""
+    match = _SUM.fullmatch(re.sub(r"(?<=\d),(?=\d{3}\b)", "", " ".join(question.split())[:200]))
+    is_clear = match and (match[1] or match[3] or re.search(r"[+*×÷]|[\d)] [-/] ", match[2]))
+    return match[2] if match and is_clear and not _NO_SUM.fullmatch(match[2]) else ""
 
 
-def _as_object(quote: Quote, schema: dict[str, Any], question: str) -> dict[str, Any]:
-    """`quote` as an object with the properties that `schema` names."""
-    values = {name: _part_of(quote, name, question) for name in schema.get("properties", {})}
-    return {name: value for name, value in values.items() if value is not None}
+def _role(argument: str) -> str:
+    return next((role for role, names in _ARGUMENTS.items() if re.fullmatch(names, argument, re.I)), "")
 
 
-def _part_of(quote: Quote, name: str, question: str) -> Any:
-    if name.startswith("line"):
-        return quote.line
-    if kind_of(name) == "sources":
-        return quote.source
-    return question if _QUESTION.search(name) else quote.text
+def _resolved(schema: Schema, root: Schema) -> Schema:
+    return root["$defs"].get(schema.get("$ref", "").rpartition("/")[2], schema)  # type: ignore[no-any-return]
 
 
-def _short(text: str) -> str:
-    text = re.sub(r"[*_`#>|]+", "", text).strip()
-    return text if len(text) <= 80 else text[:80].rsplit(" ", 1)[0]
+def _written_up(findings: list[dict[str, Any]], asked: list[str]) -> str:
+    """Findings, each under the question that it answers: a quote with its place, or else an answer or a problem."""
+    paragraphs: dict[str, list[str]] = {question: [] for question in asked}
+    for item in findings:
+        place = f"“{item['text']}” [{item.get('file')}:{item.get('line')}]" if "text" in item else ""
+        said = f"Not answered: {item['problem']}" if item.get("problem") else place or str(item.get("answer"))
+        said = said.replace(NOTE, "").strip() + "\n(supported: no)" * (item.get("supported") is False)
+        paragraphs.setdefault(str(item.get("question")), []).append(said)
+    shown = {question: list(dict.fromkeys(said)) or ["Nothing was found."] for question, said in paragraphs.items()}
+    return "\n\n".join("\n".join([question, *said]) for question, said in shown.items())

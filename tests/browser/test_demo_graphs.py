@@ -6,7 +6,7 @@ from tests.browser.test_page import open_page
 from tests.support.process import serve
 
 DEMO = "agentcast.agents.demo:registry"
-TICKET = "The export fails for all users, an outage, and so on and on. " * 3 + "Answer within 48 hours."
+TICKET = "Severity: critical\n\n" + "The export fails for all users, an outage, and so on and on, " * 3 + "and on."
 
 OVERLAPPING = """(svg) => {
     const boxes = [...svg.querySelectorAll("[data-node] rect")].map((rect) => rect.getBoundingClientRect());

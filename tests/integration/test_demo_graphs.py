@@ -1,5 +1,6 @@
 """The demo graphs on a hub as users start it: what an independent client sees of them, live."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from tests.support.process import serve
 
 DEMO = "agentcast.agents.demo:registry"
 TICKET = (
+    "Category: bug\nSeverity: high\nSince: 2026-11-03\n\n"
     "Hello, since 3 November 2026 the CSV export fails with error 500 in our production account, and all our users are "
     "blocked because they cannot send their monthly reports to the tax office. We expect a fix in 48 hours. Ada"
 )
-TROUBLE = "# Prints\n\npress.ini:12: the roller pressure is too high, so the paper tears.\n"
+TROUBLE = "# Prints\n\nThe roller pressure is too high, so the paper tears.\n"
 
 
 def ended(view: View, node: str) -> list[dict[str, Any]]:
@@ -35,7 +37,7 @@ async def test_triage_shows_attempts_retracted_texts_and_patches() -> None:
     assert (failed["node"], failed["attempt"], failed["failed_fields"]) == (
         "classify",
         1,
-        ["respond_in_hours", "summary"],
+        ["summary"],
     )
     summaries = [message for message in state["messages"] if message["field"] == "summary"]
     assert [message["status"] for message in summaries] == ["retracted", "done"]
@@ -45,8 +47,15 @@ async def test_triage_shows_attempts_retracted_texts_and_patches() -> None:
     assert classified["since"] == "2026-11-03"
     assert state["state"] == {**classified, **ended(view, "escalate")[0], **ended(view, "answer")[0]}
     assert state["result"] == state["state"]
-    assert [node["name"] for node in listed["triage"]["graph"]["nodes"]] == ["classify", "escalate", "answer"]
-    assert {"urgent", "can wait"} == {edge.get("label") for edge in listed["triage"]["graph"]["edges"]} - {None}
+    assert [node["name"] for node in listed["triage"]["graph"]["nodes"]] == [
+        "classify",
+        "escalate",
+        "hand_over",
+        "answer",
+    ]
+    assert {"urgent", "unclear", "can wait"} == {edge.get("label") for edge in listed["triage"]["graph"]["edges"]} - {
+        None
+    }
 
 
 async def test_triage_is_cancelled_in_the_middle_of_a_node() -> None:
@@ -60,20 +69,43 @@ async def test_triage_is_cancelled_in_the_middle_of_a_node() -> None:
     assert {span["error"]["code"] for span in view.document["spans"]} == {"cancelled"}
 
 
-async def test_report_runs_side_by_side_and_goes_back_for_a_wrong_citation(tmp_path: Path) -> None:
+async def test_report_looks_three_questions_up_side_by_side(tmp_path: Path) -> None:
     (tmp_path / "prints.md").write_text(TROUBLE)
+    topic = "Why does the paper tear? Who reads this? How high is the roller pressure?"
     async with serve(agents=DEMO, offline_delay="0", docs=str(tmp_path)) as hub, hub.client() as client:
         with anyio.fail_after(60):
+            view = await client.view(await client.start("report", {"topic": topic}))
+    assert [patch["wrong"] for patch in ended(view, "verify")] == [[]]
+    report = view.document["result"]["report"]
+    assert "“The roller pressure is too high, so the paper tears.” [prints.md:3]" in report
+    assert "Who reads this?\nNothing was found." in report
+    spans = {span["span"]: span for span in view.document["spans"]}
+    tools = [span for span in spans.values() if span["kind"] == "tool"]
+    assert {spans[span["parent"]]["name"] for span in tools} == {"research_1", "research_2", "research_3"}
+    assert str(tmp_path) not in "".join(view.texts)
+
+
+async def test_report_goes_back_for_a_wrong_citation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real model's, whose provider speaks its API on loopback."""
+    (tmp_path / "prints.md").write_text(TROUBLE)
+    evidence = [{"question": "Why?", "file": "prints.md", "line": 3, "text": "The roller pressure is too high"}]
+    plan = chat(question_1="Why?", question_2="How?", question_3="When?")
+    turn = {"next_thought": "t", "next_tool_name": "finish", "next_tool_args": "{}"}
+    researched = chat(**turn, reasoning="r", evidence=json.dumps(evidence))
+    wrong, right = (
+        chat(report=f"“The roller pressure is too high” [{place}]") for place in ("press.ini:12", "prints.md:3")
+    )
+    async with provider(*map(Say, [plan, *[researched] * 6, wrong, right])) as served:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{served.url}/v1")
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-not-to-be-seen-anywhere")
+        async with serve(agents=DEMO, lm="openai/gpt-5-mini", docs=str(tmp_path)) as hub, hub.client() as client:
             view = await client.view(await client.start("report", {"topic": "Why does the paper tear?"}))
     assert [patch["wrong"] for patch in ended(view, "verify")] == [
         ["[press.ini:12]: there is no such file; it stands at [prints.md:3]"],
         [],
     ]
     assert "[prints.md:3]" in view.document["result"]["report"]
-    spans = {span["span"]: span for span in view.document["spans"]}
-    tools = [span for span in spans.values() if span["kind"] == "tool"]
-    assert {spans[span["parent"]]["name"] for span in tools} == {"research_1", "research_2", "research_3"}
-    assert str(tmp_path) not in "".join(view.texts)
+    assert "there is no such file; it stands at [prints.md:3]" in str(served.requests[-1]["messages"])
 
 
 @pytest.mark.parametrize(("agent", "field"), [("triage", "ticket"), ("report", "topic")])

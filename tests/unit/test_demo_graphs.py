@@ -12,8 +12,7 @@ from agentcast.agents.base import ToolError
 from agentcast.agents.demo import registry
 from agentcast.agents.demo.report import MAX_STEPS, Draft, Evidence, report, verify
 from agentcast.agents.demo.triage import REPLY_WORDS, SUMMARY_WORDS, Category, Severity, triage
-from agentcast.agents.offline import offline_lm
-from agentcast.agents.offline.answering import NOTE
+from agentcast.agents.offline import NOTE, offline_lm
 from tests.support.graphs import Script, events_of, of, told
 
 LONG = (
@@ -21,7 +20,7 @@ LONG = (
     "blocked because they cannot send their monthly reports to the tax office. We expect a fix in 48 hours. Ada"
 )
 ADDRESS = "I cannot log in to my account, please mail ada@example.org about it."
-PLAIN = "There is a typo on the dashboard page. It says colum."
+STATED = "Category: bug\nSeverity: high\nArea: export\n\nSince 2026-11-03 the export fails with error 500."
 
 TROUBLE = """\
 # Troubleshooting
@@ -47,32 +46,50 @@ def docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 # -- triage --------------------------------------------------------------------------------------------------------
 
 
-async def test_ticket_is_classified_escalated_and_answered_after_a_correction():
+async def test_ticket_without_stated_values_is_unknown_and_handed_over_after_a_correction():
     events = await events_of(triage.astream(ticket=LONG))
     result = events[-1]["prediction"]
     assert told(events) == [
         ("node_start", "classify"),
         ("validation_error", "classify"),
         ("node_end", "classify"),
-        ("node_start", "escalate"),
-        ("node_end", "escalate"),
+        ("node_start", "hand_over"),
+        ("node_end", "hand_over"),
         ("node_start", "answer"),
         ("node_end", "answer"),
     ]
-    assert (result.category, result.severity, result.area) == (Category.BUG, Severity.HIGH, "export")
-    assert result.since == datetime.date(2026, 11, 3)
-    assert result.escalated_to == "engineering"
+    assert (result.category, result.severity, result.area) == (Category.UNKNOWN, Severity.UNKNOWN, "unknown")
+    assert (result.since, result.respond_in_hours) == (None, None)
+    assert result.escalated_to == "a person at the support desk"
     (failed,) = of("validation_error", events)
-    assert failed["failed_fields"] == ["respond_in_hours", "summary"]
-    assert "must be at most 24 if the severity is high, and is 48" in failed["error"]
-    assert f"must have at most {SUMMARY_WORDS} words, and has 40" in failed["error"]
-    assert result.respond_in_hours == 24
+    assert failed["failed_fields"] == ["summary"]
+    assert f"must have at most {SUMMARY_WORDS} words, and has 33" in failed["error"]
     assert len(result.summary.split()) <= SUMMARY_WORDS
     assert result.summary in LONG
-    assert result.reply.startswith("Hello,")
     assert result.summary in result.reply
     assert result.reply.endswith(NOTE)
     assert len(result.reply.split()) <= REPLY_WORDS
+
+
+async def test_values_that_the_ticket_states_are_taken_and_what_is_urgent_is_escalated():
+    events = await events_of(triage.astream(ticket=STATED))
+    assert not of("validation_error", events)
+    assert [name for kind, name in told(events) if kind == "node_end"] == ["classify", "escalate", "answer"]
+    result = events[-1]["prediction"]
+    assert (result.category, result.severity, result.area) == (Category.BUG, Severity.HIGH, "export")
+    assert result.since == datetime.date(2026, 11, 3)
+    assert result.escalated_to == "engineering"
+    assert result.summary == "Since 2026-11-03 the export fails with error 500."
+
+
+@pytest.mark.parametrize("adapter", [dspy.JSONAdapter(), dspy.XMLAdapter()], ids=["json", "xml"])
+async def test_graphs_work_with_other_adapters(adapter: Any):
+    with dspy.context(adapter=adapter):
+        result = await triage.aforward(ticket=f"{STATED} {LONG}")
+        written = await report.aforward(topic="Where do I store the paper? When does damp paper tear?")
+    assert (result.category, result.severity) == (Category.BUG, Severity.HIGH)
+    assert "“Damp paper tears under any pressure.” [paper.md:4]" in written.report
+    assert written.wrong == []
 
 
 async def test_what_was_rejected_is_retracted():
@@ -82,39 +99,45 @@ async def test_what_was_rejected_is_retracted():
     assert {event["message"] for event in of("message_retracted", events)} == first
 
 
-async def test_an_address_in_the_summary_is_corrected():
+async def test_an_address_is_corrected():
     events = await events_of(triage.astream(ticket=ADDRESS))
-    assert [event["failed_fields"] for event in of("validation_error", events)] == [["summary"]]
+    assert [event["failed_fields"] for event in of("validation_error", events)] == [["summary"], ["reply"]]
     result = events[-1]["prediction"]
     assert result.summary == "I cannot log in to my account, please mail […] about it."
     assert "@" not in result.reply
+    assert result.reply.count(NOTE) == 1
 
 
 @pytest.mark.parametrize(
-    ("ticket", "category", "severity", "hours"),
+    "ticket",
     [
-        (PLAIN, Category.BUG, Severity.LOW, 240),
-        ("How do I change the address on my invoice?", Category.BILLING, Severity.NORMAL, 72),
-        ("I would like dark mode, some day.", Category.FEATURE, Severity.LOW, 240),
-        ("Good morning.", Category.QUESTION, Severity.NORMAL, 72),
+        "The server is NOT down … this is not urgent.",
+        "This is far from critical.",
+        "Thank you for fixing the outage so quickly!",
+        "How do I change the address on my invoice?",
+        "I would like dark mode, some day.",
+        "Good morning.",
+        "Unser Server steht seit gestern still!",
+        "?",
     ],
 )
-async def test_ticket_that_trips_nothing_passes_at_once_and_waits(
-    ticket: str, category: Any, severity: Any, hours: int
-):
+async def test_what_a_ticket_does_not_state_is_unknown(ticket: str):
     events = await events_of(triage.astream(ticket=ticket))
     assert not of("validation_error", events)
-    assert [name for kind, name in told(events) if kind == "node_end"] == ["classify", "answer"]
     result = events[-1]["prediction"]
-    assert (result.category, result.severity, result.respond_in_hours) == (category, severity, hours)
-    assert result.escalated_to is None
-    assert result.since is None
+    assert (result.category, result.severity, result.area) == ("unknown", "unknown", "unknown")
+    assert (result.since, result.respond_in_hours) == (None, None)
+    assert result.escalated_to == "a person at the support desk"
+
+
+async def test_what_can_wait_is_not_escalated():
+    result = await triage.aforward(ticket="Severity: low. I would like dark mode.")
+    assert (result.severity, result.escalated_to) == ("low", None)
 
 
 async def test_security_takes_what_is_urgent_and_about_access():
-    result = await triage.aforward(ticket="Our login is down for all users, an outage!")
+    result = await triage.aforward(ticket="Category: access\nSeverity: critical\nThe login is down for everybody!")
     assert (result.category, result.severity, result.escalated_to) == ("access", "critical", "security")
-    assert result.respond_in_hours == 4
 
 
 CLASSIFIED = {
@@ -142,7 +165,7 @@ async def test_any_model_is_told_what_was_wrong():
         "engineering",
     )
     _, second, third = script.prompts
-    assert "category: Input should be 'bug', 'billing', 'access', 'feature' or 'question'" in second
+    assert "category: Input should be 'bug', 'billing', 'access', 'feature', 'question' or 'unknown'" in second
     assert "respond_in_hours: Value error, must be at most 4 if the severity is critical, and is 8" in second
     assert "must not contain an e-mail address" in second
     assert "ada@example.org" not in second.partition("[[ ## problems ## ]]")[2]
@@ -179,21 +202,12 @@ async def test_three_questions_are_looked_up_at_once_and_what_is_cited_stands_th
     assert "Who reads this?\nNothing was found." in result.report
 
 
-async def test_wrong_citations_are_named_and_mended_in_a_second_round():
-    """A log that the text quotes reads like places of its own: the model takes "press.ini:12" for one."""
-    events = await events_of(report.astream(topic=TOPIC))
-    ended = [event for event in of("node_end", events) if event["node"] in ("write", "verify")]
-    assert [event["node"] for event in ended] == ["write", "verify", "write", "verify"]
-    first, wrong, second, right = (event["patch"] for event in ended)
-    assert wrong["wrong"] == [
-        "[press.ini:12]: there is no such file; it stands at [trouble.md:5]",
-        "[press.ini:40]: there is no such file; it stands at [trouble.md:6]",
-    ]
-    assert "[press.ini:40]" in first["report"]
-    assert right["wrong"] == []
-    assert "“the ink valve is shut, so the pages stay white.” [trouble.md:6]" in second["report"]
-    assert "press.ini:" not in second["report"]
-    assert events[-1]["prediction"].report == second["report"]
+async def test_a_text_that_looks_like_a_place_is_no_place():
+    result = await report.aforward(topic=TOPIC)
+    assert result.wrong == []
+    assert re.search(
+        r"Why do pages stay white\?\n“press.ini:12: .*, so the pages stay white.” \[trouble.md:5\]", result.report
+    )
 
 
 @pytest.mark.parametrize("topic", ["Zebras, unicorns and fairies", "Paper", "What is 2 + 3?"])
@@ -203,9 +217,11 @@ async def test_topics_that_the_texts_hardly_know_make_a_report_too(topic: str):
     assert NOTE in result.report
 
 
-async def test_the_projects_own_texts(monkeypatch: pytest.MonkeyPatch):
+async def test_the_guide(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("AGENTCAST_DOCS")
-    result = await report.aforward(topic="What happens to slow clients, lost connections and cancelled runs?")
+    result = await report.aforward(
+        topic="What happens to a slow client? How is a run cancelled? Which events end a run?"
+    )
     assert result.wrong == []
     assert len(re.findall(r"\.md:\d+\]", result.report)) >= 4
 
@@ -313,6 +329,7 @@ def test_they_are_offered_with_their_graphs():
     }
     assert labels == {
         ("classify", "escalate"): "urgent",
+        ("classify", "hand_over"): "unclear",
         ("classify", "answer"): "can wait",
         ("verify", "__end__"): "right",
         ("verify", "write"): "wrong",

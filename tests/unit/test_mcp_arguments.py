@@ -12,7 +12,7 @@ from agentcast.agents.base import ToolError
 from agentcast.agents.mcp.arguments import SCHEMA, Arguments
 from agentcast.agents.mcp.tools import McpTool, make_tools
 from agentcast.agents.mcp.validation import ERROR_CHARS
-from agentcast.agents.offline.prompt import parse
+from agentcast.agents.offline.prompt import tools_in
 from agentcast.agents.react import GuardedTool
 
 TEXT = {"type": "string"}
@@ -249,8 +249,7 @@ async def test_prompt_and_native_calls_show_all_of_the_schema(case: str):
 @pytest.mark.parametrize("case", ODD)
 async def test_offline_model_reads_the_arguments_out_of_the_prompt(case: str):
     tool = GuardedTool(await made(ODD[case][0]))
-    prompt = parse(f"In adhering to this structure, your objective is: \n        Act.\n        (1) {tool}\n", "")
-    assert [(found.name, found.args) for found in prompt.tools] == [("odd", tool.args)]
+    assert [(found.name, found.args) for found in tools_in(f"Act.\n        (1) {tool}\n")] == [("odd", tool.args)]
 
 
 @pytest.mark.parametrize("case", UNUSABLE)

@@ -121,7 +121,7 @@ async def test_explicit_signature_and_input_model_win():
 async def test_result_of_a_program_is_its_output_fields_as_plain_data():
     registry = Registry()
     registry.add("sums", dspy.Predict("question -> total: float, parts: list[int]"))
-    assert await run(registry, "sums", question="What is 2 + 3?") == {"total": 5.0, "parts": [5]}
+    assert await run(registry, "sums", question="total: 5") == {"total": 5.0, "parts": []}
 
 
 async def test_history_is_filled_from_the_thread_and_not_asked_for():
