@@ -212,6 +212,7 @@ class Recorder:
                 self._take(emitted)
                 if self._sealed >= APPEND_BYTES:
                     await self._append()
+                    await checkpoint()
             self._flush()
             await self._append()
 
