@@ -12,8 +12,8 @@ from agentcast.agents.offline.quoting import Sentence, quotes, sentences
 from agentcast.agents.words import Index, content_words
 
 NOTE = "(This is the offline model: it does not think. Set AGENTCAST_LM to a model's name for real answers.)"
-CANNOT_TELL = "I cannot tell"
-HISTORY, PREVIOUS_ANSWER, PROBLEMS = "history", "previous_answer", "problems"  # what is wrong with that answer
+CANNOT_TELL, MAX_VALUE = "I cannot tell", 60_000
+NO_TEXTS = _, PREVIOUS_ANSWER, PROBLEMS = "history", "previous_answer", "problems"  # the answer before was rejected
 
 _QUESTION = re.compile(r"question|query|topic|task|request|prompt|problem")
 _ANSWER = re.compile(r"answer|response|reply|output|result|report|message")
@@ -46,7 +46,7 @@ class _Answerer:
 
     def __init__(self, prompt: Prompt) -> None:
         self.prompt = prompt
-        given = {n: v for n, v in prompt.values.items() if v and n not in (HISTORY, PREVIOUS_ANSWER, PROBLEMS)}
+        self.given = given = {n: v[:MAX_VALUE] for n, v in prompt.values.items() if v and n not in NO_TEXTS}
         asking = [name for name in given if _QUESTION.search(name) or prompt.tools or prompt.steps]
         asking = asking or [name for name, value in given.items() if value.endswith("?")]
         self.question = "\n".join(given[name] for name in asking)
@@ -130,7 +130,7 @@ class _Answerer:
         choices: dict[str, Any] = {str(choice).lower(): choice for choice in schema.get("enum", ())}
         forms = "|".join(map(re.escape, choices)) or _FORMS.get(kind, "(?!)")
         label = rf"(?<!not )\b{re.escape(name).replace('_', '[ _-]')} *[:=]{'?' if kind == 'date' else ''} *"
-        found = re.findall(rf"{label}({forms})(?![\w-]|[.,:/]\w| or )", "\n".join(self.prompt.values.values()), re.I)
+        found = re.findall(rf"{label}({forms})(?![\w-]|[.,:/]\w| or )", "\n".join(self.given.values()), re.I)
         text = found[0].lower() if len(set(found)) == 1 else ""
         return choices.get(text, (text or None) if kind == "date" else loaded(text))
 
@@ -166,7 +166,8 @@ class _Answerer:
             return "\n\n".join(f"{step.tool}: “{step.observation[:1_000]}”" for step in said)
         if not self.words:
             return "I answer questions about texts. Please ask one with words that I can look for in them."
-        return f"{CANNOT_TELL}: {self.failed or 'nothing that I have read has all of this: ' + ', '.join(self.words)}."
+        nothing = f"nothing that I have read has all of this: {', '.join(self.words)}"
+        return f"{CANNOT_TELL}: {self.failed or (_sum_in(self.question) and 'no tool here calculates') or nothing}."
 
     def _questions(self) -> list[str]:
         parts = filter(None, re.split(r"\?+\s*|(?:,| and|, and) (?=(?:wh\w+|how)\b)", self.question.strip()))

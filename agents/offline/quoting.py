@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from agentcast.agents.words import Index
 
-MAX_TEXT, MAX_QUOTE, MAX_QUOTES, MAX_SENTENCES = 20_000, 400, 3, 1_000
+MAX_TEXT, MAX_QUOTE, MAX_QUOTES, MAX_SENTENCES = 20_000, 400, 3, 300
 ENOUGH = 0.75  # of a question's words must stand in a sentence, its heading and the sentences next to it
 
 _PLACE = re.compile(r"^(\w[\w./ -]*\.\w{1,8}):(\d+)(?:-\d+)?(?: \((.*)\))?\n", re.M)

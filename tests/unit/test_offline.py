@@ -171,6 +171,11 @@ def test_only_a_question_that_is_an_expression_is_calculated(text: str, expressi
     assert made[:-1] == ([("calculate", {"expression": expression})] if expression else [])
 
 
+def test_sum_without_a_tool_for_it_is_left_open():
+    answer = dspy.Predict("question -> answer")(question="What is 2 + 3?").answer
+    assert answer.startswith("I cannot tell: no tool here calculates.")
+
+
 # -- Questions -----------------------------------------------------------------------------------------------------
 
 NOTES = """\
