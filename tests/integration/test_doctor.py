@@ -158,7 +158,7 @@ async def test_a_port_that_is_taken_by_a_hub_is_fine_and_by_another_is_not() -> 
         port = hub.url.rpartition(":")[2]
         code, lines = await doctor("--port", port)
         assert code == 0
-        assert lines[-1] == f"✓ port        a hub is running at 127.0.0.1:{port}, with 5 agents"
+        assert lines[-1] == f"✓ port        a hub is running at 127.0.0.1:{port}, with 7 agents"
     async with provider(SAID) as served:
         code, lines = await doctor("--port", str(served.port))
     assert code == 1
