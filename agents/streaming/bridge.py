@@ -16,7 +16,7 @@ import dspy
 from dspy.utils.callback import BaseCallback
 
 from agentcast.agents.base import Stopped
-from agentcast.agents.streaming.methods import RUN_SETTING, replace_methods
+from agentcast.agents.streaming.view import RUN_SETTING, replace_methods
 from agentcast.agents.streaming.patch import install
 from agentcast.agents.streaming.sink import Sink
 from agentcast.agents.values import clean_texts
@@ -27,6 +27,9 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
 
     `emit` is an `agentcast.agents.base.Emitter`, or a channel that takes items of another kind in the same way.
     """
+
+    joins = False
+    """Whether texts that an LM sends in one turn of the event loop may be joined."""
 
     def __init__(self, emit: Any) -> None:
         self.emit = emit

@@ -18,7 +18,7 @@ from agentcast.agents.base import Emitter
 from agentcast.agents.events import Usage
 from agentcast.agents.streaming.bridge import innermost
 from agentcast.agents.streaming.dspy_calls import call_in_thread, is_async
-from agentcast.agents.streaming.methods import EMITTER_SETTING
+from agentcast.agents.streaming.view import EMITTER_SETTING
 from agentcast.agents.streaming.run import Run
 from agentcast.agents.streaming.usage import Meter
 

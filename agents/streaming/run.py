@@ -77,6 +77,8 @@ class Run(Bridge):
     it is that of the LM call. The state of a call is touched by its own, sequential, flow of control only.
     """
 
+    joins = True
+
     def __init__(
         self, program: Any, emit: Emitter, shown: Collection[str] | None, name: str | None, *, root: bool = True
     ) -> None:

@@ -4,14 +4,19 @@ This module must not know what becomes of a chunk, nor who consumes it. It carri
 loop, and whoever can wait does wait while the run is held back.
 """
 
+import asyncio
 from collections.abc import Iterable
 from typing import Any, NoReturn, Protocol
+
+from agentcast.agents.base import Stopped
 
 
 class Reader(Protocol):
     """One run: makes items of chunks, and has a way out for them."""
 
     emit: Any
+    joins: bool
+    """Whether it does not matter to it where texts are torn apart."""
 
     def check(self) -> None:
         """:raises Stopped: the run is over."""
@@ -23,11 +28,100 @@ class Reader(Protocol):
         """End the run with `error`."""
 
 
+class _Text:
+    """What a reader sees of a chunk of text."""
+
+    __slots__ = ("choices",)
+
+    def __init__(self, text: str) -> None:
+        self.choices = (_Choice(text),)
+
+
+class _Choice:
+    __slots__ = ("delta",)
+    index = 0
+    finish_reason = None
+
+    def __init__(self, text: str) -> None:
+        self.delta = _Delta(text)
+
+
+class _Delta:
+    __slots__ = ("content",)
+
+    def __init__(self, content: str) -> None:
+        self.content = content
+
+
+class ChunkJoiner:
+    """DSPy's maker of chunks, `full`, but one that joins the texts which arrive in one turn of the event loop: there is
+    nobody yet who could read them apart. The first text goes at once, and so does what is no text."""
+
+    def __init__(self, full: Any, sink: "Sink") -> None:
+        self._full = full
+        self._sink = sink
+        self._texts: list[str] = []
+        """What waits until the end of this turn."""
+        self._started = False
+        self._stopped: Stopped | None = None
+
+    def chunk(self, event: Any) -> Any:
+        """The chunk to send now, if there is one.
+
+        :raises Stopped: the run is over.
+        """
+        if event.type == "delta" and event.delta.type == "text":
+            self._texts.append(event.delta.text)
+            return None if 1 < len(self._texts) < _JOINED else self._first()
+        self._flush()
+        if self._stopped is not None:
+            raise self._stopped
+        return self._full.chunk(event)
+
+    def _first(self) -> Any:
+        """What to do with the first text of a turn, and with one that makes too many."""
+        if self._stopped is not None:
+            raise self._stopped
+        if self._started and len(self._texts) < _JOINED and (loop := _running_loop()) is not None:
+            loop.call_soon(self._flush)
+            return None
+        self._started = True
+        return self._joined()
+
+    def _flush(self) -> None:
+        if self._texts:
+            try:
+                self._sink.send_nowait(self._joined())
+            except Stopped as error:
+                self._stopped = error
+
+    def _joined(self) -> _Text:
+        text = "".join(self._texts)
+        self._texts.clear()
+        return _Text(text)
+
+
+_JOINED = 64
+"""Texts that are joined at most, before the LM call may be held back."""
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
 class Sink:
     """Takes chunks from the program's event loop, from other loops (`send`) and from threads (`send_nowait`)."""
 
     def __init__(self, run: Reader) -> None:
         self._run = run
+
+    @property
+    def joins(self) -> bool:
+        """Whether texts may be joined."""
+        return self._run.joins
 
     async def send(self, chunk: Any) -> None:
         """Take `chunk`, waiting while the run is held back.

@@ -26,6 +26,8 @@ import dspy
 
 from agentcast.agents.observations import contained, observed, showable
 from agentcast.agents.streaming.dspy_calls import call_in_thread, can_be_awaited
+from agentcast.agents.streaming.memos import text_of
+from agentcast.agents.streaming.patch import replace_in_runs
 from agentcast.agents.threads import unblocking
 
 RUN_SETTING = "agentcast_run"
@@ -42,6 +44,7 @@ def replace_methods() -> None:
     """Replace them, if that was not yet done."""
     with _lock:
         _replace()
+        replace_in_runs(_in_run)
 
 
 @functools.cache
@@ -64,11 +67,18 @@ def _awaited_tool(acall: Callable[..., Any]) -> Callable[..., Any]:
         if not _in_run():
             return await acall(tool, **args)
         with contained(), _shown(tool) as is_shown:
-            function = unblocking(_listing(tool.func) if is_shown else tool.func, f"tool {tool.name}")
+            function = _listing(tool.func) if is_shown else tool.func
+            if not _is_dspys(tool.func):
+                function = unblocking(function, f"tool {tool.name}")
             result = await acall(_calling(function, tool), **args)
             return showable(result) if is_shown else result
 
     return call
+
+
+def _is_dspys(function: Any) -> bool:
+    """Whether `function` is how one of DSPy's own loops ends, which blocks nothing."""
+    return getattr(function, "__module__", None) in ("dspy.predict.react", "dspy.predict.react_v2")
 
 
 def _called_tool(tool_call: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,12 +181,39 @@ def _modelled(predictor: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs if lm is None else {**inputs, "lm": models(lm)}
 
 
+def _kept(parts: tuple[str, ...]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A method that makes a text of a signature, out of what its `parts` say; in a run it is kept."""
+
+    def replacement(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(adapter: Any, signature: Any) -> Any:
+            kind = type(adapter)
+            if kind not in _KNOWN_ADAPTERS or not _in_run() or not parts_free(adapter, parts):
+                return method(adapter, signature)
+            key = (kind, *(getattr(kind, part) for part in parts))
+            return text_of(signature, key, functools.partial(method, adapter, signature))
+
+        return call
+
+    return replacement
+
+
+def parts_free(adapter, parts):
+    return vars(adapter).keys().isdisjoint(parts)
+
+_KNOWN_ADAPTERS = (dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter)
+_SYSTEM = ("format_field_description", "format_field_structure", "format_task_description")
+
 _REPLACEMENTS: dict[tuple[str, str], Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     ("Tool", "acall"): _awaited_tool,
     ("Tool", "__call__"): _called_tool,
     ("RLM", "aforward"): _all_on_a_thread,
     ("BestOfN", "forward"): _on_a_copy,
     ("Refine", "forward"): _on_a_copy,
+    ("Adapter", "format_system_message"): _kept(_SYSTEM),
+    ("ChatAdapter", "user_message_output_requirements"): _kept(("user_message_output_requirements",)),
+    ("JSONAdapter", "user_message_output_requirements"): _kept(("user_message_output_requirements",)),
+    ("XMLAdapter", "user_message_output_requirements"): _kept(("user_message_output_requirements",)),
     ("Predict", "forward"): _with_model,
     ("Predict", "aforward"): _with_model_awaited,
 }
