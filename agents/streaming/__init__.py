@@ -30,11 +30,11 @@ from agentcast.agents.streaming.bridge import wait_in_thread
 from agentcast.agents.streaming.carrying import carrying
 from agentcast.agents.streaming.drop_in import streamify
 from agentcast.agents.streaming.dspy_calls import is_async
-from agentcast.agents.streaming.view import EMITTER_SETTING, MODELS_SETTING, replace_methods
 from agentcast.agents.streaming.nodes import NodeSpan, node_span, tell_step_limit
 from agentcast.agents.streaming.program import Outcome, add_cost, can_retract, current_span, run_program
 from agentcast.agents.streaming.stream import Stream, StreamError
 from agentcast.agents.streaming.typed import EventStream, stream_events
+from agentcast.agents.streaming.view import EMITTER_SETTING, MODELS_SETTING, replace_methods
 
 __all__ = [
     "EMITTER_SETTING",

@@ -16,9 +16,9 @@ import dspy
 from dspy.utils.callback import BaseCallback
 
 from agentcast.agents.base import Stopped
-from agentcast.agents.streaming.view import RUN_SETTING, replace_methods
 from agentcast.agents.streaming.patch import install
 from agentcast.agents.streaming.sink import Sink
+from agentcast.agents.streaming.view import RUN_SETTING, replace_methods
 from agentcast.agents.values import clean_texts
 
 

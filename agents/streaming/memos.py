@@ -1,4 +1,4 @@
-"""What DSPy works out anew at each call although it comes out the same: kept for the next call, and byte for byte equal.
+"""What DSPy computes at each call although the result is the same: kept for the next call, and byte for byte equal.
 
 Memos hold nothing of a run, and nothing is kept on the objects of users. What is kept of a signature is found by its
 identity and dropped with it; what has changed in a signature or in a tool's schema meanwhile is noticed. All are

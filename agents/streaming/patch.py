@@ -1,5 +1,8 @@
 """The private names of DSPy that are replaced, because there is no other way, and the one of anyio that is used.
 
+Two kinds: names without which nothing streams from foreign threads, and, in `IN_RUNS`, names that stand for something
+else in runs: it computes once what DSPy computes at each call, and keeps tracebacks out of prompts.
+
 DSPy hands the chunks of a synchronous LM call over with `anyio.from_thread.run`, which works in anyio's worker threads
 only: in a thread of `dspy.Parallel`, of a pool or of `asyncio.to_thread`, the LM call itself fails. Its status callback
 uses `sync_send_to_stream`, which on the event loop blocks the loop until a consumer that needs the loop has made room.
@@ -19,22 +22,31 @@ import importlib
 import inspect
 import logging
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import anyio
 import anyio.from_thread
 import dspy
 from anyio._core import _eventloop
 from anyio.lowlevel import EventLoopToken
-from dspy.clients import _deprecation, execution
 from dspy.utils.callback import with_callbacks
 
 from agentcast.agents.base import public_message
-from agentcast.agents.streaming.memos import call_args, handler_name, is_short, is_valid, trajectory_signature, type_adapter, wrapper_model
+from agentcast.agents.streaming.memos import (
+    call_args,
+    handler_name,
+    is_short,
+    is_valid,
+    trajectory_signature,
+    type_adapter,
+    wrapper_model,
+)
 from agentcast.agents.streaming.sink import ChunkJoiner, Sink
+from agentcast.agents.streaming.turns import take_turn
 
 TESTED = "3.4."
 """What the versions of DSPy start with that this was tested with."""
@@ -142,10 +154,13 @@ def _run_aside(func: Callable[..., Any], *args: Any) -> Any:
     return value
 
 
-# -- What DSPy works out anew at each call ---------------------------------------------------------------------------------
+# -- Names that stand for something else in runs -----------------------------------------------------------------------
+
+InRun = Callable[[], bool]
+"""Whether the calling code is in a run."""
 
 
-def _validating(original: Callable[..., Any], in_run: Callable[[], bool]) -> Callable[..., Any]:
+def _validating(original: Callable[..., Any], in_run: InRun) -> Callable[..., Any]:
     def validate(instance: Any, schema: Any) -> None:
         if not (in_run() and is_valid(instance, schema)):
             original(instance=instance, schema=schema)
@@ -153,7 +168,7 @@ def _validating(original: Callable[..., Any], in_run: Callable[[], bool]) -> Cal
     return validate
 
 
-def _wrapping(original: Callable[..., Any], in_run: Callable[[], bool]) -> Callable[..., Any]:
+def _wrapping(original: Callable[..., Any], in_run: InRun) -> Callable[..., Any]:
     def create_model(name: str, /, **fields: Any) -> Any:
         annotation, default = fields.get("value", (None, None))
         if not in_run() or name != "Wrapper" or len(fields) != 1 or default is not ...:
@@ -163,21 +178,21 @@ def _wrapping(original: Callable[..., Any], in_run: Callable[[], bool]) -> Calla
     return create_model
 
 
-def _adapting(original: Callable[..., Any], in_run: Callable[[], bool]) -> Callable[..., Any]:
+def _adapting(original: Callable[..., Any], in_run: InRun) -> Callable[..., Any]:
     def adapter(annotation: Any) -> Any:
         return type_adapter(annotation) if in_run() else original(annotation, _parent_depth=3)
 
     return adapter
 
 
-def _serializing(original: Callable[..., Any], in_run: Callable[[], bool]) -> Callable[..., Any]:
+def _serializing(original: Callable[..., Any], in_run: InRun) -> Callable[..., Any]:
     def serialize_for_json(value: Any) -> Any:
         return value if type(value) is str and in_run() else original(value)
 
     return serialize_for_json
 
 
-def _formatting(original: Callable[..., Any], in_run: Callable[[], bool]) -> Callable[..., Any]:
+def _formatting(original: Callable[..., Any], in_run: InRun) -> Callable[..., Any]:
     def _format_trajectory(loop: Any, trajectory: dict[str, Any]) -> Any:
         if not in_run():
             return original(loop, trajectory)
@@ -187,125 +202,154 @@ def _formatting(original: Callable[..., Any], in_run: Callable[[], bool]) -> Cal
     return _format_trajectory
 
 
-def _telling(original: Callable[..., Any], in_run: Callable[[], bool]) -> Callable[..., Any]:
+def _telling(original: Callable[..., Any], in_run: InRun) -> Callable[..., Any]:
     def format_error_for_lm(error: BaseException, *, traceback_frames: int = 0) -> str:
         return public_message(error) if in_run() else original(error, traceback_frames=traceback_frames)
 
     return format_error_for_lm
 
 
-class _Uuid:
-    """The module `uuid`, as DSPy's callbacks see it: ids of calls need no randomness of the system's."""
+def _choosing(original: Callable[..., Any], in_run: InRun) -> Callable[..., Any]:
+    def choose_handler(callback: Any, instance: Any, function: Callable[..., Any]) -> Any:
+        if not in_run():
+            return original(callback, instance, function)
+        return getattr(callback, handler_name(original, instance, function))
 
-    def __init__(self, original: Any, in_run: Callable[[], bool]) -> None:
+    return choose_handler
+
+
+class _Module:
+    """A module as some code of DSPy's sees it."""
+
+    def __init__(self, original: Any, in_run: InRun) -> None:
         self._original = original
         self._in_run = in_run
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
 
+
+class _Uuid(_Module):
     def uuid4(self) -> Any:
         return _CallId() if self._in_run() else self._original.uuid4()
 
 
 class _CallId:
     def __init__(self) -> None:
-        self.hex = f"{random.getrandbits(128):032x}"  # noqa: S311 -- nobody guesses them
+        self.hex = f"{random.getrandbits(128):032x}"
 
 
-class _Inspect:
-    """The module `inspect`, as DSPy's callbacks see it."""
-
-    def __init__(self, original: Any, in_run: Callable[[], bool]) -> None:
-        self._original = original
-        self._in_run = in_run
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
-
+class _Inspect(_Module):
     def getcallargs(self, function: Callable[..., Any], /, *args: Any, **named: Any) -> dict[str, Any]:
         found = call_args(function, args, named) if self._in_run() else None
         return self._original.getcallargs(function, *args, **named) if found is None else found
 
 
-def _choosing(original: Callable[..., Any], in_run: Callable[[], bool]) -> Callable[..., Any]:
-    def handler(callback: Any, instance: Any, function: Callable[..., Any]) -> Any:
-        if not in_run():
-            return original(callback, instance, function)
-        return getattr(callback, handler_name(original, instance, function))
+class _Asyncio(_Module):
+    async def to_thread(self, function: Callable[..., Any], /, *args: Any, **named: Any) -> Any:
+        # Its fourth argument is the provider; a custom engine has none, and then there is no price to look up.
+        if function.__name__ == "_price_result" and args[3] is None and self._in_run():
+            return function(*args, **named)
+        return await self._original.to_thread(function, *args, **named)
 
-    return handler
 
-
-def _bridging(original: Callable[..., Any], in_run: Callable[[], bool]) -> Callable[..., Any]:
+def _bridging(original: Callable[..., Any], in_run: InRun) -> Callable[..., Any]:
     def bridge(model: Any, predict_id: Any = None) -> Any:
-        sink = dspy.settings.send_stream
-        full = original(model, predict_id)
-        return ChunkJoiner(full, sink) if isinstance(sink, Sink) and sink.joins else full
+        sink, full = dspy.settings.send_stream, original(model, predict_id)
+        is_awaited = sys._getframe(1).f_code.co_flags & inspect.CO_COROUTINE
+        return ChunkJoiner(full, sink) if is_awaited and isinstance(sink, Sink) and sink.joins else full
 
     return bridge
 
 
-def _calling(original: Callable[..., Any], in_run: Callable[[], bool]) -> Callable[..., Any]:
-    """`BaseLM.acall` that prepares a prompt of a moderate size where it is, rather than in a thread."""
+def _calling(original: Callable[..., Any], in_run: InRun) -> Callable[..., Any]:
     plain: Callable[..., Any] = inspect.unwrap(original)
+    execution: Any = importlib.import_module("dspy.clients.execution")
+    deprecation: Any = importlib.import_module("dspy.clients._deprecation")
 
-    @with_callbacks
+    @with_callbacks  # type: ignore[untyped-decorator]
     @functools.wraps(plain)
     async def acall(lm: Any, prompt: Any = None, *, messages: Any = None, **options: Any) -> Any:
         if not in_run() or "request" in options or not is_short(messages):
             return await plain(lm, prompt, messages=messages, **options)
         call = execution.prepare(lm, prompt, messages, options, asynchronous=True)
         if not call.managed:
-            _deprecation.warn_legacy_lm()
-        _deprecation.warn_openai_messages(lm, messages)
-        return execution.finalize(lm, call, await execution.aexecute(lm, call))
+            deprecation.warn_legacy_lm()
+        deprecation.warn_openai_messages(lm, messages)
+        result = await execution.aexecute(lm, call)
+        await take_turn()
+        return execution.finalize(lm, call, result)
 
-    return acall
-
-
-class _Asyncio:
-    def __init__(self, original: Any, in_run: Callable[[], bool]) -> None:
-        self._original = original
-        self._in_run = in_run
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
-
-    async def to_thread(self, function: Callable[..., Any], /, *args: Any, **named: Any) -> Any:
-        if function is execution._price_result and args[3] is None and self._in_run():
-            return function(*args, **named)
-        return await self._original.to_thread(function, *args, **named)
+    return acall  # type: ignore[no-any-return]
 
 
-_IN_RUNS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("dspy.adapters.types.tool", "validate"): _validating,
-    ("dspy.adapters.types.tool", "create_model"): _wrapping,
-    ("dspy.adapters.utils", "TypeAdapter"): _adapting,
-    ("dspy.adapters.utils", "serialize_for_json"): _serializing,
-    ("dspy.adapters.xml_adapter", "TypeAdapter"): _adapting,
-    ("dspy.adapters.xml_adapter", "serialize_for_json"): _serializing,
-    ("dspy.predict.react", "ReAct._format_trajectory"): _formatting,
-    ("dspy.predict.react", "format_error_for_lm"): _telling,
-    ("dspy.predict.react_v2", "format_error_for_lm"): _telling,
-    ("dspy.utils.callback", "uuid"): _Uuid,
-    ("dspy.utils.callback", "inspect"): _Inspect,
-    ("dspy.utils.callback", "_get_on_start_handler"): _choosing,
-    ("dspy.utils.callback", "_get_on_end_handler"): _choosing,
-    ("dspy.clients.execution", "ListenerBridge"): _bridging,
-    ("dspy.clients.execution", "asyncio"): _Asyncio,
-    ("dspy.clients.base_lm", "BaseLM.acall"): _calling,
-}
+class _InRuns(NamedTuple):
+    """A private name of DSPy's that stands for something else in runs."""
+
+    module: str
+    name: str
+    why: str
+    made: Callable[[Any, InRun], Any]
+    needs: tuple[str, ...] = ()
+    """Private names, in their modules, that the replacement uses."""
+
+
+_VALIDATE = "jsonschema checks the tool's schema itself again for each argument of each call"
+_TYPES = "building a pydantic validator takes 100 times as long as using it"
+_TEXTS = "a text is its own JSON value"
+_ERRORS = "a traceback with the server's paths would go into the prompt (G9)"
+_KINDS = "one of the checks of kinds is for a protocol, which takes longer than the others together"
+_LM_PARTS = tuple(f"dspy.clients.execution.{name}" for name in ("prepare", "aexecute", "finalize"))
+_LM_WARNS = tuple(f"dspy.clients._deprecation.{name}" for name in ("warn_legacy_lm", "warn_openai_messages"))
+
+IN_RUNS = (
+    _InRuns("dspy.adapters.types.tool", "validate", _VALIDATE, _validating),
+    _InRuns("dspy.adapters.types.tool", "create_model", _TYPES, _wrapping),
+    _InRuns("dspy.adapters.utils", "TypeAdapter", _TYPES, _adapting),
+    _InRuns("dspy.adapters.xml_adapter", "TypeAdapter", _TYPES, _adapting),
+    _InRuns("dspy.adapters.utils", "serialize_for_json", _TEXTS, _serializing),
+    _InRuns("dspy.adapters.xml_adapter", "serialize_for_json", _TEXTS, _serializing),
+    _InRuns("dspy.predict.react", "ReAct._format_trajectory", "each step builds a model of 4n fields", _formatting),
+    _InRuns("dspy.predict.react", "format_error_for_lm", _ERRORS, _telling),
+    _InRuns("dspy.predict.react_v2", "format_error_for_lm", _ERRORS, _telling),
+    _InRuns("dspy.utils.callback", "_get_on_start_handler", _KINDS, _choosing),
+    _InRuns("dspy.utils.callback", "_get_on_end_handler", _KINDS, _choosing),
+    _InRuns("dspy.utils.callback", "uuid", "the system's randomness costs a system call", _Uuid),
+    _InRuns("dspy.utils.callback", "inspect", "signatures are read anew for each call", _Inspect),
+    _InRuns("dspy.clients.execution", "ListenerBridge", "chunks that nobody can tell apart", _bridging),
+    _InRuns("dspy.clients.execution", "asyncio", "a thread for a price that is not known", _Asyncio),
+    _InRuns("dspy.clients.base_lm", "BaseLM.acall", "a thread to check texts", _calling, (*_LM_PARTS, *_LM_WARNS)),
+)
+"""All of them, as of the versions that `TESTED` says. In any other, or where one is missing, DSPy's own stay."""
 
 
 @functools.cache
-def replace_in_runs(in_run: Callable[[], bool]) -> None:
-    for (place, path), made in _IN_RUNS.items():
-        owner = importlib.import_module(place)
-        *parents, name = path.split(".")
-        for parent in parents:
-            owner = getattr(owner, parent)
-        setattr(owner, name, made(getattr(owner, name), in_run))
+def replace_in_runs(in_run: InRun) -> None:
+    """Have the names of `IN_RUNS` stand for something else wherever `in_run`, once in a process."""
+    missing = [f"{entry.module}.{entry.name}" for entry in IN_RUNS if not _replace_in_runs(entry, in_run)]
+    if missing:
+        _log.warning(
+            "DSPy %s is not as agentcast knows it (%sx): runs are slower, and %s stay as they are",
+            dspy.__version__,
+            TESTED,
+            ", ".join(missing),
+        )
+
+
+def _replace_in_runs(entry: _InRuns, in_run: InRun) -> bool:
+    if not dspy.__version__.startswith(TESTED):
+        return False
+    *parents, name = entry.name.split(".")
+    try:
+        owner = functools.reduce(getattr, parents, importlib.import_module(entry.module))
+        original = getattr(owner, name)
+        for needed in entry.needs:
+            module, _, attribute = needed.rpartition(".")
+            getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError):
+        return False
+    setattr(owner, name, entry.made(original, in_run))
+    return True
 
 
 # -- Threads -----------------------------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ from agentcast.agents.base import Emitter
 from agentcast.agents.events import Usage
 from agentcast.agents.streaming.bridge import innermost
 from agentcast.agents.streaming.dspy_calls import call_in_thread, is_async
-from agentcast.agents.streaming.view import EMITTER_SETTING
 from agentcast.agents.streaming.run import Run
+from agentcast.agents.streaming.turns import take_turn
 from agentcast.agents.streaming.usage import Meter
+from agentcast.agents.streaming.view import EMITTER_SETTING
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ async def run_program(
     :raises Stopped: `emit` takes no more events.
     :raises Exception: whatever the program raises, as it is.
     """
+    await take_turn()
     run = Run(program, emit, messages, name, root=root)
     outer = dspy.settings.usage_tracker
     trace: list[Any] = []

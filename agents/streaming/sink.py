@@ -82,8 +82,8 @@ class ChunkJoiner:
         """What to do with the first text of a turn, and with one that makes too many."""
         if self._stopped is not None:
             raise self._stopped
-        if self._started and len(self._texts) < _JOINED and (loop := _running_loop()) is not None:
-            loop.call_soon(self._flush)
+        if self._started and len(self._texts) < _JOINED:
+            asyncio.get_running_loop().call_soon(self._flush)
             return None
         self._started = True
         return self._joined()
@@ -103,13 +103,6 @@ class ChunkJoiner:
 
 _JOINED = 64
 """Texts that are joined at most, before the LM call may be held back."""
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 class Sink:

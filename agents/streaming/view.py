@@ -1,4 +1,4 @@
-"""Methods of DSPy that do something else in a run, whatever program they are called in.
+"""How the objects of DSPy behave inside a run, whatever program they are part of. None of them is changed.
 
 - `Tool.acall` calls a synchronous function on the event loop; in a run it calls it on a thread (G3). There, as in
   `Tool.__call__`, a tool that cancels itself fails, and does not end the run. Where DSPy's own loops could not show a
@@ -9,25 +9,31 @@
 - `Predict.forward` and `aforward` call the LM that the predictor has, or DSPy's settings; in an agent's run they call
   what `MODELS_SETTING` makes of it, so that nobody's predictors need to be changed. And `aforward` cannot await an LM
   that has no asynchronous side; it then does on a thread what `forward` does, outside of runs, too.
+- `Adapter.format_system_message` and `user_message_output_requirements` keep the texts that they make of a signature.
 
 They are public methods, replaced when the first run begins, once in a process. What else is called outside of runs does
-what DSPy does.
+what DSPy does. What has to be done to private names is in `patch`.
+
+Whoever computes much takes a turn first (`turns`), so that the event loop is free for others meanwhile.
 """
 
 import contextlib
 import contextvars
 import copy
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import dspy
 
+from agentcast.agents.base import ToolError
 from agentcast.agents.observations import contained, observed, showable
 from agentcast.agents.streaming.dspy_calls import call_in_thread, can_be_awaited
 from agentcast.agents.streaming.memos import text_of
 from agentcast.agents.streaming.patch import replace_in_runs
+from agentcast.agents.streaming.turns import take_turn
 from agentcast.agents.threads import unblocking
 
 RUN_SETTING = "agentcast_run"
@@ -38,10 +44,11 @@ MODELS_SETTING = "agentcast_models"
 """Key in DSPy's settings of a function from an LM to the one that a predictor calls in its place."""
 
 _lock = threading.Lock()
+_log = logging.getLogger(__name__)
 
 
 def replace_methods() -> None:
-    """Replace them, if that was not yet done."""
+    """Replace them, and the private names, if that was not yet done."""
     with _lock:
         _replace()
         replace_in_runs(_in_run)
@@ -66,7 +73,8 @@ def _awaited_tool(acall: Callable[..., Any]) -> Callable[..., Any]:
     async def call(tool: Any, /, **args: Any) -> Any:
         if not _in_run():
             return await acall(tool, **args)
-        with contained(), _shown(tool) as is_shown:
+        await take_turn()
+        with _shown(tool) as is_shown, _logged(tool, is_shown), contained():
             function = _listing(tool.func) if is_shown else tool.func
             if not _is_dspys(tool.func):
                 function = unblocking(function, f"tool {tool.name}")
@@ -88,7 +96,7 @@ def _called_tool(tool_call: Callable[..., Any]) -> Callable[..., Any]:
     def call(tool: Any, /, **args: Any) -> Any:
         if not _in_run():
             return tool_call(tool, **args)
-        with contained(), _shown(tool) as is_shown:
+        with _shown(tool) as is_shown, _logged(tool, is_shown), contained():
             result = tool_call(_calling(_listing(tool.func), tool) if is_shown else tool, **args)
             return showable(result) if is_shown else result
 
@@ -116,6 +124,17 @@ def _shown(tool: Any) -> Iterator[bool]:
         yield is_its_own and not is_nested
     finally:
         _calls.reset(token)
+
+
+@contextlib.contextmanager
+def _logged(tool: Any, is_shown: bool) -> Iterator[None]:
+    """Log a failure of `tool` that nobody else learns more of than its type: the model is shown no traceback (G9)."""
+    try:
+        yield
+    except Exception as error:
+        if is_shown and not isinstance(error, ToolError | ValueError):
+            _log.warning("tool %s failed", tool.name, exc_info=error)
+        raise
 
 
 def _calling(function: Callable[..., Any], tool: Any) -> Any:
@@ -164,6 +183,8 @@ def _with_model_awaited(aforward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(aforward)
     async def call(predictor: Any, /, **inputs: Any) -> Any:
+        if _in_run():
+            await take_turn()
         given = _modelled(predictor, inputs)
         lm = given.get("lm", predictor.lm) or dspy.settings.lm
         if can_be_awaited(lm) and can_be_awaited(getattr(dspy.settings.adapter, "extraction_model", None)):
@@ -181,16 +202,20 @@ def _modelled(predictor: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs if lm is None else {**inputs, "lm": models(lm)}
 
 
-def _kept(parts: tuple[str, ...]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A method that makes a text of a signature, out of what its `parts` say; in a run it is kept."""
+_KNOWN_ADAPTERS = (dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter)
+"""Adapters whose texts about a signature depend on nothing else. A subclass's may."""
+
+
+def _kept(*parts: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A method that makes a text about a signature of what the methods `parts` give; in a run, the text is kept."""
 
     def replacement(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(adapter: Any, signature: Any) -> Any:
             kind = type(adapter)
-            if kind not in _KNOWN_ADAPTERS or not _in_run() or not parts_free(adapter, parts):
+            if kind not in _KNOWN_ADAPTERS or not _in_run() or not vars(adapter).keys().isdisjoint(parts):
                 return method(adapter, signature)
-            key = (kind, *(getattr(kind, part) for part in parts))
+            key = (method, kind, *(getattr(kind, part) for part in parts))
             return text_of(signature, key, functools.partial(method, adapter, signature))
 
         return call
@@ -198,22 +223,18 @@ def _kept(parts: tuple[str, ...]) -> Callable[[Callable[..., Any]], Callable[...
     return replacement
 
 
-def parts_free(adapter, parts):
-    return vars(adapter).keys().isdisjoint(parts)
-
-_KNOWN_ADAPTERS = (dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter)
-_SYSTEM = ("format_field_description", "format_field_structure", "format_task_description")
-
 _REPLACEMENTS: dict[tuple[str, str], Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     ("Tool", "acall"): _awaited_tool,
     ("Tool", "__call__"): _called_tool,
     ("RLM", "aforward"): _all_on_a_thread,
     ("BestOfN", "forward"): _on_a_copy,
     ("Refine", "forward"): _on_a_copy,
-    ("Adapter", "format_system_message"): _kept(_SYSTEM),
-    ("ChatAdapter", "user_message_output_requirements"): _kept(("user_message_output_requirements",)),
-    ("JSONAdapter", "user_message_output_requirements"): _kept(("user_message_output_requirements",)),
-    ("XMLAdapter", "user_message_output_requirements"): _kept(("user_message_output_requirements",)),
+    ("Adapter", "format_system_message"): _kept(
+        "format_field_description", "format_field_structure", "format_task_description"
+    ),
+    ("ChatAdapter", "user_message_output_requirements"): _kept(),
+    ("JSONAdapter", "user_message_output_requirements"): _kept(),
+    ("XMLAdapter", "user_message_output_requirements"): _kept(),
     ("Predict", "forward"): _with_model,
     ("Predict", "aforward"): _with_model_awaited,
 }
