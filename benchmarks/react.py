@@ -103,7 +103,7 @@ async def _taken(case: str, adapter: str) -> dict[str, float]:
     lm = dspy.LM("slow/lm", engine=_Engine(), async_engine=_AsyncEngine(), cache=False, num_retries=0)
     run = _runner(case)
     turns: list[tuple[float, float]] = []
-    with dspy.context(lm=lm, adapter=getattr(dspy, f"{adapter}Adapter")(), disable_history=True, trace=None):
+    with dspy.context(lm=lm, adapter=getattr(dspy, f"{adapter}Adapter")()):
         await run()
         gc.collect()
         gc.freeze()  # what was there before the runs is not searched for garbage while they go on

@@ -124,13 +124,32 @@ def is_valid(instance: Any, schema: Any) -> bool:
 
 
 class _Texts:
-    """Texts that an adapter makes of one signature."""
+    """Texts that adapters make of one signature, and what it was made of then."""
 
-    def __init__(self, made_of: Any, described: list[Any], descriptions: list[str]) -> None:
-        self.made_of = made_of
-        self.described = described
-        self.descriptions = descriptions
+    def __init__(self, signature: Any) -> None:
+        fields = signature.model_fields.items()
+        self._instructions = signature.__doc__
+        self._fields = [(name, info.annotation, dict(info.json_schema_extra or {})) for name, info in fields]
+        kinds = (CustomType.extract_custom_type_from_annotation(info.rebuild_annotation()) for _, info in fields)
+        self._described = [(kind, kind.description()) for found in kinds for kind in found]
         self.texts: dict[Hashable, str] = {}
+
+    def still_fit(self, signature: Any) -> bool:
+        """Whether `signature` is what it was: one may be changed where it stands, and types may describe themselves
+        differently from call to call."""
+        fields = signature.model_fields
+        return (
+            signature.__doc__ == self._instructions
+            and len(fields) == len(self._fields)
+            and all(map(_is_field, self._fields, fields.items()))
+            and all(kind.description() == description for kind, description in self._described)
+        )
+
+
+def _is_field(known: tuple[str, Any, dict[str, Any]], field: tuple[str, Any]) -> bool:
+    (name, annotation, extra), (its_name, info) = known, field
+    # Types by identity: equal ones may have their members in another order.
+    return name == its_name and info.annotation is annotation and (info.json_schema_extra or {}) == extra
 
 
 _texts: weakref.WeakKeyDictionary[Any, _Texts] = weakref.WeakKeyDictionary()
@@ -139,12 +158,10 @@ _texts_lock = threading.Lock()
 
 def text_of(signature: Any, key: Hashable, make: Callable[[], str]) -> str:
     """`make()`, a text that says what `signature` is, and nothing else; `key` tells such texts of a signature apart."""
-    made_of = _made_of(signature)
     with _texts_lock:
         known = _texts.get(signature)
-    if known is None or known.made_of != made_of or known.descriptions != _descriptions(known.described):
-        described = _described(signature)
-        known = _Texts(made_of, described, _descriptions(described))
+    if known is None or not known.still_fit(signature):
+        known = _Texts(signature)
         with _texts_lock:
             _texts[signature] = known
     text = known.texts.get(key)
@@ -159,27 +176,6 @@ _trajectories: Recent[Any] = Recent()
 def trajectory_signature(fields: tuple[str, ...]) -> Any:
     """The signature with which `dspy.ReAct` shows the `fields` of what was done so far."""
     return _trajectories.get(fields) or _trajectories.put(fields, dspy.Signature(f"{', '.join(fields)} -> x"))
-
-
-def _made_of(signature: Any) -> list[Any]:
-    """What a signature is made of: a few are changed where they stand, rather than replaced."""
-    fields = signature.model_fields.items()
-    return [
-        signature.__doc__,
-        # By identity, since types that are equal may have their members in another order.
-        [(name, id(info.annotation), info.annotation, dict(info.json_schema_extra or {})) for name, info in fields],
-    ]
-
-
-def _described(signature: Any) -> list[Any]:
-    """The types in it that describe themselves, perhaps differently from call to call."""
-    fields = signature.model_fields.values()
-    kinds = (CustomType.extract_custom_type_from_annotation(info.rebuild_annotation()) for info in fields)
-    return [kind for found in kinds for kind in found]
-
-
-def _descriptions(kinds: list[Any]) -> list[str]:
-    return [kind.description() for kind in kinds]
 
 
 # -- Calls -------------------------------------------------------------------------------------------------------------

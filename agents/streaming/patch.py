@@ -209,6 +209,16 @@ def _telling(original: Callable[..., Any], in_run: InRun) -> Callable[..., Any]:
     return format_error_for_lm
 
 
+def _finding(original: Callable[..., Any], in_run: InRun) -> Callable[..., Any]:
+    def _get_fields_with_type(signature: Any, kind: str) -> dict[str, Any]:
+        if not in_run():
+            return original(signature, kind)  # type: ignore[no-any-return]
+        fields = signature.__pydantic_fields__.items()
+        return {name: info for name, info in fields if info.json_schema_extra["__dspy_field_type"] == kind}
+
+    return _get_fields_with_type
+
+
 def _choosing(original: Callable[..., Any], in_run: InRun) -> Callable[..., Any]:
     def choose_handler(callback: Any, instance: Any, function: Callable[..., Any]) -> Any:
         if not in_run():
@@ -298,6 +308,7 @@ _VALIDATE = "jsonschema checks the tool's schema itself again for each argument 
 _TYPES = "building a pydantic validator takes 100 times as long as using it"
 _TEXTS = "a text is its own JSON value"
 _ERRORS = "a traceback with the server's paths would go into the prompt (G9)"
+_FIELDS = "it is asked for a hundred times in a run, and goes through a property of pydantic's that checks who asks"
 _KINDS = "one of the checks of kinds is for a protocol, which takes longer than the others together"
 _LM_PARTS = tuple(f"dspy.clients.execution.{name}" for name in ("prepare", "aexecute", "finalize"))
 _LM_WARNS = tuple(f"dspy.clients._deprecation.{name}" for name in ("warn_legacy_lm", "warn_openai_messages"))
@@ -312,6 +323,7 @@ IN_RUNS = (
     _InRuns("dspy.predict.react", "ReAct._format_trajectory", "each step builds a model of 4n fields", _formatting),
     _InRuns("dspy.predict.react", "format_error_for_lm", _ERRORS, _telling),
     _InRuns("dspy.predict.react_v2", "format_error_for_lm", _ERRORS, _telling),
+    _InRuns("dspy.signatures.signature", "SignatureMeta._get_fields_with_type", _FIELDS, _finding),
     _InRuns("dspy.utils.callback", "_get_on_start_handler", _KINDS, _choosing),
     _InRuns("dspy.utils.callback", "_get_on_end_handler", _KINDS, _choosing),
     _InRuns("dspy.utils.callback", "uuid", "the system's randomness costs a system call", _Uuid),

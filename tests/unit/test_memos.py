@@ -240,6 +240,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "create_model": ("Wrapper",),
     "serialize_for_json": ("x",),
     "format_error_for_lm": (ValueError(),),
+    "SignatureMeta._get_fields_with_type": (None, "input"),
     "_get_on_start_handler": (None, 1, len),
     "_get_on_end_handler": (None, 1, len),
     "ListenerBridge": ("m",),
