@@ -20,7 +20,7 @@ import pydantic
 from dspy.adapters.types.base_type import Type as CustomType
 from jsonschema import validators
 
-MOST = 512
+MOST = 256
 """Values that one memo keeps."""
 
 T = TypeVar("T")
@@ -170,7 +170,7 @@ def text_of(signature: Any, key: Hashable, make: Callable[[], str]) -> str:
     return text
 
 
-_trajectories: Recent[Any] = Recent()
+_trajectories: Recent[Any] = Recent(most=128)  # each is a class with four fields for each step
 
 
 def trajectory_signature(fields: tuple[str, ...]) -> Any:

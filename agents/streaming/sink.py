@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn, Protocol
 
 from agentcast.agents.base import Stopped
+from agentcast.agents.streaming.turns import is_crowded
 
 
 class Reader(Protocol):
@@ -26,6 +27,10 @@ class Reader(Protocol):
 
     def fail(self, error: Exception) -> NoReturn:
         """End the run with `error`."""
+
+
+CROWDED = 0.02
+"""Seconds in which texts are joined while runs wait for their turn to compute; a hub's log joins them for 0.025."""
 
 
 class _Text:
@@ -55,7 +60,8 @@ class _Delta:
 
 class ChunkJoiner:
     """DSPy's maker of chunks, `full`, but one that joins the texts which arrive in one turn of the event loop: there is
-    nobody yet who could read them apart. The first text goes at once, and so does what is no text."""
+    nobody yet who could read them apart. While runs wait for a turn to compute, it joins those of `CROWDED` seconds.
+    The first text goes at once, and so does what is no text."""
 
     def __init__(self, full: Any, sink: "Sink") -> None:
         self._full = full
@@ -83,10 +89,16 @@ class ChunkJoiner:
         if self._stopped is not None:
             raise self._stopped
         if self._started and len(self._texts) < _JOINED:
-            asyncio.get_running_loop().call_soon(self._flush)
+            asyncio.get_running_loop().call_soon(self._end_turn)
             return None
         self._started = True
         return self._joined()
+
+    def _end_turn(self) -> None:
+        if is_crowded():
+            asyncio.get_running_loop().call_later(CROWDED, self._flush)
+        else:
+            self._flush()
 
     def _flush(self) -> None:
         if self._texts:

@@ -21,16 +21,16 @@ class _Turns:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self.waiting: deque[asyncio.Future[None]] = deque()
         self._ends: float | None = None
         """When the share of this turn is used up; None: nobody has computed in it yet."""
 
     async def take(self) -> None:
         if self._ends is None:
             self._begin()
-        elif self._waiting or time.monotonic() >= self._ends:
+        elif self.waiting or time.monotonic() >= self._ends:
             waiter = self._loop.create_future()
-            self._waiting.append(waiter)
+            self.waiting.append(waiter)
             await waiter
 
     def _begin(self) -> None:
@@ -40,8 +40,8 @@ class _Turns:
     def _next(self) -> None:
         """The loop has turned: the one who waits longest goes on, if there is one."""
         self._ends = None
-        while self._waiting:
-            waiter = self._waiting.popleft()
+        while self.waiting:
+            waiter = self.waiting.popleft()
             if not waiter.done():  # else it was cancelled
                 waiter.set_result(None)
                 self._begin()
@@ -53,9 +53,18 @@ _turns: RunVar[_Turns] = RunVar("agentcast_turns")
 
 async def take_turn() -> None:
     """Return at once, or in a later turn of the event loop if others have computed for long in this one."""
+    await _this_loops_turns().take()
+
+
+def is_crowded() -> bool:
+    """Whether somebody waits for a turn."""
+    return bool(_this_loops_turns().waiting)
+
+
+def _this_loops_turns() -> _Turns:
     try:
-        turns = _turns.get()
+        return _turns.get()
     except LookupError:
         turns = _Turns()
         _turns.set(turns)
-    await turns.take()
+        return turns

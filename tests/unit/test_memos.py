@@ -19,7 +19,7 @@ import pytest
 from dspy.lm15 import StreamDeltaEvent, StreamEndEvent, TextDelta, ToolCallDelta
 
 from agentcast.agents.base import Stopped
-from agentcast.agents.streaming import memos, patch, turns
+from agentcast.agents.streaming import memos, patch, sink, turns
 from agentcast.agents.streaming.memos import Recent, call_args, is_valid, text_of, type_adapter, wrapper_model
 from agentcast.agents.streaming.sink import ChunkJoiner, Sink
 
@@ -331,6 +331,34 @@ async def test_what_is_no_text_comes_after_the_texts_before_it():
     assert "".join(reading.told) == "abcd"
     await turn()
     assert "".join(reading.told) == "abcd"
+
+
+async def test_while_runs_wait_for_a_turn_texts_of_several_turns_are_joined(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sink, "is_crowded", lambda: True)
+    for seconds, ending in ((60.0, True), (0.0, False)):
+        monkeypatch.setattr(sink, "CROWDED", seconds)
+        reading = Reading()
+        reading.text("a", "b")
+        await turn()
+        reading.text("c")
+        assert reading.told == ["a"]
+        if ending:
+            reading.joiner.chunk(StreamEndEvent(finish_reason="stop"))
+        with anyio.fail_after(5):
+            while len(reading.told) < 2:
+                await turn()
+        assert reading.told == ["a", "bc"]
+
+
+async def test_a_loop_is_crowded_while_somebody_waits_for_a_turn(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(turns, "SHARE", 0.0)
+    assert not turns.is_crowded()
+    async with anyio.create_task_group() as group:
+        for _ in range(3):
+            group.start_soon(turns.take_turn)
+        await turn()
+        assert turns.is_crowded()
+    assert not turns.is_crowded()
 
 
 async def test_an_engine_that_never_waits_is_given_something_to_wait_for():
