@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn, Protocol
 
 from agentcast.agents.base import Stopped
-from agentcast.agents.streaming.turns import is_crowded
+from agentcast.agents.streaming.turns import this_loops_turns
 
 
 class Reader(Protocol):
@@ -70,6 +70,7 @@ class ChunkJoiner:
         """What waits until the end of this turn."""
         self._started = False
         self._stopped: Stopped | None = None
+        self._turns = this_loops_turns()
 
     def chunk(self, event: Any) -> Any:
         """The chunk to send now, if there is one.
@@ -95,7 +96,7 @@ class ChunkJoiner:
         return self._joined()
 
     def _end_turn(self) -> None:
-        if is_crowded():
+        if self._turns.is_crowded:
             asyncio.get_running_loop().call_later(CROWDED, self._flush)
         else:
             self._flush()

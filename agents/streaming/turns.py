@@ -16,21 +16,26 @@ SHARE = 0.01
 """Seconds of one turn of the loop after which whoever wants to compute waits for the next one."""
 
 
-class _Turns:
+class Turns:
     """Those of one event loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[asyncio.Future[None]] = deque()
         self._ends: float | None = None
         """When the share of this turn is used up; None: nobody has computed in it yet."""
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether somebody waits for a turn."""
+        return bool(self._waiting)
 
     async def take(self) -> None:
         if self._ends is None:
             self._begin()
-        elif self.waiting or time.monotonic() >= self._ends:
+        elif self._waiting or time.monotonic() >= self._ends:
             waiter = self._loop.create_future()
-            self.waiting.append(waiter)
+            self._waiting.append(waiter)
             await waiter
 
     def _begin(self) -> None:
@@ -40,31 +45,27 @@ class _Turns:
     def _next(self) -> None:
         """The loop has turned: the one who waits longest goes on, if there is one."""
         self._ends = None
-        while self.waiting:
-            waiter = self.waiting.popleft()
+        while self._waiting:
+            waiter = self._waiting.popleft()
             if not waiter.done():  # else it was cancelled
                 waiter.set_result(None)
                 self._begin()
                 return
 
 
-_turns: RunVar[_Turns] = RunVar("agentcast_turns")
+_turns: RunVar[Turns] = RunVar("agentcast_turns")
 
 
 async def take_turn() -> None:
     """Return at once, or in a later turn of the event loop if others have computed for long in this one."""
-    await _this_loops_turns().take()
+    await this_loops_turns().take()
 
 
-def is_crowded() -> bool:
-    """Whether somebody waits for a turn."""
-    return bool(_this_loops_turns().waiting)
-
-
-def _this_loops_turns() -> _Turns:
+def this_loops_turns() -> Turns:
+    """Those of the event loop that the calling task runs in."""
     try:
         return _turns.get()
     except LookupError:
-        turns = _Turns()
+        turns = Turns()
         _turns.set(turns)
         return turns

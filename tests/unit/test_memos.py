@@ -334,7 +334,7 @@ async def test_what_is_no_text_comes_after_the_texts_before_it():
 
 
 async def test_while_runs_wait_for_a_turn_texts_of_several_turns_are_joined(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sink, "is_crowded", lambda: True)
+    monkeypatch.setattr(turns.Turns, "is_crowded", True)
     for seconds, ending in ((60.0, True), (0.0, False)):
         monkeypatch.setattr(sink, "CROWDED", seconds)
         reading = Reading()
@@ -352,13 +352,13 @@ async def test_while_runs_wait_for_a_turn_texts_of_several_turns_are_joined(monk
 
 async def test_a_loop_is_crowded_while_somebody_waits_for_a_turn(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(turns, "SHARE", 0.0)
-    assert not turns.is_crowded()
+    assert not turns.this_loops_turns().is_crowded
     async with anyio.create_task_group() as group:
         for _ in range(3):
             group.start_soon(turns.take_turn)
         await turn()
-        assert turns.is_crowded()
-    assert not turns.is_crowded()
+        assert turns.this_loops_turns().is_crowded
+    assert not turns.this_loops_turns().is_crowded
 
 
 async def test_an_engine_that_never_waits_is_given_something_to_wait_for():

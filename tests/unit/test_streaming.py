@@ -33,7 +33,7 @@ from agentcast.agents.events import (
     Usage,
 )
 from agentcast.agents.gate import drive
-from agentcast.agents.streaming import Outcome, current_span, is_async, run_program
+from agentcast.agents.streaming import Outcome, current_span, is_async, run_program, turns
 from tests.support.lms import Engine, chat, lm_of, pieces
 
 pytestmark = pytest.mark.anyio
@@ -755,7 +755,9 @@ def echo(prompt: str) -> list[str]:
 
 
 @pytest.mark.parametrize("adapter", [dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter])
-async def test_runs_of_one_program_never_mix(adapter: type):
+async def test_runs_of_one_program_never_mix(adapter: type, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(turns, "SHARE", 60.0)  # nobody waits for a turn, so that chunks are not joined
+
     def reply(prompt: str) -> list[str]:
         question = prompt.split("question", 1)[1].split("Q")[1].split("Z")[0]
         fields = {"reasoning": f"[{question}] [[ " * 5 + "]", "answer": f"{question}[ [" * 8}
