@@ -33,6 +33,8 @@ from benchmarks.report import Row
 
 RUNS, STEPS, LM_SECONDS, BURSTS, ROUNDS = 200, 3, 0.05, 5, 3
 TICK = 0.005
+FLUSH = 0.025
+"""Seconds in which the events of a run are gathered, as a hub's recorder does it."""
 ADAPTERS = ("Chat", "JSON", "XML")
 CASES = {
     "dspy.ReAct": ("stock", "`acall`, without streaming and without agentcast, in a process of its own"),
@@ -146,20 +148,29 @@ def _runner(case: str) -> Callable[[], Coroutine[Any, Any, None]]:
             _check(prediction)
 
         return stock
+    from agentcast.agents.channel import Channel
+    from agentcast.agents.execution import Execution
     from agentcast.agents.react import ReAct
-    from agentcast.agents.streaming import stream_events
+    from agentcast.agents.streaming import run_program
 
     program = (dspy.ReAct if case.startswith("dspy") else ReAct)(SIGNATURE, [lookup], max_iters=STEPS + 1)
     messages = () if case.endswith("not streamed") else ("next_thought", "reasoning", "answer")
 
-    async def run() -> None:
-        events = stream_events(program, {"question": question}, messages=messages)
-        async for _ in events:
-            pass
-        assert events.outcome is not None
-        _check(events.outcome.prediction)
+    async def played(channel: Any) -> Any:
+        try:
+            return await run_program(program, {"question": question}, channel, messages=messages)
+        finally:
+            channel.close()
 
-    return run
+    async def hosted() -> None:
+        channel = Channel()
+        execution = Execution(played(channel), channel)
+        while await channel.receive():
+            await anyio.sleep(FLUSH)
+        await execution.done.wait()
+        _check(execution.value.prediction)
+
+    return hosted
 
 
 def _check(prediction: Any) -> None:
