@@ -33,15 +33,18 @@ T = TypeVar("T")
 class Execution:
     """A running coroutine. Make it in a coroutine; it starts at once, in a task that bears the channel's label.
 
-    `done` is set when it has returned, raised or been dropped.
+    `done` is set when it has returned, raised or been dropped. `on_cancel` is called as a cancellation reaches it.
     """
 
-    def __init__(self, run: Coroutine[Any, Any, Any], channel: Channel) -> None:
+    def __init__(
+        self, run: Coroutine[Any, Any, Any], channel: Channel, on_cancel: Callable[[], None] | None = None
+    ) -> None:
         self.done = anyio.Event()
         self.error: BaseException | None = None
         """What the coroutine raised, of whatever kind: nothing an agent raises reaches the event loop."""
         self.value: Any = None
         self._channel = channel
+        self._on_cancel = on_cancel
         self._scope = anyio.CancelScope()
         self._task = asyncio.create_task(self._run(run), name=channel.label)  # noqa: TID251 -- see above
         self._task.add_done_callback(lambda _: self._end(run))
@@ -66,6 +69,8 @@ class Execution:
 
                 def shield() -> None:
                     cleanup.shield = True
+                    if self._on_cancel is not None:
+                        self._on_cancel()
 
                 self.value = await drive(run, self._channel, on_cancel=shield)
                 return

@@ -17,7 +17,7 @@ from typing import Any
 import dspy
 from pydantic.fields import FieldInfo
 
-from agentcast.agents._dspy import format_field_value
+from agentcast.agents._dspy.names import format_field_value
 from agentcast.agents.base import ToolError, public_message, redact
 from agentcast.agents.failures import is_failure
 from agentcast.agents.threads import is_async_callable

@@ -161,17 +161,12 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
         return told_as_text(inputs, self.signature, module.signature) if module is self.react else inputs
 
     def _format_trajectory(self, trajectory: dict[str, Any]) -> Any:
-        """As DSPy's own does it for the Chat adapter, without building a signature of all fields for each step: that
-        was two thirds of the time of a step."""
-        adapter = dspy.settings.adapter
-        if adapter is not None and type(adapter) is not dspy.ChatAdapter:
-            try:
-                return super()._format_trajectory(trajectory)
-            except LISTS_OF_NO_TEXTS:
-                texts = {name: prompt_text(value) for name, value in trajectory.items() if type(value) is list}
-                return super()._format_trajectory(trajectory | texts)
-        sections = (f"[[ ## {name} ## ]]\n{prompt_text(value)}" for name, value in trajectory.items())
-        return "\n\n".join(sections).strip()
+        """As DSPy's own, and of lists that it cannot show, too."""
+        try:
+            return super()._format_trajectory(trajectory)
+        except LISTS_OF_NO_TEXTS:
+            texts = {name: prompt_text(value) for name, value in trajectory.items() if type(value) is list}
+            return super()._format_trajectory(trajectory | texts)
 
 
 async def _extended(own: Mapping[str, Any], signature: Any, listings: Sequence[Sequence[Any]]) -> Toolset:

@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 
-from benchmarks import channel, fanout, graphs, latency, memory, redis, stall, startup, streaming
+from benchmarks import channel, fanout, graphs, latency, memory, react, redis, stall, startup, streaming
 from benchmarks.processes import set_up_watcher
 from benchmarks.report import Report
 
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "fanout": fanout.measure,
     "channel": channel.measure,
     "streaming": streaming.measure,
+    "react": react.measure,
     "redis": redis.measure,
     "graphs": graphs.measure,
     "startup": startup.measure,

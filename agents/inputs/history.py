@@ -13,7 +13,7 @@ import dspy
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from agentcast.agents._dspy import format_field_value
+from agentcast.agents._dspy.names import format_field_value
 from agentcast.agents.base import Turn
 from agentcast.agents.inputs.contract import is_history
 from agentcast.agents.inputs.media import holds_media, media_validator

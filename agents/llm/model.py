@@ -22,7 +22,7 @@ import anyio
 import dspy
 from dspy.utils.exceptions import LMError
 
-from agentcast.agents._dspy import adapter_fallback_scope
+from agentcast.agents._dspy.names import adapter_fallback_scope
 from agentcast.agents.base import keep_secret
 from agentcast.agents.context import current, status, wait_in_thread
 from agentcast.agents.failures import failure_of

@@ -16,7 +16,7 @@ from typing import Any
 import dspy
 from dspy.lm15 import LMRouter, NotConfiguredError, RouterConfig
 
-from agentcast.agents._dspy import select_backend
+from agentcast.agents._dspy.names import select_backend
 from agentcast.agents.context import SETTING, RunContext
 from agentcast.agents.llm.model import as_model
 from agentcast.agents.llm.retrying import Retrying

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, overload
 import dspy
 from pydantic import BaseModel
 
-from agentcast.agents._dspy import missing_runtime
+from agentcast.agents._dspy.names import missing_runtime
 from agentcast.agents.base import DEFAULT_MAX_CONCURRENT, DEFAULT_TIMEOUT, Agent, AgentSpec
 from agentcast.agents.inputs.contract import SchemaError, function_call, module_contract, signature_contract
 from agentcast.agents.llm import ModelError, as_model, make_lm

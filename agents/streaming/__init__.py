@@ -27,11 +27,11 @@ a run is called, or that there is a server.
 """
 
 from agentcast.agents.streaming.calls import call_in_thread, can_be_awaited, is_async
-from agentcast.agents.streaming.methods import replace_methods
 from agentcast.agents.streaming.program import EventStream, Outcome, add_cost, run_program, stream_events
 from agentcast.agents.streaming.run import NodeSpan, node_span
 from agentcast.agents.streaming.stream import Stream, StreamError
 from agentcast.agents.streaming.streamify import streamify
+from agentcast.agents.streaming.view import replace_methods
 
 __all__ = [
     "EventStream",

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, NoReturn
 import dspy
 from dspy.utils.callback import BaseCallback
 
-from agentcast.agents._dspy import ThreadStream, install, set_settings
+from agentcast.agents._dspy.names import ThreadStream, install, set_settings
 from agentcast.agents.base import Stopped
 from agentcast.agents.context import SETTING, current
-from agentcast.agents.streaming.methods import replace_methods
+from agentcast.agents.streaming.view import replace_methods
 from agentcast.agents.values import clean_texts
 
 
@@ -39,6 +39,8 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
     """
 
     retracts = False
+    joins = False
+    """Whether texts that an LM sends in one turn of the event loop may be joined."""
 
     def __init__(self, emit: Any) -> None:
         self.emit = emit
@@ -183,6 +185,11 @@ class Sink(ThreadStream):
 
     def __init__(self, bridge: Bridge) -> None:
         self._bridge = bridge
+        self.joins = bridge.joins
+
+    @property
+    def congested(self) -> bool:
+        return getattr(self._bridge.emit, "congested", False)
 
     async def send(self, chunk: Any) -> None:
         """Take `chunk`, waiting while the run is held back.

@@ -8,7 +8,7 @@ import anyio.lowlevel
 import dspy
 from dspy.experimental import Choice, Noul, Score
 
-from agentcast.agents._dspy import as_worker_thread, has_engine_of_its_own
+from agentcast.agents._dspy.names import as_worker_thread, has_engine_of_its_own
 from agentcast.agents.threads import in_thread
 
 LINGER = 2.0

@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 import dspy
 
-from agentcast.agents._dspy import UsageTracker
+from agentcast.agents._dspy.names import UsageTracker
 from agentcast.agents.base import Emitter
 from agentcast.agents.context import current
 from agentcast.agents.events import AgentEvent, Usage
@@ -23,6 +23,7 @@ from agentcast.agents.inputs.contract import Contract, SchemaError, module_contr
 from agentcast.agents.streaming.calls import call_in_thread, is_async
 from agentcast.agents.streaming.run import Run
 from agentcast.agents.streaming.stream import Stream
+from agentcast.agents.turns import take_turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ async def run_program(
     :raises Stopped: `emit` takes no more events.
     :raises Exception: whatever the program raises, as it is.
     """
+    await take_turn()
     run = Run(program, emit, messages, name, root=root)
     meter = Meter(run.here)
     outer = dspy.settings.usage_tracker

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import dspy
 from dspy.utils.exceptions import AdapterParseError, LMError
 
-from agentcast.agents._dspy import streams
+from agentcast.agents._dspy.names import streams
 from agentcast.agents.base import Emitter, public_message
 from agentcast.agents.context import Numbers, current, within
 from agentcast.agents.events import (
@@ -84,6 +84,7 @@ class Run(Bridge):
     the call around them."""
 
     retracts = True
+    joins = True
 
     def __init__(
         self, program: Any, emit: Emitter, shown: Collection[str] | None, name: str | None, *, root: bool = True

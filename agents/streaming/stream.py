@@ -142,7 +142,9 @@ class _Playing:
         self.channel = Channel(name)
         self._threaded = threaded
         self._stopping = False
-        self._execution = Execution(_play(play, self.channel), self.channel)
+        # The channel is closed as the cancellation arrives: a program that found it closed before would be stopped
+        # twice, and the second time in the middle of its cleaning up.
+        self._execution = Execution(_play(play, self.channel), self.channel, on_cancel=self.channel.close)
 
     @property
     def done(self) -> anyio.Event:
@@ -161,9 +163,9 @@ class _Playing:
         if self._stopping or self.done.is_set():
             return
         self._stopping = True
-        self.channel.close()
         loop = asyncio.get_running_loop()
         if self._threaded:  # a thread cannot be cancelled, only left behind: let it notice that the channel is closed
+            self.channel.close()
             loop.call_later(GRACE, self._execution.cancel)
         else:
             self._execution.cancel()

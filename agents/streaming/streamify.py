@@ -34,7 +34,7 @@ from typing import Any
 import dspy
 from dspy.streaming import StatusMessage, StatusMessageProvider, StreamListener, StreamResponse
 
-from agentcast.agents._dspy import (
+from agentcast.agents._dspy.names import (
     StatusStreamingCallback,
     find_predictor_for_stream_listeners,
     is_lm_chunk,

@@ -1,4 +1,4 @@
-"""Methods of DSPy that do something else in a run, whatever program they are called in.
+"""How the objects of DSPy behave inside a run, whatever program they are part of. None of them is changed.
 
 - `Tool.acall` calls a synchronous function on the event loop; in a run it calls it on a thread (G3). There, as in
   `Tool.__call__`, a tool that cancels itself fails, and does not end the run. Where DSPy's own loops could not show a
@@ -6,38 +6,51 @@
 - `RLM.aforward` runs code, and what that calls, on the event loop; in a run it does all its work on a thread (G3).
 - `BestOfN.forward` and `Refine.forward` count failed attempts on the module, those of all its calls together; in a run
   they count on a copy.
-- `Module.acall`, `BaseLM.acall` and `Tool.acall` tell the run of themselves in callbacks, which cannot wait; in a run
+- `Module.acall`, `BaseLM.acall` and `Tool.acall` report to the run in callbacks, which cannot wait; in a run
   they wait for room before they begin (G5). So a task of the program is held back there, and no other task is.
 - `Predict.forward` and `aforward` call the LM that the predictor has, or DSPy's settings; in an agent's run they call
   what the context's `models` makes of it, so that nobody's predictors need to be changed. And `aforward` cannot await
   an LM that has no asynchronous side; it then does on a thread what `forward` does, outside of runs, too.
 
 They are public methods, replaced when the first run begins, once in a process. What else is called outside of runs does
-what DSPy does.
+what DSPy does. What has to be done to private names is in `agents._dspy`.
+
+What computes much takes a turn first (`agents.turns`), so that the event loop is free for others meanwhile.
 """
 
 import contextlib
 import contextvars
 import copy
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import dspy
 
+from agentcast.agents._dspy.in_runs import replace_in_runs
+from agentcast.agents._dspy.memos import text_of
+from agentcast.agents.base import ToolError
 from agentcast.agents.context import current, wait_for_room
 from agentcast.agents.observations import contained, observed, showable
 from agentcast.agents.streaming.calls import call_in_thread, can_be_awaited
 from agentcast.agents.threads import unblocking
+from agentcast.agents.turns import take_turn
 
 _lock = threading.Lock()
+_log = logging.getLogger(__name__)
 
 
 def replace_methods() -> None:
     """Replace them, if that was not yet done."""
     with _lock:
+        replace_in_runs(_in_run)
         _replace()
+
+
+def _in_run() -> bool:
+    return bool(current())
 
 
 @functools.cache
@@ -55,8 +68,11 @@ def _awaited_tool(acall: Callable[..., Any]) -> Callable[..., Any]:
     async def call(tool: Any, /, **args: Any) -> Any:
         if not current():
             return await acall(tool, **args)
-        with contained(), _shown(tool) as is_shown:
-            function = unblocking(_listing(tool.func) if is_shown else tool.func, f"tool {tool.name}")
+        await take_turn()
+        with _shown(tool) as is_shown, _logged(tool, is_shown), contained():
+            function = _listing(tool.func) if is_shown else tool.func
+            if not _is_dspys(tool.func):
+                function = unblocking(function, f"tool {tool.name}")
             result = await acall(_calling(function, tool), **args)
             return showable(result) if is_shown else result
 
@@ -74,6 +90,11 @@ def _held_back(acall: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _is_dspys(function: Any) -> bool:
+    """Whether `function` is how one of DSPy's own loops ends, which blocks nothing."""
+    return getattr(function, "__module__", None) in ("dspy.predict.react", "dspy.predict.react_v2")
+
+
 def _called_tool(tool_call: Callable[..., Any]) -> Callable[..., Any]:
     """`Tool.__call__`."""
 
@@ -81,7 +102,7 @@ def _called_tool(tool_call: Callable[..., Any]) -> Callable[..., Any]:
     def call(tool: Any, /, **args: Any) -> Any:
         if not current():
             return tool_call(tool, **args)
-        with contained(), _shown(tool) as is_shown:
+        with _shown(tool) as is_shown, _logged(tool, is_shown), contained():
             result = tool_call(_calling(_listing(tool.func), tool) if is_shown else tool, **args)
             return showable(result) if is_shown else result
 
@@ -109,6 +130,17 @@ def _shown(tool: Any) -> Iterator[bool]:
         yield is_its_own and not is_nested
     finally:
         _calls.reset(token)
+
+
+@contextlib.contextmanager
+def _logged(tool: Any, is_shown: bool) -> Iterator[None]:
+    """Log a failure of `tool` that nobody else learns more of than its type: the model is shown no traceback (G9)."""
+    try:
+        yield
+    except Exception as error:
+        if is_shown and not isinstance(error, ToolError | ValueError):
+            _log.warning("tool %s failed", tool.name, exc_info=error)
+        raise
 
 
 def _calling(function: Callable[..., Any], tool: Any) -> Any:
@@ -157,6 +189,8 @@ def _with_model_awaited(aforward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(aforward)
     async def call(predictor: Any, /, **inputs: Any) -> Any:
+        if _in_run():
+            await take_turn()
         given = _modelled(predictor, inputs)
         lm = given.get("lm", predictor.lm) or dspy.settings.lm
         if can_be_awaited(lm) and can_be_awaited(getattr(dspy.settings.adapter, "extraction_model", None)):
@@ -174,6 +208,27 @@ def _modelled(predictor: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs if lm is None else {**inputs, "lm": models(lm)}
 
 
+_KNOWN_ADAPTERS = (dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter)
+"""Adapters whose texts about a signature depend on nothing else. A subclass's may."""
+
+
+def _kept(*parts: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A method that makes a text about a signature of what the methods `parts` give; in a run, the text is kept."""
+
+    def replacement(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(adapter: Any, signature: Any) -> Any:
+            kind = type(adapter)
+            if kind not in _KNOWN_ADAPTERS or not current() or not vars(adapter).keys().isdisjoint(parts):
+                return method(adapter, signature)
+            key = (method, kind, *(getattr(kind, part) for part in parts))
+            return text_of(signature, key, functools.partial(method, adapter, signature))
+
+        return call
+
+    return replacement
+
+
 _REPLACEMENTS: dict[tuple[str, str], Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     ("Module", "acall"): _held_back,
     ("BaseLM", "acall"): _held_back,
@@ -182,6 +237,12 @@ _REPLACEMENTS: dict[tuple[str, str], Callable[[Callable[..., Any]], Callable[...
     ("RLM", "aforward"): _all_on_a_thread,
     ("BestOfN", "forward"): _on_a_copy,
     ("Refine", "forward"): _on_a_copy,
+    ("Adapter", "format_system_message"): _kept(
+        "format_field_description", "format_field_structure", "format_task_description"
+    ),
+    ("ChatAdapter", "user_message_output_requirements"): _kept(),
+    ("JSONAdapter", "user_message_output_requirements"): _kept(),
+    ("XMLAdapter", "user_message_output_requirements"): _kept(),
     ("Predict", "forward"): _with_model,
     ("Predict", "aforward"): _with_model_awaited,
 }

@@ -1,8 +1,7 @@
-"""Every private name of DSPy and of anyio that this project uses, and what of them is replaced.
+"""The private names that are used, and the two that are replaced so that every thread streams.
 
-Private is what neither is exported at the top of its package nor documented. No other module imports or calls such a
-name, so a new version of either package is checked in one place: `PRIVATE` lists them all with the reason, and the
-suite holds each of them against what is installed.
+Private is what neither is exported at the top of its package nor documented. `PRIVATE` lists them with the reason, and
+the suite holds each of them against what is installed.
 
 Two things are replaced, because there is no other way. DSPy hands the chunks of a synchronous LM call over with
 `anyio.from_thread.run`, which works in anyio's worker threads only: in a thread of `dspy.Parallel`, of a pool or of
@@ -103,6 +102,14 @@ _lock = threading.Lock()
 
 class ThreadStream(ABC):
     """A `send_stream` that takes chunks from any thread."""
+
+    joins = False
+    """Whether texts that an LM sends in one turn of the event loop may be joined."""
+
+    @property
+    @abstractmethod
+    def congested(self) -> bool:
+        """Whether the sender is to wait."""
 
     @abstractmethod
     async def send(self, chunk: Any) -> None: ...
