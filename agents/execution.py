@@ -33,7 +33,7 @@ T = TypeVar("T")
 class Execution:
     """A running coroutine. Make it in a coroutine; it starts at once, in a task that bears the channel's label.
 
-    `done` is set when it has returned, raised or been dropped. `on_cancel` is called as a cancellation reaches it.
+    `done` is set when it has returned, raised or been dropped. `on_cancel` is called as its cancellation reaches it.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Execution:
 
                 def shield() -> None:
                     cleanup.shield = True
-                    if self._on_cancel is not None:
+                    if self._on_cancel is not None and self._scope.cancel_called:  # else the agent cancels itself
                         self._on_cancel()
 
                 self.value = await drive(run, self._channel, on_cancel=shield)

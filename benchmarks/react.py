@@ -165,7 +165,7 @@ def _runner(case: str) -> Callable[[], Coroutine[Any, Any, None]]:
     async def hosted() -> None:
         channel = Channel()
         execution = Execution(played(channel), channel)
-        while await channel.receive():  # noqa: ASYNC110 -- as the recorder waits for more
+        while await channel.receive():  # noqa: ASYNC110 -- a pace, no polling
             await anyio.sleep(FLUSH)
         await execution.done.wait()
         _check(execution.value.prediction)

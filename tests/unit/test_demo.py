@@ -122,7 +122,7 @@ async def test_thoughts_reasoning_and_answer_stream(docs: Path):
         texts[token.message] = texts.get(token.message, "") + token.delta
     assert {event.message: event.text for event in heard.of(MessageEnd)} == texts
     assert list(texts.values())[-1] == answer
-    assert len(heard.of(Token)) > 40
+    assert len(heard.of(Token)) > 4  # without a pause between words, those of one turn of the loop are joined
 
 
 async def test_sums_are_right_and_absent_things_are_not_invented(docs: Path):

@@ -294,11 +294,12 @@ async def test_an_adapter_of_the_users_own_is_asked_each_time():
     changed.format_task_description = lambda signature: f"Now {len(seen)}."  # on the object itself
     for adapter, words in ((Counting(), ["Time 1.", "Time 2."]), (changed, ["Now 0.", "Now 1."])):
         seen: list[str] = []
+        program = dspy.Predict("question -> answer")
         script = Script("Chat", [{"answer": "a"}, {"answer": "a"}])
         lm = dspy.LM("script/lm", engine=script, async_engine=Awaited(script), cache=False, num_retries=0)
         for word in words:
             with dspy.context(lm=lm, adapter=adapter):
-                await run_program(dspy.Predict("question -> answer"), {"question": "q"}, Silent())
+                await run_program(program, {"question": "q"}, Silent())
             seen.append(word)
             assert word in script.prompts[-1]
 
