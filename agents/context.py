@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import dspy
 
+from agentcast.agents._dspy.names import get_setting
 from agentcast.agents.base import Emitter, Task
 from agentcast.agents.events import AgentEvent, Status
 
@@ -84,8 +85,8 @@ _OUTSIDE = RunContext()
 
 def current() -> RunContext:
     """The context of the calling code."""
-    context: RunContext = dspy.settings.get(SETTING, _OUTSIDE)
-    return context
+    context: RunContext | None = get_setting(SETTING)
+    return _OUTSIDE if context is None else context
 
 
 @contextmanager

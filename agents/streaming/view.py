@@ -31,8 +31,9 @@ import dspy
 
 from agentcast.agents._dspy.in_runs import replace_in_runs
 from agentcast.agents._dspy.memos import text_of
+from agentcast.agents._dspy.names import get_setting
 from agentcast.agents.base import ToolError
-from agentcast.agents.context import current, wait_for_room
+from agentcast.agents.context import SETTING, current, wait_for_room
 from agentcast.agents.observations import contained, observed, showable
 from agentcast.agents.streaming.calls import call_in_thread, can_be_awaited
 from agentcast.agents.threads import unblocking
@@ -50,7 +51,8 @@ def replace_methods() -> None:
 
 
 def _in_run() -> bool:
-    return bool(current())
+    context = get_setting(SETTING)
+    return context is not None and (context.observer is not None or context.emitter is not None)
 
 
 @functools.cache
