@@ -122,7 +122,10 @@ class _Uuid(_Module):
 
 class _CallId:
     def __init__(self) -> None:
-        self.hex = f"{random.getrandbits(128):032x}"
+        self.hex = f"{_random.getrandbits(128):032x}"
+
+
+_random = random.Random()  # noqa: S311 -- ids, no secrets; its own: a program may seed Python's, and then expects its numbers
 
 
 class _Inspect(_Module):

@@ -1,13 +1,14 @@
 """The run that code is part of: one context, right for each call, in each thread, and gone when the call is over."""
 
 import dataclasses
+import random
 from typing import Any
 
 import dspy
 import pytest
 
 from agentcast.agents.context import RunContext, current, status, within
-from agentcast.agents.events import AgentEvent, NodeStart, Status, ToolStart
+from agentcast.agents.events import AgentEvent, NodeStart, Status, ToolEnd, ToolStart
 from agentcast.agents.llm import Retrying
 from agentcast.agents.registry import Registry
 from agentcast.agents.streaming import run_program, streamify
@@ -181,3 +182,30 @@ async def test_a_call_that_fails_leaves_nothing_behind():
     heard = Heard()
     await run_program(Fails(), {}, heard)
     assert heard.statuses == {"after": heard.span_of("Fails")}
+
+
+class Seeds(dspy.Module):  # type: ignore[misc]
+    """Wants the same random numbers each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.inner = dspy.Tool(self.seed, name="outer", args={}), dspy.Tool(int, name="inner", args={})
+        self.drawn = 0.0
+
+    async def seed(self) -> None:
+        random.seed(7)
+        await self.inner.acall()
+        self.drawn = random.random()
+
+    async def aforward(self) -> Any:
+        random.seed(7)
+        await self.outer.acall()
+        return dspy.Prediction(done=True)
+
+
+async def test_a_program_that_seeds_random_numbers_gets_them_and_mixes_up_no_calls():
+    heard, program = Heard(), Seeds()
+    await run_program(program, {}, heard)
+    assert program.drawn == random.Random(7).random()
+    starts = [event.span for event in heard.events if isinstance(event, ToolStart)]
+    assert [event.span for event in heard.events if isinstance(event, ToolEnd)] == starts[::-1]

@@ -9,6 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import anyio
@@ -16,14 +17,18 @@ import dspy
 import jsonschema
 import pydantic
 import pytest
-from dspy.lm15 import StreamDeltaEvent, StreamEndEvent, TextDelta, ToolCallDelta
+from dspy.lm15 import StreamDeltaEvent, StreamEndEvent, StreamStartEvent, TextDelta, ToolCallDelta
+from dspy.utils.exceptions import LMError
 
 from agentcast.agents import turns
 from agentcast.agents._dspy import in_runs, memos
 from agentcast.agents._dspy.in_runs import ChunkJoiner
 from agentcast.agents._dspy.memos import Recent, call_args, is_valid, text_of, type_adapter, wrapper_model
 from agentcast.agents.base import Stopped
+from agentcast.agents.events import MessageEnd, MessageRetracted
+from agentcast.agents.streaming import run_program
 from agentcast.agents.streaming.bridge import Sink
+from tests.support.lms import AsyncEngine, Engine, chat, pieces
 
 # -- Memos -------------------------------------------------------------------------------------------------------------
 
@@ -391,6 +396,65 @@ async def test_a_run_that_is_over_stops_the_call():
         reading.text("c")
     with pytest.raises(Stopped):
         reading.joiner.chunk(StreamEndEvent(finish_reason="stop"))
+
+
+class Breaking(AsyncEngine):
+    """Its first answer breaks off after texts that are joined; they come in the middle of its second one."""
+
+    broken = False
+    flushed: asyncio.Event
+
+    async def middle(self, number: int) -> None:
+        if number == 2:
+            await self.flushed.wait()
+
+    async def stream(self, request: Any) -> Any:
+        if not self.broken:
+            self.broken = True
+            yield StreamStartEvent(model="test")
+            for text in (
+                "[[ ## answer ## ]]\nfirst answer, long enough",
+                " to be shown,",
+                " and more, and more, and more",
+            ):
+                yield StreamDeltaEvent(delta=TextDelta(text=text))
+            raise ConnectionError
+        async for event in super().stream(request):
+            yield event
+
+
+class Again(dspy.LM):  # type: ignore[misc]
+    async def acall(self, *args: Any, **named: Any) -> Any:
+        try:
+            return await super().acall(*args, **named)
+        except LMError:
+            return await super().acall(*args, **named)
+
+
+async def test_texts_of_an_attempt_that_broke_off_are_not_in_the_next_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(turns.Turns, "is_crowded", True)
+    monkeypatch.setattr(in_runs, "CROWDED", 0.01)
+    engine = Engine(lambda _: pieces(chat(answer="the second answer, which is longer"), 40))
+    breaking = Breaking(engine)
+    breaking.before_chunk, breaking.flushed = breaking.middle, asyncio.Event()
+    lm = Again("test/model", cache=False, num_retries=0, engine=engine, async_engine=breaking)
+    events: list[Any] = []
+    send_nowait = Sink.send_nowait
+
+    def flush(sink: Sink, chunk: Any) -> None:
+        send_nowait(sink, chunk)
+        breaking.flushed.set()
+
+    async def send(event: Any) -> None:
+        events.append(event)
+
+    monkeypatch.setattr(Sink, "send_nowait", flush)
+    channel = SimpleNamespace(nowait=events.append, send=send, congested=False)
+    with dspy.context(lm=lm, adapter=dspy.ChatAdapter()):
+        await run_program(dspy.Predict("question -> answer"), {"question": "?"}, channel)  # type: ignore[arg-type]
+    kept = [event.text for event in events if isinstance(event, MessageEnd)]
+    void = [event.message for event in events if isinstance(event, MessageRetracted)]
+    assert (kept, void) == (["the second answer, which is longer"], ["m1"])
 
 
 # -- Turns -------------------------------------------------------------------------------------------------------------
