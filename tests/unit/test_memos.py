@@ -289,7 +289,7 @@ class Reading:
         self.stopped = False
         self.congested = False
         self.emit = self
-        self.joiner = ChunkJoiner(self, Sink(self))  # type: ignore[arg-type]
+        self.joiner = ChunkJoiner(self, Sink(self))
 
     def check(self) -> None:
         if self.stopped:
@@ -451,7 +451,7 @@ async def test_texts_of_an_attempt_that_broke_off_are_not_in_the_next_one(monkey
     monkeypatch.setattr(Sink, "send_nowait", flush)
     channel = SimpleNamespace(nowait=events.append, send=send, congested=False)
     with dspy.context(lm=lm, adapter=dspy.ChatAdapter()):
-        await run_program(dspy.Predict("question -> answer"), {"question": "?"}, channel)  # type: ignore[arg-type]
+        await run_program(dspy.Predict("question -> answer"), {"question": "?"}, channel)
     kept = [event.text for event in events if isinstance(event, MessageEnd)]
     void = [event.message for event in events if isinstance(event, MessageRetracted)]
     assert (kept, void) == (["the second answer, which is longer"], ["m1"])
