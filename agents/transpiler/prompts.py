@@ -52,10 +52,10 @@ def save_prompts(steps: Mapping[str, Any], path: str | Path) -> None:
 def load_prompts(steps: Mapping[str, Any], path: str | Path) -> None:
     """See `Program.load_prompts`."""
     try:
-        prompts = _Prompts.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
+        prompts = _Prompts.model_validate(clean_texts(json.loads(Path(path).read_text(encoding="utf-8"))))
     except ValidationError as error:
         raise ValueError(f"{path} is no file of prompts: {public_message(error)}") from error
-    except ValueError as error:  # neither UTF-8 nor JSON
+    except (ValueError, RecursionError) as error:  # neither UTF-8 nor JSON, or nested too deeply
         raise ValueError(f"{path} is no file of prompts: {error}") from error
     predictors = _predictors(steps)
     problems = [*_differences("node", prompts.nodes, predictors)]

@@ -145,6 +145,7 @@ def test_file_of_another_graph(tmp_path: Path):
         ("", "is no file of prompts: Expecting value"),
         ("\udcff", "is no file of prompts: 'utf-8' codec can't decode"),
         ("[]", "is no file of prompts: Input should be"),
+        ("[" * 100_000, "is no file of prompts: maximum recursion depth exceeded"),
         ("{}", "is no file of prompts: agentcast_prompts: Field required; nodes: Field required"),
         ('{"agentcast_prompts": 2, "nodes": {}}', "is no file of prompts: agentcast_prompts: Input should be 1"),
         (
