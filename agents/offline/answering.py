@@ -166,7 +166,7 @@ class _Answerer:
             return "\n\n".join(f"{step.tool}: “{step.observation[:1_000]}”" for step in said)
         if not self.words:
             return "I answer questions about texts. Please ask one with words that I can look for in them."
-        nothing = f"nothing that I have read has all of this: {', '.join(self.words)}"
+        nothing = f"no sentence that I have read answers this (I looked for: {', '.join(self.words)})"
         return f"{CANNOT_TELL}: {self.failed or (_sum_in(self.question) and 'no tool here calculates') or nothing}."
 
     def _questions(self) -> list[str]:

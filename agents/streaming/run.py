@@ -190,7 +190,6 @@ class Run(Bridge):
         events: list[AgentEvent] = []
         if call.messages is not None:
             events += call.messages.finish() if error is None else call.messages.retract(error.message)
-            call.messages = None  # a chunk that comes after the end is none of the predictor's next LM call
         events.append(LmEnd(span=call.span, duration=call.duration, usage=call.usage, error=error))
         self.report(events, exception)
 

@@ -289,7 +289,7 @@ class Reading:
         self.stopped = False
         self.congested = False
         self.emit = self
-        self.joiner = ChunkJoiner(self, Sink(self))
+        self.joiner = ChunkJoiner(self, Sink(self))  # type: ignore[arg-type]
 
     def check(self) -> None:
         if self.stopped:

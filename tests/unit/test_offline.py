@@ -99,7 +99,7 @@ def test_searches_then_reads_the_best_place_then_quotes_it(kind: Any, last: str)
     [
         ("What is 12 * (3 + 4)?", ("calculate", {"expression": "12 * (3 + 4)"}), "“12 * (3 + 4) = 84”"),
         ("How many files are in the library?", ("index", {}), "index: “The index has 9 files."),
-        ("Who painted the fresco?", ("search", {"query": "Who painted fresco"}), "I cannot tell: nothing"),
+        ("Who painted the fresco?", ("search", {"query": "Who painted fresco"}), "I cannot tell: no sentence"),
         ("1 / 0", ("calculate", {"expression": "1 / 0"}), "I cannot tell: Execution error in calculate"),
     ],
     ids=["sum", "description", "nothing found", "failed tool"],
