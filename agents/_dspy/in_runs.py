@@ -184,6 +184,7 @@ class ChunkJoiner:
         self._started = False
         self._stopped: Stopped | None = None
         self._turns = this_loops_turns()
+        sink.hold(self.flush)
 
     def chunk(self, event: Any) -> Any:
         """The chunk to send now, if there is one.
@@ -193,7 +194,7 @@ class ChunkJoiner:
         if event.type == "delta" and event.delta.type == "text":
             self._texts.append(event.delta.text)
             return None if len(self._texts) > 1 and self._may_join else self._first()
-        self._flush()
+        self.flush()
         if self._stopped is not None:
             raise self._stopped
         return self._full.chunk(event)
@@ -215,11 +216,12 @@ class ChunkJoiner:
 
     def _end_turn(self) -> None:
         if self._turns.is_crowded:
-            asyncio.get_running_loop().call_later(CROWDED, self._flush)
+            asyncio.get_running_loop().call_later(CROWDED, self.flush)
         else:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send what waits: the turn is over, or the LM call."""
         if self._texts:
             try:
                 self._sink.send_nowait(self._joined())

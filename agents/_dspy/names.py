@@ -113,6 +113,10 @@ class ThreadStream(ABC):
         """Whether the sender is to wait."""
 
     @abstractmethod
+    def hold(self, flush: Callable[[], None]) -> None:
+        """Texts of the LM call that the calling code is in are held back; `flush` sends them."""
+
+    @abstractmethod
     async def send(self, chunk: Any) -> None: ...
 
     @abstractmethod
