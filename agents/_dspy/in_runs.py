@@ -302,7 +302,7 @@ IN_RUNS = (
     _InRuns("dspy.utils.callback", "_get_on_start_handler", _KINDS, _choosing),
     _InRuns("dspy.utils.callback", "_get_on_end_handler", _KINDS, _choosing),
     _InRuns("dspy.utils.callback", "uuid", "the system's randomness costs a system call", _Uuid),
-    _InRuns("dspy.utils.callback", "inspect", "signatures are read anew for each call", _Inspect),
+    _InRuns("dspy.utils.callback", "inspect", "signatures are read again for each call", _Inspect),
     _InRuns("dspy.clients.execution", "ListenerBridge", "chunks that nobody can tell apart", _bridging),
     _InRuns("dspy.clients.execution", "asyncio", "a thread for a price that is not known", _Asyncio),
     _InRuns("dspy.clients.base_lm", "BaseLM.acall", "a thread to check texts", _calling, (*_LM_PARTS, *_LM_WARNS)),
