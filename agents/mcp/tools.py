@@ -97,7 +97,7 @@ class McpTool(dspy.Tool):  # type: ignore[misc]  # dspy is untyped
         return self._arguments.fit(args)
 
 
-def told_apart(own: Collection[str], listings: Sequence[Sequence[McpTool]]) -> list[McpTool]:
+def with_distinct_names(own: Collection[str], listings: Sequence[Sequence[McpTool]]) -> list[McpTool]:
     """The tools of several servers by names of which none is twice or among `own`.
 
     A name that would be becomes "server_name"; the others stay as they are.
