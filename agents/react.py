@@ -61,7 +61,7 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
     """
 
     observes = True
-    """It makes observations of what tools return; see `streaming.view`."""
+    """It turns results and failures of tools into observations itself; see `streaming.view`."""
 
     def __init__(self, signature: Any, tools: Sequence[Any], max_iters: int = DEFAULT_MAX_ITERS) -> None:
         if max_iters < 1:
@@ -137,7 +137,7 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
         return trajectory
 
     async def _toolset(self) -> Toolset:
-        """The tools as they are now. Made anew only when a server has listed others.
+        """The tools as they are now. They are built again only when a server has listed others.
 
         :raises McpUnavailable: a server is not connected, and does not come back in time.
         """
@@ -227,8 +227,8 @@ def _result_of(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 def _recover(tools: Mapping[str, Any], error: Exception) -> tuple[str, str, dict[str, Any], str | None]:
-    """What a reply that does not fit the format was meant as, as far as it can be read, and what is wrong with it; None
-    if that is only that no tool has the name it gives."""
+    """Thought, tool and arguments of a reply that does not fit the format, as far as they can be read, and what is
+    wrong with it. That is None if the reply names a tool that does not exist: then the call says so."""
     reply = getattr(error, "lm_response", "") or ""
     thought, name = _section(reply, "next_thought"), _section(reply, "next_tool_name")
     if name and name not in tools:

@@ -122,7 +122,7 @@ _calls: contextvars.ContextVar[Any] = contextvars.ContextVar("agentcast_calls", 
 @contextlib.contextmanager
 def _shown(tool: Any) -> Iterator[bool]:
     """Whether what `tool` returns goes into a prompt of DSPy's own: whether a loop calls it, and not another tool.
-    A loop that `observes` makes texts of results and failures itself."""
+    A loop that `observes` turns results and failures into observations itself."""
     callers = dspy.settings.caller_modules or [None]
     loop = callers[-1]
     is_dspys = not getattr(loop, "observes", False)

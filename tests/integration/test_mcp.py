@@ -174,7 +174,7 @@ async def test_concurrent_runs_share_one_process_and_hear_only_of_themselves():
         assert [event.progress for event in played.heard.of(ToolProgress)] == list(range(number + 1))
 
 
-async def test_tools_of_two_servers_are_told_apart():
+async def test_tools_of_two_servers_get_distinct_names():
     async with served("stdio") as one, served("http") as other:
         other.name = "other"
         for tool in other.tools:

@@ -157,7 +157,7 @@ def tool(name: str, schema: dict[str, Any] | None = None, description: str | Non
     return Tool(name=name, description=description, input_schema=schema or {"type": "object"})
 
 
-async def test_tools_of_two_servers_and_own_ones_are_with_distinct_names():
+async def test_tools_of_two_servers_and_own_ones_get_distinct_names():
     one = await make_tools(Caller("one"), [tool("read"), tool("search"), tool("finish")])
     two = await make_tools(Caller("two"), [tool("read"), tool("one_read"), tool("calculate")])
     names = [found.name for found in with_distinct_names(["calculate", "finish"], [one, two])]

@@ -244,7 +244,7 @@ async def test_finish_takes_whatever_the_model_gives_it_and_is_no_step():
     assert heard.of(ToolStart) == []
 
 
-async def test_step_limit_is_told_and_the_answer_comes_from_what_there_is():
+async def test_step_limit_is_reported_and_the_answer_comes_from_what_there_is():
     agent = ReAct("question -> answer", [look], max_iters=2)
     same = turn("t", "look", {"query": "x"})
     prediction, heard, _ = await play(agent, same, same)
