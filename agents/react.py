@@ -54,7 +54,7 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
     """A ReAct program for `signature` (a `dspy.Signature` class or "question -> answer").
 
     `tools` are functions with type hints, sync or async, `dspy.Tool` objects, or MCP servers
-    (`agentcast.agents.mcp.mcp_server`), which stand for all tools that they have; `max_iters` is the most tool calls.
+    (`agentcast.mcp_server`), which stand for all tools that they have; `max_iters` is the most tool calls.
     `message_fields` are the outputs worth streaming as text; `servers` the MCP servers among the tools.
 
     :raises ValueError: a tool is unusable: its name is taken, or it is not callable; or `max_iters` is below 1.
