@@ -1,9 +1,10 @@
-"""ReAct agents: `dspy.ReAct` with tools that cannot hurt.
+"""ReAct agents: `dspy.ReAct` whose loop goes on.
 
-Sync tools run on threads, so that none blocks the event loop (G3). A tool that fails, or a reply of the model that
-cannot be read, becomes an observation which says what was wrong, without traceback or path (G9), while callbacks, and
-with them the event stream, still see the tool fail. Prompts are byte for byte those of `dspy.ReAct`. The tools of MCP
-servers are looked up at the start of each run, since they are known only while a server is connected, and may change.
+A tool that fails, or a reply of the model that cannot be read, becomes an observation which says what was wrong,
+without traceback or path (G9), while callbacks, and with them the event stream, still see the tool fail. So it is
+inside of runs and outside, awaited and called. Awaited, synchronous tools run on threads (G3). Prompts are byte for
+byte those of `dspy.ReAct`. The tools of MCP servers are looked up at the start of each run, since they are known only
+while a server is connected, and may change.
 
 This module must not know runs or registries.
 """
@@ -12,7 +13,7 @@ import contextlib
 import inspect
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,8 +26,8 @@ from pydantic import PrivateAttr, ValidationError
 from agentcast.agents.base import ToolError, public_message
 from agentcast.agents.context import emit_event, status
 from agentcast.agents.events import StepLimit
-from agentcast.agents.inputs.history import told_as_text
-from agentcast.agents.mcp import TOOLS_AT_ONCE, McpServer, McpTool, told_apart
+from agentcast.agents.inputs.history import history_as_text
+from agentcast.agents.mcp import TOOLS_AT_ONCE, McpServer, McpTool, distinct, with_distinct_names
 from agentcast.agents.observations import LISTS_OF_NO_TEXTS, observation, observed, prompt_text
 from agentcast.agents.threads import unblocking
 from agentcast.agents.values import cut_text
@@ -41,19 +42,6 @@ _log = logging.getLogger(__name__)
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-def react_agent(
-    signature: Any, tools: Sequence[Callable[..., Any] | Any], max_iters: int = DEFAULT_MAX_ITERS
-) -> "ReAct":
-    """A ReAct program for `signature` (a `dspy.Signature` class or "question -> answer").
-
-    `tools` are functions with type hints, sync or async, `dspy.Tool` objects, or MCP servers
-    (`agentcast.agents.mcp.mcp_server`), which stand for all tools that they have; `max_iters` is the most tool calls.
-
-    :raises ValueError: a tool has no use: its name is taken, or it is not callable; or `max_iters` is below 1.
-    """
-    return ReAct(signature, tools, max_iters)
-
-
 @dataclass(frozen=True)
 class Toolset:
     """The tools of one moment by name, and the signature whose prompt lists them."""
@@ -63,14 +51,22 @@ class Toolset:
 
 
 class ReAct(dspy.ReAct):  # type: ignore[misc]
-    """`dspy.ReAct` whose loop is robust. `message_fields` are the outputs worth streaming as text; `servers` the MCP
-    servers whose tools it has besides `tools`."""
+    """A ReAct program for `signature` (a `dspy.Signature` class or "question -> answer").
+
+    `tools` are functions with type hints, sync or async, `dspy.Tool` objects, or MCP servers
+    (`agentcast.mcp_server`), which stand for all tools that they have; `max_iters` is the most tool calls.
+    `message_fields` are the outputs worth streaming as text; `servers` the MCP servers among the tools.
+
+    :raises ValueError: a tool is unusable: its name is taken, or it is not callable; or `max_iters` is below 1.
+    """
+
+    observes = True
+    """It turns results and failures of tools into observations itself; see `streaming.view`."""
 
     def __init__(self, signature: Any, tools: Sequence[Any], max_iters: int = DEFAULT_MAX_ITERS) -> None:
         if max_iters < 1:
             raise ValueError(f"max_iters is {max_iters}; it must be 1 or more")
-        super().__init__(signature, guarded([tool for tool in tools if not isinstance(tool, McpServer)]), max_iters)
-        self.tools[FINISH] = _Finish(self.tools[FINISH])
+        super().__init__(signature, _loop_tools([tool for tool in tools if not isinstance(tool, McpServer)]), max_iters)
         self.servers = distinct(tool for tool in tools if isinstance(tool, McpServer))
         self._extended: tuple[tuple[Any, ...], Toolset] | None = None
 
@@ -80,10 +76,22 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
         return ("next_thought", "reasoning", *texts)
 
     async def aforward(self, **inputs: Any) -> Any:
-        """Run the loop, then answer. Differs from DSPy's own in what it does with failures; see the module."""
+        """Run the loop, then answer."""
         trajectory = await self.act(**inputs)
         inputs.pop("max_iters", None)
         return dspy.Prediction(trajectory=trajectory, **await self.answer(trajectory, **inputs))
+
+    def forward(self, **inputs: Any) -> Any:
+        """As `aforward`; without MCP servers only.
+
+        :raises ValueError: it has some.
+        """
+        if self.servers:
+            raise ValueError("an agent with MCP servers can be awaited only: use `await agent.acall(…)`")
+        trajectory = _result_of(self._act(inputs, awaits=False))
+        inputs.pop("max_iters", None)
+        answer = self._call_with_potential_trajectory_truncation(self.extract, trajectory, **inputs)
+        return dspy.Prediction(trajectory=trajectory, **answer)
 
     async def answer(self, trajectory: dict[str, Any], **inputs: Any) -> Any:
         """The prediction of the output fields, out of what was done."""
@@ -91,15 +99,23 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
 
     async def act(self, **inputs: Any) -> dict[str, Any]:
         """Run the loop: what was thought, done and seen."""
-        limit = inputs.pop("max_iters", self.max_iters)
+        return await self._act(inputs, awaits=True)
+
+    async def _act(self, inputs: Mapping[str, Any], *, awaits: bool) -> dict[str, Any]:
+        """The loop. Unless it `awaits`, model and tools are called, and it never waits."""
+        predict = (
+            self._async_call_with_potential_trajectory_truncation
+            if awaits
+            else _immediate(self._call_with_potential_trajectory_truncation)
+        )
+        limit = inputs.get("max_iters", self.max_iters)
+        given = {name: value for name, value in inputs.items() if name != "max_iters"}
         toolset = await self._toolset()
         trajectory: dict[str, Any] = {}
         misread = 0
         for turn in range(limit):
             try:
-                move = await self._async_call_with_potential_trajectory_truncation(
-                    self.react, trajectory, signature=toolset.signature, **inputs
-                )
+                move = await predict(self.react, trajectory, signature=toolset.signature, **given)
                 thought, name, args = (getattr(move, field) for field in TURN_FIELDS)
                 misread = 0
             except ContextWindowExceededError:
@@ -108,28 +124,20 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
             except (AdapterParseError, ValidationError) as error:
                 if (misread := misread + 1) == MAX_MISREAD:
                     raise
-                thought, name, args, observation = await _recover(toolset.tools, error)
+                thought, name, args, problem = _recover(toolset.tools, error)
             else:
-                observation = await _observe(toolset.tools, name, args)
+                problem = None
+            seen = problem or await _observe(toolset.tools, name, args, awaits)
             trajectory |= {f"thought_{turn}": thought, f"tool_name_{turn}": name}
-            trajectory |= {f"tool_args_{turn}": args, f"observation_{turn}": observation}
+            trajectory |= {f"tool_args_{turn}": args, f"observation_{turn}": seen}
             if name == FINISH:
                 break
         else:
             emit_event(StepLimit(max_steps=limit, message=f"No answer after {limit} steps; answering from these."))
         return trajectory
 
-    def forward(self, **inputs: Any) -> Any:
-        """As DSPy's own; without MCP servers only.
-
-        :raises ValueError: it has some.
-        """
-        if self.servers:
-            raise ValueError("an agent with MCP servers can be awaited only: use `await agent.acall(…)`")
-        return super().forward(**inputs)
-
     async def _toolset(self) -> Toolset:
-        """The tools as they are now. Made anew only when a server has listed others.
+        """The tools as they are now. They are built again only when a server has listed others.
 
         :raises McpUnavailable: a server is not connected, and does not come back in time.
         """
@@ -147,18 +155,18 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
         return extended[1]
 
     def _call_with_potential_trajectory_truncation(self, module: Any, trajectory: Any, **inputs: Any) -> Any:
-        return super()._call_with_potential_trajectory_truncation(module, trajectory, **self._told(module, inputs))
+        return super()._call_with_potential_trajectory_truncation(module, trajectory, **self._shown(module, inputs))
 
     async def _async_call_with_potential_trajectory_truncation(
         self, module: Any, trajectory: Any, **inputs: Any
     ) -> Any:
-        told = self._told(module, inputs)
-        return await super()._async_call_with_potential_trajectory_truncation(module, trajectory, **told)
+        shown = self._shown(module, inputs)
+        return await super()._async_call_with_potential_trajectory_truncation(module, trajectory, **shown)
 
-    def _told(self, module: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _shown(self, module: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         """`inputs` for `module`, in which a conversation is text where the module is a step of the loop: DSPy would
         show of it what fits a step's fields, and thus no answers."""
-        return told_as_text(inputs, self.signature, module.signature) if module is self.react else inputs
+        return history_as_text(inputs, self.signature, module.signature) if module is self.react else inputs
 
     def _format_trajectory(self, trajectory: dict[str, Any]) -> Any:
         """As DSPy's own, and of lists that it cannot show, too."""
@@ -172,10 +180,10 @@ class ReAct(dspy.ReAct):  # type: ignore[misc]
 async def _extended(own: Mapping[str, Any], signature: Any, listings: Sequence[Sequence[Any]]) -> Toolset:
     """`own` tools and those of MCP servers, listed in the prompt of `signature` where the own ones stand."""
     tools = {name: tool for name, tool in own.items() if name != FINISH}
-    for number, tool in enumerate(told_apart(own, listings)):
+    for number, tool in enumerate(with_distinct_names(own, listings)):
         if number % TOOLS_AT_ONCE == 0:
             await checkpoint()
-        tools[tool.name] = GuardedTool(tool)
+        tools[tool.name] = _loop_tool(tool)
     tools[FINISH] = own[FINISH]
     before, after = _numbered(own), _numbered(tools)
     text = signature.instructions
@@ -188,17 +196,43 @@ def _numbered(tools: Mapping[str, Any]) -> str:
     return "\n".join(f"({number}) {tool}" for number, tool in enumerate(tools.values(), start=1))
 
 
-async def _observe(tools: Mapping[str, Any], name: str, args: dict[str, Any]) -> Any:
-    tool = tools.get(name) or _unknown_tool(name, list(tools))
-    return await tool.acall(**args)
+async def _observe(tools: Mapping[str, Any], name: str, args: dict[str, Any], awaits: bool) -> Any:
+    if name == FINISH:  # which takes whatever arguments the model gives, and is no step of the agent's
+        return "Completed."
+    tool = tools.get(name) or _unknown_tool(name, tools)
+    try:
+        return await (tool.acall if awaits else _immediate(tool))(**args)
+    except Exception as error:  # noqa: BLE001 -- whatever a tool raises is for the model to deal with
+        if not isinstance(error, ToolError | ValueError):
+            _log.warning("tool %s failed", name, exc_info=error)
+        return f"Tool {name} failed: {public_message(error)}"
 
 
-async def _recover(tools: Mapping[str, Any], error: Exception) -> tuple[str, str, dict[str, Any], Any]:
-    """What a reply that does not fit the format was meant as, as far as it can be read."""
+def _immediate(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+    """`function` as one to await, which never waits."""
+
+    async def call(*args: Any, **named: Any) -> Any:
+        return function(*args, **named)
+
+    return call
+
+
+def _result_of(work: Coroutine[Any, Any, Any]) -> Any:
+    """What `work` returns, which never waits."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError("the loop waited, though everything in it is synchronous")
+
+
+def _recover(tools: Mapping[str, Any], error: Exception) -> tuple[str, str, dict[str, Any], str | None]:
+    """Thought, tool and arguments of a reply that does not fit the format, as far as they can be read, and what is
+    wrong with it. That is None if the reply names a tool that does not exist: then the call says so."""
     reply = getattr(error, "lm_response", "") or ""
     thought, name = _section(reply, "next_thought"), _section(reply, "next_tool_name")
     if name and name not in tools:
-        return thought, name, {}, await _observe(tools, name, {})
+        return thought, name, {}, None
     options = ", ".join(tools)
     problem = f"next_tool_name must be one of {options}" if not name else "next_tool_args must be a JSON object"
     return thought, name or "none", {}, f"Your reply could not be read: {problem}."
@@ -209,44 +243,27 @@ def _section(reply: str, name: str) -> str:
     return cut_text(match[1], 4_096) if match else ""
 
 
-# -- MCP servers ---------------------------------------------------------------------------------------------------
-
-
-def distinct(servers: Iterable[McpServer]) -> tuple[McpServer, ...]:
-    """`servers`, each once.
-
-    :raises ValueError: two different ones have one name.
-    """
-    found: dict[str, McpServer] = {}
-    for server in servers:
-        if found.setdefault(server.name, server) is not server:
-            raise ValueError(f"there are two MCP servers named {server.name!r}: use one object for both, or rename one")
-    return tuple(found.values())
-
-
-def servers_of(program: Any) -> tuple[McpServer, ...]:
-    """The MCP servers that a `dspy.Module` and the modules in it use.
-
-    :raises ValueError: two different ones have one name.
-    """
-    return distinct(server for _, part in program.named_sub_modules() for server in getattr(part, "servers", ()))
-
-
 # -- Tools ---------------------------------------------------------------------------------------------------------
 
 
-def guarded(tools: Sequence[Any]) -> list["GuardedTool"]:
-    """`tools` as tools that never raise and never block.
+def _loop_tools(tools: Sequence[Any]) -> list[Any]:
+    """`tools` as the loop calls them.
 
     :raises ValueError: one is not callable or not usable as a tool, or two have one name.
     """
-    found: dict[str, GuardedTool] = {}
-    for tool in tools:
-        guard = tool if isinstance(tool, GuardedTool) else GuardedTool(_as_tool(tool))
-        if guard.name in found or guard.name == FINISH:
-            raise ValueError(f"there are two tools named {guard.name!r}: give one of them another name")
-        found[guard.name] = guard
+    found: dict[str, Any] = {}
+    for tool in map(_loop_tool, tools):
+        if tool.name in found or tool.name == FINISH:
+            raise ValueError(f"there are two tools named {tool.name!r}: give one of them another name")
+        found[tool.name] = tool
     return list(found.values())
+
+
+def _loop_tool(tool: Any) -> Any:
+    """`tool` as the loop calls it; what it returns is an observation for callbacks, too."""
+    if isinstance(tool, McpTool):
+        return tool.model_copy(update={"func": observed(tool.func, observation)})
+    return tool if isinstance(tool, LoopTool) else LoopTool(_as_tool(tool))
 
 
 def _as_tool(tool: Any) -> Any:
@@ -261,111 +278,55 @@ def _as_tool(tool: Any) -> Any:
         raise ValueError(f"{name} cannot be a tool: {error}") from error
 
 
-class GuardedTool(dspy.Tool):  # type: ignore[misc]
-    """A `dspy.Tool` that returns its errors as text for the model and runs a sync function on a thread.
+class LoopTool(dspy.Tool):  # type: ignore[misc]
+    """A copy of a `dspy.Tool` whose results are observations. Its arguments may have any names, and where they are
+    wrong, the error says which of them is. Awaited, a synchronous function runs on a thread."""
 
-    Callbacks run around the call inside, so they see the error itself.
-    """
+    _required: list[str] = PrivateAttr(default_factory=list)
 
-    _plain: Any = PrivateAttr()
-    _parameters: inspect.Signature | None = PrivateAttr(default=None)
-
-    def __init__(self, plain_tool: Any) -> None:
-        observing = plain_tool.model_copy(update={"func": observed(plain_tool.func, observation)})
-        super().__init__(
-            func=unblocking(observing.func, f"tool {plain_tool.name}"),
-            name=plain_tool.name,
-            desc=plain_tool.desc,
-            args=plain_tool.args,
-            arg_types=plain_tool.arg_types,
-            arg_desc=plain_tool.arg_desc,
-        )
-        self.has_kwargs = plain_tool.has_kwargs
-        self._plain = observing
-        with contextlib.suppress(ValueError):  # some built-in functions have none
-            self._parameters = inspect.signature(plain_tool.func)
-
-    @property
-    def server(self) -> str | None:
-        """The name of the MCP server that the tool belongs to, if it does."""
-        return getattr(self._plain, "server", None)
+    def __init__(self, tool: Any) -> None:
+        copied = {name: getattr(tool, name) for name in ("name", "desc", "args", "arg_types", "arg_desc")}
+        super().__init__(func=observed(tool.func, observation), **copied)
+        self.has_kwargs = tool.has_kwargs
+        with contextlib.suppress(ValueError):  # some built-in functions have no signature
+            parameters = inspect.signature(tool.func).parameters.values()
+            self._required = [item.name for item in parameters if item.default is item.empty and item.kind in _NAMED]
 
     async def acall(self, /, **args: Any) -> Any:
-        try:
-            return await self._run(args)
-        except Exception as error:  # noqa: BLE001 -- whatever a tool raises is for the model to deal with
-            return self._failure(error)
-
-    def __call__(self, /, **args: Any) -> Any:
-        try:
-            self._refuse_reserved(args)
-            return self._plain(**args)
-        except Exception as error:  # noqa: BLE001 -- as above
-            return self._failure(error)
+        return await self._acall(args)
 
     @with_callbacks  # type: ignore[untyped-decorator]
-    async def _run(self, kwargs: dict[str, Any]) -> Any:
+    async def _acall(self, kwargs: dict[str, Any]) -> Any:
         """The call. Its arguments are no keywords: `self` may be among them. Callbacks see them as DSPy's own."""
-        return await self.func(**self._validate_and_parse_args(**kwargs))
+        return await unblocking(self.func, f"tool {self.name}")(**self._validate_and_parse_args(**kwargs))
 
-    def __str__(self) -> str:
-        return f"{super().__str__()}{self._plain.note if isinstance(self._plain, McpTool) else ''}"
-
-    def format_as_litellm_function_call(self) -> dict[str, Any]:
-        if isinstance(self._plain, McpTool):
-            return self._plain.format_as_litellm_function_call()
-        return super().format_as_litellm_function_call()  # type: ignore[no-any-return]
-
-    def _refuse_reserved(self, args: dict[str, Any]) -> None:
-        """Names that DSPy's own calls use up: with them, the call would fail before it is checked."""
-        for name in ("self", "instance"):
+    def __call__(self, /, **args: Any) -> Any:
+        for name in ("self", "instance"):  # with them, DSPy's own call would fail before they are checked
             if name in args:
-                raise ToolError(f"it has no argument {name!r}; it takes {', '.join(self.args) or 'none'}")
-
-    def _failure(self, error: Exception) -> str:
-        if not isinstance(error, ToolError | ValueError):
-            _log.warning("tool %s failed", self.name, exc_info=error)
-        return f"Tool {self.name} failed: {public_message(error)}"
+                raise self._unexpected(name)
+        return super().__call__(**args)
 
     def _validate_and_parse_args(self, /, **args: Any) -> dict[str, Any]:
-        """DSPy's own checks, argument by argument, so that the message can name the one that is wrong; those of an MCP
-        server's tool are its own."""
-        if isinstance(self._plain, McpTool):
-            return self._plain._validate_and_parse_args(**args)
+        """DSPy's own checks, argument by argument."""
         parsed: dict[str, Any] = {}
         for name, value in args.items():
             if name not in self.args and not self.has_kwargs:
-                raise ToolError(f"it has no argument {name!r}; it takes {', '.join(self.args) or 'none'}")
+                raise self._unexpected(name)
             try:  # DSPy's own cannot be given a `self`
                 parsed |= {name: value} if name == "self" else super()._validate_and_parse_args(**{name: value})
             except ValidationError as error:
                 raise ToolError(f"argument {name!r}: {error.errors()[0]['msg']}") from error
-        if self._parameters is not None:
-            for name, parameter in self._parameters.parameters.items():
-                if name not in parsed and parameter.default is parameter.empty and parameter.kind in _NAMED:
-                    raise ToolError(f"missing a required argument: {name!r}")
+        for name in self._required:
+            if name not in parsed:
+                raise ToolError(f"missing a required argument: {name!r}")
         return parsed
 
-
-class _Finish(dspy.Tool):  # type: ignore[misc]
-    """Ends the loop, with whatever arguments the model gives; no step of the agent's, so no callback sees it."""
-
-    def __init__(self, plain_tool: Any) -> None:
-        super().__init__(func=_completed, name=plain_tool.name, desc=plain_tool.desc, args=plain_tool.args)
-
-    async def acall(self, /, **_: Any) -> str:
-        return _completed()
-
-    def __call__(self, /, **_: Any) -> str:
-        return _completed()
+    def _unexpected(self, name: str) -> ToolError:
+        return ToolError(f"it has no argument {name!r}; it takes {', '.join(self.args) or 'none'}")
 
 
-def _completed() -> str:
-    return "Completed."
-
-
-def _unknown_tool(name: str, known: list[str]) -> GuardedTool:
+def _unknown_tool(name: str, known: Iterable[str]) -> LoopTool:
     def refuse(**_: Any) -> str:
         raise ToolError(f"there is no such tool; next_tool_name must be one of {', '.join(known)}")
 
-    return GuardedTool(dspy.Tool(refuse, name=name, desc="", args={}))
+    return LoopTool(dspy.Tool(refuse, name=name, desc="", args={}))

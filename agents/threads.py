@@ -11,7 +11,7 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import anyio
@@ -58,6 +58,38 @@ async def in_thread(
     if error is not None:
         raise error
     return value
+
+
+def run_to_end(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """What `await call()` gives, from synchronous code, on an event loop of its own: in this thread, or in another one
+    if this one's loop is running, which is blocked meanwhile."""
+    if not is_in_loop():
+        return asyncio.run(call())
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.extend((asyncio.run(call()), None))
+        except BaseException as error:  # noqa: BLE001 -- raised again below
+            outcome.extend((None, error))
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True)
+    thread.start()
+    thread.join()
+    value, error = outcome
+    if error is not None:
+        raise error
+    result: T = value
+    return result
+
+
+def is_in_loop() -> bool:
+    """Whether this thread runs an event loop at this moment."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def is_async_callable(function: Any) -> bool:

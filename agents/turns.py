@@ -13,7 +13,7 @@ from collections import deque
 from anyio.lowlevel import RunVar
 
 SHARE = 0.01
-"""Seconds of one turn of the loop after which whoever wants to compute waits for the next one."""
+"""Seconds of one turn of the loop after which a run that wants to compute waits for the next one."""
 
 
 class Turns:

@@ -1,7 +1,4 @@
-"""What a run's channel carries, and what a token costs from the channel to the log: no hub, no network, memory bus.
-
-Each number stands beside that of the former channel and recorder (`benchmarks.former`), measured in turns.
-"""
+"""What a run's channel carries, and what a token costs from the channel to the log: no hub, no network, memory bus."""
 
 import asyncio
 import functools
@@ -21,16 +18,13 @@ from agentcast.server.bus.base import NewRun, Origin
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.recorder import Recorder, Snapshots
 from agentcast.server.serving import freeze_heap
-from benchmarks.former import FormerChannel, FormerRecorder
 from benchmarks.report import Row
 
 GROUP = "Channel of a run, events to its consumer"
 TOKENS = "A token from the channel to the log, at 50 tokens a second and run"
-EVENTS, ROUNDS = 100_000, 3
+EVENTS, ROUNDS, AT_ONCE = 100_000, 3, 50
 SECONDS, RATE, PARTS = 2.0, 50, 5
 TOKEN = Token(message="m", delta="token ")
-
-Made = Callable[[], Any]
 
 
 def measure() -> Iterator[Row]:
@@ -43,8 +37,9 @@ def measure() -> Iterator[Row]:
 
 
 def _carried() -> Iterator[Row]:
-    cases: list[tuple[str, Callable[[Made], Awaitable[None]], str]] = [
-        ("put and taken, 64 at a time", _bare, "no task waits for another"),
+    cases: list[tuple[str, Callable[[], Awaitable[None]], str]] = [
+        ("the anyio stream alone", _stream, "what a channel is made of: put and taken, 50 at a time"),
+        ("put and taken, 50 at a time", _bare, "no task waits for another"),
         ("one task, awaited sends", functools.partial(_tasks, 1, 1), "an agent on the loop"),
         ("200 runs, a task each", functools.partial(_tasks, 200, 1), "many agents at once, a channel each, added up"),
         ("50 tasks of one run", functools.partial(_tasks, 1, 50), "parallel sub-calls, held back together"),
@@ -52,29 +47,37 @@ def _carried() -> Iterator[Row]:
         ("4 worker threads", functools.partial(_threads, 4), "synchronous tools in parallel"),
     ]
     for what, case, meaning in cases:
-        rounds = [(_timed(case, FormerChannel), _timed(case, Channel)) for _ in range(ROUNDS)]
-        yield Row(GROUP, what, "events/s", [EVENTS / now for _, now in rounds], meaning)
-        yield Row(GROUP, f"{what}: before", "events/s", [EVENTS / before for before, _ in rounds])
+        yield Row(GROUP, what, "events/s", [EVENTS / _timed(case) for _ in range(ROUNDS)], meaning)
 
 
-def _timed(case: Callable[[Made], Awaitable[None]], make: Made) -> float:
+def _timed(case: Callable[[], Awaitable[None]]) -> float:
     async def run() -> float:
         start = time.process_time()
-        await case(make)
+        await case()
         return time.process_time() - start
 
     return anyio.run(run, backend_options={"use_uvloop": True})
 
 
-async def _bare(make: Made) -> None:
-    channel = make()
-    for _ in range(EVENTS // 50):
-        for _ in range(50):
+async def _stream() -> None:
+    sending, receiving = anyio.create_memory_object_stream[Token](AT_ONCE)
+    with sending, receiving:
+        for _ in range(EVENTS // AT_ONCE):
+            for _ in range(AT_ONCE):
+                sending.send_nowait(TOKEN)
+            for _ in range(AT_ONCE):
+                receiving.receive_nowait()
+
+
+async def _bare() -> None:
+    channel = Channel()
+    for _ in range(EVENTS // AT_ONCE):
+        for _ in range(AT_ONCE):
             channel.nowait(TOKEN)
         await channel.receive()
 
 
-async def _tasks(runs: int, tasks: int, make: Made) -> None:
+async def _tasks(runs: int, tasks: int) -> None:
     each = EVENTS // (runs * tasks)
 
     async def produce(channel: Any) -> None:
@@ -87,7 +90,7 @@ async def _tasks(runs: int, tasks: int, make: Made) -> None:
                 group.start_soon(produce, channel)
 
     async def run() -> None:
-        channel = make()
+        channel = Channel()
         async with anyio.create_task_group() as group:
             group.start_soon(_consume, channel, each * tasks)
             await drive(produce(channel) if tasks == 1 else agent(channel), channel)
@@ -98,8 +101,8 @@ async def _tasks(runs: int, tasks: int, make: Made) -> None:
             group.start_soon(run)
 
 
-async def _threads(threads: int, make: Made) -> None:
-    channel = make()
+async def _threads(threads: int) -> None:
+    channel = Channel()
     each = EVENTS // threads
 
     def produce() -> None:
@@ -123,13 +126,12 @@ async def _consume(channel: Any, wanted: int) -> None:
 
 def _recorded() -> Iterator[Row]:
     for runs in (1, 100, 1_000):
-        rounds = [{make: _cost(make, runs) for make in (_nothing, _former, _now)} for _ in range(ROUNDS)]
-        for make, note in ((_now, ""), (_former, ": before")):
-            spent = [each[make] - each[_nothing] for each in rounds]
-            what = f"{runs:,} run{'s' if runs > 1 else ''}{note}"
-            meaning = "CPU, without that of the ticker that emits the tokens"
-            yield Row(TOKENS, what, "µs/token", [cpu / (SECONDS * RATE * runs) * 1e6 for cpu in spent], meaning)
-            yield Row(TOKENS, f"{what}, share of a core", "%", [cpu / SECONDS * 100 for cpu in spent])
+        rounds = [{make: _cost(make, runs) for make in (_nothing, _recording)} for _ in range(ROUNDS)]
+        spent = [each[_recording] - each[_nothing] for each in rounds]
+        what = f"{runs:,} run{'s' if runs > 1 else ''}"
+        meaning = "CPU, without that of the ticker that emits the tokens"
+        yield Row(TOKENS, what, "µs/token", [cpu / (SECONDS * RATE * runs) * 1e6 for cpu in spent], meaning)
+        yield Row(TOKENS, f"{what}, share of a core", "%", [cpu / SECONDS * 100 for cpu in spent])
 
 
 class Nowhere:
@@ -150,12 +152,7 @@ async def _nothing(bus: MemoryBus, run: str) -> Source:
     return Nowhere(), checkpoint
 
 
-async def _former(bus: MemoryBus, run: str) -> Source:
-    recorder, channel = await _recorder(bus, run), FormerChannel()
-    return channel, functools.partial(FormerRecorder(bus, run, recorder.state).record_from, channel)
-
-
-async def _now(bus: MemoryBus, run: str) -> Source:
+async def _recording(bus: MemoryBus, run: str) -> Source:
     recorder, channel = await _recorder(bus, run), Channel()
     return channel, functools.partial(recorder.record_from, channel)
 

@@ -187,6 +187,7 @@ class ChunkJoiner:
         self._started = False
         self._stopped: Stopped | None = None
         self._turns = this_loops_turns()
+        sink.hold(self.flush)
 
     def chunk(self, event: Any) -> Any:
         """The chunk to send now, if there is one.
@@ -196,7 +197,7 @@ class ChunkJoiner:
         if event.type == "delta" and event.delta.type == "text":
             self._texts.append(event.delta.text)
             return None if len(self._texts) > 1 and self._may_join else self._first()
-        self._flush()
+        self.flush()
         if self._stopped is not None:
             raise self._stopped
         return self._full.chunk(event)
@@ -218,11 +219,12 @@ class ChunkJoiner:
 
     def _end_turn(self) -> None:
         if self._turns.is_crowded:
-            asyncio.get_running_loop().call_later(CROWDED, self._flush)
+            asyncio.get_running_loop().call_later(CROWDED, self.flush)
         else:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send what waits: the turn is over, or the LM call."""
         if self._texts:
             try:
                 self._sink.send_nowait(self._joined())
@@ -303,7 +305,7 @@ IN_RUNS = (
     _InRuns("dspy.utils.callback", "_get_on_start_handler", _KINDS, _choosing),
     _InRuns("dspy.utils.callback", "_get_on_end_handler", _KINDS, _choosing),
     _InRuns("dspy.utils.callback", "uuid", "the system's randomness costs a system call", _Uuid),
-    _InRuns("dspy.utils.callback", "inspect", "signatures are read anew for each call", _Inspect),
+    _InRuns("dspy.utils.callback", "inspect", "signatures are read again for each call", _Inspect),
     _InRuns("dspy.clients.execution", "ListenerBridge", "chunks that nobody can tell apart", _bridging),
     _InRuns("dspy.clients.execution", "asyncio", "a thread for a price that is not known", _Asyncio),
     _InRuns("dspy.clients.base_lm", "BaseLM.acall", "a thread to check texts", _calling, (*_LM_PARTS, *_LM_WARNS)),

@@ -16,7 +16,6 @@ This module must not know runs or events.
 """
 
 import asyncio
-import contextvars
 import functools
 import importlib
 import importlib.util
@@ -46,6 +45,8 @@ from dspy.streaming.messages import StatusStreamingCallback
 from dspy.streaming.streaming_listener import find_predictor_for_stream_listeners
 from dspy.utils.callback import BaseCallback
 from dspy.utils.usage_tracker import UsageTracker
+
+from agentcast.agents.threads import run_to_end
 
 __all__ = [
     "CHECKED",
@@ -111,6 +112,10 @@ class ThreadStream(ABC):
     @abstractmethod
     def congested(self) -> bool:
         """Whether the sender is to wait."""
+
+    @abstractmethod
+    def hold(self, flush: Callable[[], None]) -> None:
+        """Texts of the LM call that the calling code is in are held back; `flush` sends them."""
 
     @abstractmethod
     async def send(self, chunk: Any) -> None: ...
@@ -200,7 +205,7 @@ class _FromThread:
             return sink.send_nowait(*args)
         if not isinstance(dspy.settings.send_stream, ThreadStream) or _is_worker_thread():
             return anyio.from_thread.run(func, *args, **options)
-        return _run_aside(func, *args)
+        return run_to_end(functools.partial(func, *args))
 
 
 class _SendToStream:
@@ -211,29 +216,6 @@ class _SendToStream:
 
     def __call__(self, stream: Any, message: Any) -> Any:
         return stream.send_nowait(message) if isinstance(stream, ThreadStream) else self._original(stream, message)
-
-
-def _run_aside(func: Callable[..., Any], *args: Any) -> Any:
-    """Run a coroutine function to its end on an event loop of its own, from whatever thread."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(func(*args))
-    outcome: list[tuple[Any, BaseException | None]] = []
-
-    def run() -> None:
-        try:
-            outcome.append((asyncio.run(func(*args)), None))
-        except BaseException as error:  # noqa: BLE001 -- raised again where the call is awaited
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True)
-    thread.start()
-    thread.join()
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    return value
 
 
 # -- Threads -----------------------------------------------------------------------------------------------------------

@@ -4,15 +4,23 @@ The folder is `AGENTCAST_DOCS`; by default the guide to agentcast that ships wit
 with a real model.
 """
 
+import re
+import sqlite3
+from contextlib import closing
+
 import dspy
 
 from agentcast.agents.base import ToolError
 from agentcast.agents.context import status
-from agentcast.agents.demo.arithmetic import evaluate
 from agentcast.agents.demo.corpus import corpus, excerpt, found
 from agentcast.agents.registry import Registry
 
 registry = Registry()
+
+_NUMBER = re.compile(r"\d+(?:\.\d*)?|\.\d+")
+_SIGN = re.compile(r"[-+*/]")
+_SIGNS = str.maketrans("\N{MINUS SIGN}×·÷", "-**/")
+_SUM = re.compile(r"(?=.*\d)[-\d .+*/()]{1,400}")
 
 
 def search(query: str, limit: int = 5) -> str:
@@ -31,10 +39,17 @@ def read(file: str, line: int = 1, count: int | None = None) -> str:
 def calculate(expression: str) -> str:
     """Calculate an arithmetic expression: numbers, + - * / and brackets."""
     status(f"Calculating {expression[:100]}")
+    spaced = _SIGN.sub(r" \g<0> ", expression.translate(_SIGNS)).strip()  # "--" would begin a comment
+    reals = _NUMBER.sub(lambda number: str(float(number[0])), spaced) if _SUM.fullmatch(spaced) else ""
     try:
-        return f"{expression.strip()} = {evaluate(expression)}"
-    except ValueError as error:
-        raise ToolError(str(error)) from error
+        with closing(sqlite3.connect(":memory:")) as database:
+            (value,) = database.execute(f"SELECT {reals}").fetchone()  # numbers and signs only
+    except sqlite3.Error:
+        raise ToolError(f"{expression.strip()[:200]!r} is not an expression of numbers, + - * / and brackets") from None
+    if value is None:
+        raise ToolError("division by zero")
+    shown = f"{value + 0.0:.0f}" if value == round(value) and abs(value) < 1e15 else f"{value:.12g}"
+    return f"{expression.strip()} = {shown}"
 
 
 @registry.react(tools=[search, read, calculate], max_iters=8)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from agentcast.agents.base import public_message
 from agentcast.agents.context import status
 from agentcast.agents.demo.researcher import Researcher, calculate, read, registry, search
-from agentcast.agents.react import react_agent
+from agentcast.agents.react import ReAct
 from agentcast.agents.threads import in_thread
 
 MAX_RESEARCHERS = 5
@@ -88,7 +88,7 @@ class Swarm(dspy.Module):  # type: ignore[misc]
         super().__init__()
         numbers = range(1, MAX_RESEARCHERS + 1)
         self.plan = dspy.Predict(Plan)
-        self.researchers = {number: react_agent(Researcher, tools, max_iters=8) for number in numbers}
+        self.researchers = {number: ReAct(Researcher, tools, max_iters=8) for number in numbers}
         self.checks = {number: dspy.ChainOfThought(Check) for number in numbers}
         self.merge = dspy.Predict(Merge)
 

@@ -42,9 +42,9 @@ def history_messages(turns: Iterable[Turn], program: Any, input_model: type[Base
     return dspy.History(messages=[_message(turn, shown, input_model) for turn in list(turns)[-HISTORY_TURNS:]])
 
 
-def told_as_text(inputs: dict[str, Any], signature: Any, shown: Any) -> dict[str, Any]:
-    """`inputs` of a predictor with the signature `shown`, in which a `dspy.History` of turns of `signature` is text,
-    and a signature that says so."""
+def history_as_text(inputs: dict[str, Any], signature: Any, shown: Any) -> dict[str, Any]:
+    """`inputs` of a predictor with the signature `shown`, with each `dspy.History` of turns of `signature` as text, and
+    with a signature in which its field is one of text."""
     texts = {
         name: _conversation(value, signature)
         for name, value in inputs.items()

@@ -8,7 +8,6 @@ that knows no retraction, such as `streamify`'s, is not repeated once it has sho
 Also here, since DSPy keeps it to its history, which is off: what a call cost.
 """
 
-import asyncio
 import os
 import sys
 import threading
@@ -28,6 +27,7 @@ from agentcast.agents.context import current, status, wait_in_thread
 from agentcast.agents.failures import failure_of
 from agentcast.agents.llm.retrying import Retrying
 from agentcast.agents.streaming import add_cost
+from agentcast.agents.threads import is_in_loop
 
 CONNECT = 10.0
 """Seconds that connecting may take."""
@@ -62,7 +62,7 @@ class Model(dspy.LM):  # type: ignore[misc]  # dspy is untyped
                 with attempts.one():
                     return super().__call__(prompt, messages=messages, **attempts.options, **options)
             except LMError as error:
-                if _on_event_loop():  # which waiting would block
+                if is_in_loop():  # which waiting would block
                     raise
                 pause = attempts.pause_after(error)
             wait_in_thread(pause)
@@ -175,11 +175,3 @@ def _can_retract() -> bool:
     """Whether text that an LM call streams here is void once the call fails, so that the call may be made again."""
     observer = current().observer
     return dspy.settings.send_stream is None or (observer is not None and observer.retracts)
-
-
-def _on_event_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

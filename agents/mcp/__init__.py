@@ -21,12 +21,14 @@ from agentcast.agents.mcp.server import (
     McpUnavailable,
     ServerStatus,
     check,
+    distinct,
     mcp_server,
     running,
+    servers_of,
     supervise,
     tried,
 )
-from agentcast.agents.mcp.tools import TOOLS_AT_ONCE, McpTool, told_apart
+from agentcast.agents.mcp.tools import TOOLS_AT_ONCE, McpTool, with_distinct_names
 
 __all__ = [
     "TOOLS_AT_ONCE",
@@ -36,10 +38,12 @@ __all__ = [
     "McpUnavailable",
     "ServerStatus",
     "check",
+    "distinct",
     "load_servers",
     "mcp_server",
     "running",
+    "servers_of",
     "supervise",
-    "told_apart",
     "tried",
+    "with_distinct_names",
 ]

@@ -294,6 +294,26 @@ def named_server(name: str) -> McpServer:
 # -- Keeping servers -----------------------------------------------------------------------------------------------
 
 
+def distinct(servers: Iterable[McpServer]) -> tuple[McpServer, ...]:
+    """`servers`, each once.
+
+    :raises ValueError: two different ones have one name.
+    """
+    found: dict[str, McpServer] = {}
+    for server in servers:
+        if found.setdefault(server.name, server) is not server:
+            raise ValueError(f"there are two MCP servers named {server.name!r}: use one object for both, or rename one")
+    return tuple(found.values())
+
+
+def servers_of(program: Any) -> tuple[McpServer, ...]:
+    """The MCP servers that a `dspy.Module` and the modules in it use.
+
+    :raises ValueError: two different ones have one name.
+    """
+    return distinct(server for _, part in program.named_sub_modules() for server in getattr(part, "servers", ()))
+
+
 async def supervise(servers: Iterable[McpServer]) -> None:
     """Keep `servers`, each by a task of its own, until cancelled; all have ended when this returns."""
     async with anyio.create_task_group() as tasks:

@@ -97,10 +97,10 @@ class McpTool(dspy.Tool):  # type: ignore[misc]  # dspy is untyped
         return self._arguments.fit(args)
 
 
-def told_apart(own: Collection[str], listings: Sequence[Sequence[McpTool]]) -> list[McpTool]:
-    """The tools of several servers by names of which none is twice or among `own`.
+def with_distinct_names(own: Collection[str], listings: Sequence[Sequence[McpTool]]) -> list[McpTool]:
+    """The tools of several servers, under names that occur once and are not among `own`.
 
-    A name that would be becomes "server_name"; the others stay as they are.
+    A name that several tools have becomes "server_name"; the others stay as they are.
     """
     counts = Counter([*own, *(tool.name for listing in listings for tool in listing)])
     taken = set(own)

@@ -145,7 +145,7 @@ def _schema(name: str, head: str) -> Schema:
 
 
 def _nested(element: ET.Element | None, annotation: str = "") -> Schema:
-    children = {child.tag: _nested(child) for child in element or ()}
+    children = {child.tag: _nested(child) for child in (() if element is None else element)}
     if "item" in children:
         return {"type": "array", "items": children["item"] or {"type": "string" if "str" in annotation else "other"}}
     return {"type": "object", "properties": children, "required": list(children)} if children else {}

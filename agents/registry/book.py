@@ -14,7 +14,7 @@ from agentcast.agents.base import DEFAULT_MAX_CONCURRENT, DEFAULT_TIMEOUT, Agent
 from agentcast.agents.inputs.contract import SchemaError, function_call, module_contract, signature_contract
 from agentcast.agents.llm import ModelError, as_model, make_lm
 from agentcast.agents.mcp import McpServer
-from agentcast.agents.react import DEFAULT_MAX_ITERS, ReAct, react_agent
+from agentcast.agents.react import DEFAULT_MAX_ITERS, ReAct
 from agentcast.agents.registry.errors import RegistryError
 from agentcast.agents.registry.hosting import FunctionAgent, ProgramAgent
 from agentcast.agents.transpiler import Program
@@ -122,7 +122,7 @@ class Registry:
         max_concurrent: int = DEFAULT_MAX_CONCURRENT,
         lm: Any = None,
     ) -> Callable[[S], S]:
-        """Decorate a `dspy.Signature` class: a ReAct agent that answers it with `tools` (see `react.react_agent`).
+        """Decorate a `dspy.Signature` class: a ReAct agent that answers it with `tools` (see `react.ReAct`).
 
         :raises RegistryError: as `add`; or what is decorated is no signature, or a tool cannot be used.
         """
@@ -263,7 +263,7 @@ def _lm(name: str, lm: Any) -> Any:
 
 def _react(name: str, signature: Any, tools: Sequence[Any], max_iters: int, where: str) -> ReAct:
     try:
-        return react_agent(signature, tools, max_iters)
+        return ReAct(signature, tools, max_iters)
     except ValueError as error:
         raise RegistryError(f"agent {name!r}", str(error), f"fix what is given to {where}") from error
 

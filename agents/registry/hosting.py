@@ -15,7 +15,7 @@ from agentcast.agents.context import Numbers, within
 from agentcast.agents.inputs.contract import Call, Contract
 from agentcast.agents.inputs.history import history_messages, history_text
 from agentcast.agents.llm import RunModels
-from agentcast.agents.react import servers_of
+from agentcast.agents.mcp import servers_of
 from agentcast.agents.streaming import replace_methods, run_program
 from agentcast.agents.values import plain
 

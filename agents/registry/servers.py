@@ -5,8 +5,7 @@ from collections.abc import Iterable, Sequence
 import dspy
 
 from agentcast.agents.base import Agent
-from agentcast.agents.mcp import McpServer
-from agentcast.agents.react import distinct
+from agentcast.agents.mcp import McpServer, distinct
 from agentcast.agents.registry.book import Registry
 from agentcast.agents.registry.errors import RegistryError
 

@@ -191,6 +191,11 @@ class Sink(ThreadStream):
     def congested(self) -> bool:
         return getattr(self._bridge.emit, "congested", False)
 
+    def hold(self, flush: Callable[[], None]) -> None:
+        call = self._bridge.here()
+        if call is not None:
+            call.flush = flush
+
     async def send(self, chunk: Any) -> None:
         """Take `chunk`, waiting while the run is held back.
 

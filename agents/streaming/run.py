@@ -53,6 +53,8 @@ class Call:
     answer: FieldMessages | None = None
     """Of a loop whose answer is what its tool `submit` is called with."""
     usage: Usage | None = None
+    flush: Callable[[], None] | None = None
+    """Sends what is held back of an LM call's texts."""
     is_span: bool = True
     """Whether the call is a span of its own; otherwise `span` is the one around it."""
     parts: frozenset[int] = frozenset()
@@ -183,6 +185,9 @@ class Run(Bridge):
     @_handler
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         self.clean(outputs)
+        call = self.here()
+        if call is not None and call.flush is not None:
+            call.flush()  # before the call's end, also where it breaks off
         call = self.leave(call_id)
         if call is None:
             return

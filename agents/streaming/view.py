@@ -121,10 +121,12 @@ _calls: contextvars.ContextVar[Any] = contextvars.ContextVar("agentcast_calls", 
 
 @contextlib.contextmanager
 def _shown(tool: Any) -> Iterator[bool]:
-    """Whether what `tool` returns goes into a prompt of DSPy's own: whether a loop calls it, and not another tool."""
+    """Whether what `tool` returns goes into a prompt of DSPy's own: whether a loop calls it, and not another tool.
+    A loop that `observes` turns results and failures into observations itself."""
     callers = dspy.settings.caller_modules or [None]
     loop = callers[-1]
-    ends = [end for kind, end in _LOOPS.items() if isinstance(loop, getattr(dspy, kind, ()))]
+    is_dspys = not getattr(loop, "observes", False)
+    ends = [end for kind, end in _LOOPS.items() if is_dspys and isinstance(loop, getattr(dspy, kind, ()))]
     is_its_own = bool(ends) and tool.name not in ends and loop.tools.get(tool.name) is tool
     is_nested = _calls.get() is callers
     token = _calls.set(callers)

@@ -26,7 +26,8 @@ from agentcast.agents.graph.state import detached
 from agentcast.agents.inputs.contract import SchemaError, input_model, parameter_fields
 from agentcast.agents.streaming import node_span, replace_methods
 from agentcast.agents.streaming.calls import call_in_thread
-from agentcast.agents.transpiler.program import Program, call_observed, compiled, is_unobserved, run_to_end
+from agentcast.agents.threads import run_to_end
+from agentcast.agents.transpiler.program import Program, call_observed, compiled, is_unobserved
 from agentcast.agents.transpiler.steps import (
     DEFAULT_RETRIES,
     Rejected,

@@ -1,10 +1,7 @@
 """`AgentTranspiler` and `Program`: a compiled graph as a `dspy.Module`, and the stream of its events."""
 
-import asyncio
-import contextvars
 import functools
-import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar, overload
@@ -20,6 +17,7 @@ from agentcast.agents.graph.checking import declared_inputs, is_sound, problems,
 from agentcast.agents.graph.drawing import described, mermaid
 from agentcast.agents.graph.flow import Shape
 from agentcast.agents.streaming import Stream, run_program
+from agentcast.agents.threads import run_to_end
 from agentcast.agents.transpiler.prompts import load_prompts, save_prompts
 from agentcast.agents.transpiler.running import GraphRun, Plan, RunMetadata, metadata_of
 from agentcast.agents.transpiler.steps import ErrorFormatter, default_formatter, module_of
@@ -314,33 +312,3 @@ async def call_observed(program: Any, inputs: Mapping[str, Any]) -> Any:
     emitter = current().emitter
     assert emitter is not None  # noqa: S101 -- see is_unobserved
     return (await run_program(program, inputs, emitter, root=False)).prediction
-
-
-def run_to_end(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """What `await call()` gives, from synchronous code, on an event loop of its own."""
-    if not _is_in_loop():
-        return asyncio.run(call())
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome.extend((asyncio.run(call()), None))
-        except BaseException as error:  # noqa: BLE001 -- raised again below
-            outcome.extend((None, error))
-
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True)
-    thread.start()
-    thread.join()
-    value, error = outcome
-    if error is not None:
-        raise error
-    result: T = value
-    return result
-
-
-def _is_in_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

@@ -20,7 +20,7 @@ from agentcast.agents.fields import is_text
 from agentcast.agents.graph import StatefulNode
 from agentcast.agents.graph.errors import OutputError
 from agentcast.agents.graph.state import detached
-from agentcast.agents.react import react_agent
+from agentcast.agents.react import ReAct
 from agentcast.agents.streaming import NodeSpan, is_async
 from agentcast.agents.streaming.calls import call_in_thread
 from agentcast.agents.threads import unblocking
@@ -71,7 +71,7 @@ def module_of(node: StatefulNode) -> Any:
         return None
     signature = signature_of(node)
     if node.kind == "react":
-        return react_agent(signature, node.tools)
+        return ReAct(signature, node.tools)
     return dspy.ChainOfThought(signature) if node.use_cot else dspy.Predict(signature)
 
 

@@ -15,7 +15,7 @@ from agentcast.agents.events import AgentEvent, ToolEnd, ToolProgress
 from agentcast.agents.mcp import McpServer, connection, mcp_server, running, stdio
 from agentcast.agents.mcp import server as server_module
 from agentcast.agents.mcp.calls import PROGRESS_BYTES, WAITING_PROGRESS, Call
-from agentcast.agents.react import react_agent
+from agentcast.agents.react import ReAct
 from agentcast.agents.registry import Registry
 from agentcast.agents.values import VALUE_BYTES, text_bytes
 from tests.support.hub import open_hub
@@ -58,7 +58,7 @@ async def pid_of(server: McpServer) -> int:
 
 async def test_server_that_dies_in_a_call_is_an_observation_and_the_next_call_finds_it_again():
     server = faulty()
-    agent = react_agent("question -> answer", [server])
+    agent = ReAct("question -> answer", [server])
     async with running(server):
         first = await pid_of(server)
         with anyio.fail_after(PATIENCE):
@@ -131,7 +131,7 @@ async def test_hung_server_ends_the_call_in_time_and_is_restarted(monkeypatch: p
     monkeypatch.setattr(connection, "PING_EVERY", 1_000)  # it is the call that raises the doubt
     monkeypatch.setattr(connection, "PING_TIMEOUT", 0.2)
     server = faulty(timeout=1.0)
-    agent = react_agent("question -> answer", [server])
+    agent = ReAct("question -> answer", [server])
     async with running(server):
         first = await pid_of(server)
         with anyio.fail_after(PATIENCE):
@@ -198,7 +198,7 @@ async def test_flood_of_progress_is_thinned_out_in_order():
     server = faulty()
     async with running(server):
         with anyio.fail_after(PATIENCE):
-            played = await play(react_agent("question -> answer", [server]), [("steps", {"count": 5_000})], Slow())
+            played = await play(ReAct("question -> answer", [server]), [("steps", {"count": 5_000})], Slow())
     told = [event.progress for event in played.heard.of(ToolProgress)]
     assert told == sorted(set(told))
     assert told[-1] == 4_999
@@ -213,7 +213,7 @@ async def test_flood_of_progress_does_not_end_a_run_on_the_hub():
     @registry.agent
     async def flooded() -> str:
         """Call a tool that floods."""
-        played = await play(react_agent("question -> answer", [server]), [("steps", {"count": 12_000})])
+        played = await play(ReAct("question -> answer", [server]), [("steps", {"count": 12_000})])
         return str(played.observations[0])
 
     server = faulty()
@@ -269,7 +269,7 @@ async def test_result_of_20_mb_reaches_model_and_events_cut(kind: str):
         moves: list[Any] = [("big", {"size": 20_000_000}), ("table", {"rows": 300_000}), ("add", {"a": 1})]
         async with running(server):
             with anyio.fail_after(PATIENCE):
-                played = await play(react_agent("question -> answer", [server]), moves)
+                played = await play(ReAct("question -> answer", [server]), moves)
     text, table, after = played.observations
     assert text.startswith("xxx")
     assert "0,225 bytes]" in text or "cut, the result has 40,000," in text
@@ -298,7 +298,7 @@ async def test_hundred_calls_at_once_get_their_own_answers():
 
 async def test_server_with_a_thousand_tools():
     server = faulty("faulty", "--many", "1000")
-    agent = react_agent("question -> answer", [server])
+    agent = ReAct("question -> answer", [server])
     async with running(server):
         with anyio.fail_after(PATIENCE):
             played = await play(agent, [("tool_999", {}), ("tool_0", {})])
@@ -337,7 +337,7 @@ async def test_run_waits_for_a_server_that_is_starting():
         assert server.status.state == "starting"
         assert server.unavailable is None
         with anyio.fail_after(PATIENCE):
-            played = await play(react_agent("question -> answer", [server]), [("add", {"a": 1})])
+            played = await play(ReAct("question -> answer", [server]), [("add", {"a": 1})])
     assert played.observations == [3]
     assert played.heard.events[1].message == "Waiting for MCP server faulty"  # type: ignore[union-attr]
 

@@ -12,7 +12,7 @@ from mcp_types import CallToolResult
 from agentcast.agents.base import ToolError
 from agentcast.agents.events import ToolProgress
 from agentcast.agents.mcp import McpServer, mcp_server, running
-from agentcast.agents.react import react_agent
+from agentcast.agents.react import ReAct
 from agentcast.agents.values import text_bytes
 from tests.support.mcp import PATIENCE, play, raw
 
@@ -350,5 +350,5 @@ async def test_odd_answers_of_a_server_object_end_their_calls():
             "progress": "told",
         }
         with anyio.fail_after(PATIENCE):
-            played = await play(react_agent("question -> answer", [server]), [("progress", {})])
+            played = await play(ReAct("question -> answer", [server]), [("progress", {})])
     assert [(event.progress, event.total) for event in played.heard.of(ToolProgress)] == [(1.0, 1.0)]

@@ -17,9 +17,9 @@ from pydantic import BaseModel
 
 from agentcast.agents.events import ToolEnd, ToolProgress, ToolStart
 from agentcast.agents.graph import END, Graph, StatefulNode
-from agentcast.agents.mcp import McpServer, McpUnavailable, check, mcp_server, running
+from agentcast.agents.mcp import McpServer, McpUnavailable, check, mcp_server, running, servers_of
 from agentcast.agents.mcp import server as server_module
-from agentcast.agents.react import react_agent, servers_of
+from agentcast.agents.react import ReAct
 from agentcast.agents.registry import Registry
 from agentcast.agents.transpiler import AgentTranspiler
 from tests.support.forking import run_agentcast
@@ -61,7 +61,7 @@ async def test_a_server_runs_inside_of_async_with():
 @TRANSPORTS
 async def test_agent_calls_tools_of_a_server(kind: str):
     async with served(kind) as server:
-        agent = react_agent("question -> answer", [server])
+        agent = ReAct("question -> answer", [server])
         moves: list[Move] = [
             ("add", {"a": 3}),
             ("echo", {"text": "hé"}),
@@ -86,7 +86,7 @@ async def test_agent_calls_tools_of_a_server(kind: str):
 async def test_progress_comes_in_order_and_before_the_end(kind: str):
     async with served(kind) as server:
         with anyio.fail_after(PATIENCE):
-            played = await play(react_agent("question -> answer", [server]), [("steps", {"count": 100})])
+            played = await play(ReAct("question -> answer", [server]), [("steps", {"count": 100})])
     told = [event for event in played.heard.events if isinstance(event, ToolStart | ToolProgress | ToolEnd)]
     assert isinstance(told[0], ToolStart)
     assert isinstance(told[-1], ToolEnd)
@@ -101,7 +101,7 @@ async def test_cancelling_a_run_cancels_the_call_at_the_server(kind: str, tmp_pa
     file = tmp_path / "state"
     async with served(kind) as server:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(play, react_agent("question -> answer", [server]), [("wait", {"file": str(file)})])
+            tasks.start_soon(play, ReAct("question -> answer", [server]), [("wait", {"file": str(file)})])
             await until(lambda: file.exists() and file.read_text() == "started")
             tasks.cancel_scope.cancel()
         await until(lambda: file.read_text() == "cancelled")
@@ -114,7 +114,7 @@ async def test_failures_are_observations_without_paths_and_images_are_named(kind
     """G9."""
     async with served(kind) as server:
         with anyio.fail_after(PATIENCE):
-            played = await play(react_agent("question -> answer", [server]), [("trip", {}), ("media", {})])
+            played = await play(ReAct("question -> answer", [server]), [("trip", {}), ("media", {})])
     failed, media = played.observations
     assert failed == "Tool trip failed: Error executing tool trip: boom\nKeyError: 'x'"
     assert played.heard.of(ToolEnd)[0].error.message == failed.partition(": ")[2]
@@ -131,7 +131,7 @@ async def test_failures_are_observations_without_paths_and_images_are_named(kind
 @TRANSPORTS
 async def test_new_tools_are_there_for_the_next_run(kind: str):
     async with served(kind) as server:
-        agent = react_agent("question -> answer", [server])
+        agent = ReAct("question -> answer", [server])
         with anyio.fail_after(PATIENCE):
             played = await play(agent, [("grow", {"name": "grown"}), ("grown", {})])
             assert played.observations[0] == "grown"
@@ -157,7 +157,7 @@ async def test_server_of_an_older_protocol_works_and_tells_of_new_tools(monkeypa
 async def test_concurrent_runs_share_one_process_and_hear_only_of_themselves():
     """G8."""
     async with served("stdio") as server:
-        agent = react_agent("question -> answer", [server])
+        agent = ReAct("question -> answer", [server])
         plays = [Played() for _ in range(20)]
         with anyio.fail_after(PATIENCE):
             async with anyio.create_task_group() as tasks:
@@ -174,12 +174,12 @@ async def test_concurrent_runs_share_one_process_and_hear_only_of_themselves():
         assert [event.progress for event in played.heard.of(ToolProgress)] == list(range(number + 1))
 
 
-async def test_tools_of_two_servers_are_told_apart():
+async def test_tools_of_two_servers_get_distinct_names():
     async with served("stdio") as one, served("http") as other:
         other.name = "other"
         for tool in other.tools:
             tool._server = "other"
-        agent = react_agent("question -> answer", [one, other, lambda_tool])
+        agent = ReAct("question -> answer", [one, other, lambda_tool])
         moves: list[Any] = [("faulty_echo", {"text": "a"}), ("other_echo", {"text": "b"}), ("lambda_tool", {"x": 1})]
         with anyio.fail_after(PATIENCE):
             played = await play(agent, moves)
@@ -235,7 +235,7 @@ async def test_server_object_in_this_process():
     server = mcp_server("mine", server=mine)
     async with running(server):
         with anyio.fail_after(PATIENCE):
-            played = await play(react_agent("question -> answer", [server]), [("count", {"to": 3})])
+            played = await play(ReAct("question -> answer", [server]), [("count", {"to": 3})])
     assert played.observations == ["counted"]
     assert [event.progress for event in played.heard.of(ToolProgress)] == [0, 1, 2]
 
@@ -246,7 +246,7 @@ async def test_published_server_works():
     async with running(server):
         assert server.status.reason is None
         given = {"source_timezone": "UTC", "time": "12:00", "target_timezone": "Asia/Tokyo"}
-        agent = react_agent("question -> answer", [server])
+        agent = ReAct("question -> answer", [server])
         with anyio.fail_after(PATIENCE):
             played = await play(agent, [("convert_time", given), ("convert_time", given | {"time": "noon"})])
     converted, refused_ = played.observations
@@ -260,7 +260,7 @@ async def test_published_server_works():
 
 async def test_server_that_nobody_keeps_says_so():
     server = faulty()
-    agent = react_agent("question -> answer", [server])
+    agent = ReAct("question -> answer", [server])
     with anyio.fail_after(PATIENCE), pytest.raises(McpUnavailable, match="is not running: use `async with`"):
         await play(agent, [])
 

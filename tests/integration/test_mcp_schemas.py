@@ -11,7 +11,7 @@ from mcp_types import CallToolResult, ListToolsResult, TextContent, Tool
 
 from agentcast.agents.mcp import mcp_server, running
 from agentcast.agents.mcp.server import MAX_PROBLEMS
-from agentcast.agents.react import react_agent
+from agentcast.agents.react import ReAct
 from tests.support.log import Log
 from tests.support.mcp import PATIENCE, Move, play, raw, until
 
@@ -91,7 +91,7 @@ async def test_odd_entries_of_a_listing_cost_no_other_and_are_named(kind: str, t
             assert problem.startswith(f"the arguments of tool {name!r} are not checked: ")
             assert reason in problem
         moves: list[Move] = [*((name, args) for name, (_, args) in GOOD.items()), *((name, {"a": 1}) for name in BAD)]
-        agent = react_agent("question -> answer", [server], max_iters=len(moves) + 1)
+        agent = ReAct("question -> answer", [server], max_iters=len(moves) + 1)
         with anyio.fail_after(PATIENCE):
             played = await play(agent, moves)
             prompt = (await agent._toolset()).signature.instructions
@@ -145,5 +145,5 @@ async def test_server_object_with_odd_schemas():
     async with running(server):
         moves: list[Move] = [(name, args) for name, (schema, args) in GOOD.items() if schema.get("type") == "object"]
         with anyio.fail_after(PATIENCE):
-            played = await play(react_agent("question -> answer", [server], max_iters=len(moves) + 1), moves)
+            played = await play(ReAct("question -> answer", [server], max_iters=len(moves) + 1), moves)
     assert [json.loads(observation) for observation in played.observations] == [args for _, args in moves]

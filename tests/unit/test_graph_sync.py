@@ -17,7 +17,7 @@ from agentcast.agents.context import within
 from agentcast.agents.events import LmEnd, LmStart, MessageEnd, NodeEnd, ToolEnd, ValidationFailed
 from agentcast.agents.graph import END, Graph, StatefulNode
 from agentcast.agents.inputs.contract import module_contract
-from agentcast.agents.react import react_agent
+from agentcast.agents.react import ReAct
 from agentcast.agents.registry import Registry
 from agentcast.agents.streaming import can_be_awaited, run_program, stream_events, streamify
 from agentcast.agents.transpiler import AgentTranspiler
@@ -269,7 +269,7 @@ def look(word: str = "x") -> str:
         dspy.Predict("topic -> text"),
         dspy.ChainOfThought("topic -> text"),
         dspy.ReAct("topic -> text", [look]),
-        react_agent("topic -> text", [look]),
+        ReAct("topic -> text", [look]),
     ],
     ids=lambda program: type(program).__module__,
 )

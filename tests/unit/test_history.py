@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from agentcast.agents.base import Emitter, Task, Turn
 from agentcast.agents.graph import END, Graph, StatefulNode
 from agentcast.agents.inputs.history import HISTORY_TURNS
-from agentcast.agents.react import react_agent
+from agentcast.agents.react import ReAct
 from agentcast.agents.registry import Registry
 from agentcast.agents.streaming import stream_events
 from agentcast.agents.transpiler import AgentTranspiler
@@ -75,16 +75,16 @@ def programs() -> dict[str, tuple[Any, tuple[str, ...]]]:
     return {
         "predict": (dspy.Predict(Chat), ()),
         "chain of thought": (dspy.ChainOfThought(Chat), ()),
-        "react": (react_agent(Chat, [look]), STEPS),
+        "react": (ReAct(Chat, [look]), STEPS),
         "stock react": (dspy.ReAct(Chat, [look]), STEPS),
         "module": (Custom(), ()),
-        "module of react": (Custom(lambda signature: react_agent(signature, [look])), STEPS),
+        "module of react": (Custom(lambda signature: ReAct(signature, [look])), STEPS),
         "module of stock react": (Custom(lambda signature: dspy.ReAct(signature, [look])), STEPS),
         "graph": (graph(), ()),
         "graph that reasons": (graph(use_cot=True), ()),
         "graph with tools": (graph(tools=[look]), STEPS),
         "graph of predict": (graph(module=dspy.Predict("question, history: dspy.History -> text")), ()),
-        "graph of react": (graph(module=react_agent("question, history: dspy.History -> text", [look])), STEPS),
+        "graph of react": (graph(module=ReAct("question, history: dspy.History -> text", [look])), STEPS),
     }
 
 
@@ -215,7 +215,7 @@ class Two(dspy.Signature):  # type: ignore[misc]
 @pytest.mark.parametrize("signature", [Talk, Perhaps, Maybe, Two])
 @pytest.mark.parametrize("kind", ["predict", "react"])
 async def test_any_name_and_optional_types(signature: Any, kind: str):
-    program = dspy.Predict(signature) if kind == "predict" else react_agent(signature, [look])
+    program = dspy.Predict(signature) if kind == "predict" else ReAct(signature, [look])
     steps = () if kind == "predict" else STEPS
     spec = Registry().add("chat", program).spec
     assert list(spec.input_model.model_fields) == ["question"]
@@ -271,7 +271,7 @@ async def test_other_adapters(adapter: Any):
     else:
         step = '{"next_thought": "t", "next_tool_name": "finish", "next_tool_args": {}}'
         answer = '{"reasoning": "r", "answer": "Berlin"}'
-    for program in (react_agent(Chat, [look]), dspy.ReAct(Chat, [look])):
+    for program in (ReAct(Chat, [look]), dspy.ReAct(Chat, [look])):
         result, script = await ask(program, step, answer, adapter=adapter)
         assert result == {"answer": "Berlin"}
         for prompt in script.prompts:
@@ -325,7 +325,7 @@ async def test_stream_events_takes_a_history_and_needs_none(given: Any):
     for history, shown in (({"history": given(messages=messages)}, True), ({}, False)):
         script = Script(*STEPS, ANSWER)
         with dspy.context(lm=script.lm(), adapter=dspy.ChatAdapter()):
-            async with stream_events(react_agent(Chat, [look]), {"question": "And of Germany?", **history}) as events:
+            async with stream_events(ReAct(Chat, [look]), {"question": "And of Germany?", **history}) as events:
                 async for _ in events:
                     pass
         assert [all(text in prompt for text in SAID) for prompt in script.prompts] == [shown] * 3
@@ -344,13 +344,13 @@ async def test_loop_called_from_sync_code_sees_it_too():
 
     history = dspy.History(messages=[{**one.input, **one.result} for one in TURNS])
     with dspy.context(lm=Legacy("legacy"), adapter=dspy.ChatAdapter()):
-        await anyio.to_thread.run_sync(lambda: react_agent(Chat, [look])(question="And of Germany?", history=history))
+        await anyio.to_thread.run_sync(lambda: ReAct(Chat, [look])(question="And of Germany?", history=history))
     assert [all(text in prompt for text in SAID) for prompt in prompts] == [True] * 3
 
 
 async def test_step_without_earlier_turns_is_that_of_dspy():
     prompts = []
-    for program in (react_agent(Chat, [look]), dspy.ReAct(Chat, [look])):
+    for program in (ReAct(Chat, [look]), dspy.ReAct(Chat, [look])):
         script = Script(*STEPS, ANSWER)
         with dspy.context(lm=script.lm(), adapter=dspy.ChatAdapter()):
             await program.acall(question="q", history=dspy.History(messages=[]))

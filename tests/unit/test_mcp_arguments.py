@@ -13,7 +13,6 @@ from agentcast.agents.mcp.arguments import SCHEMA, Arguments
 from agentcast.agents.mcp.tools import McpTool, make_tools
 from agentcast.agents.mcp.validation import ERROR_CHARS
 from agentcast.agents.offline.prompt import tools_in
-from agentcast.agents.react import GuardedTool
 
 TEXT = {"type": "string"}
 NODE = {"type": "object", "properties": {"name": TEXT, "next": {"$ref": "#/$defs/Node"}}, "required": ["name"]}
@@ -217,22 +216,20 @@ async def test_arguments_are_checked_against_the_schema_itself(case: str):
     caller = Caller()
     tool = await made(given, caller)
     assert tool.problem is None
-    guarded = GuardedTool(tool)
     for args in fitting:
         assert await tool.acall(**args) == "ok"
-        assert await guarded.acall(**args) == "ok"
-        assert caller.sent[-2:] == [args, args]
+        assert caller.sent[-1] == args
     for args, said in wrong:
-        answer = await guarded.acall(**args)
-        assert answer.startswith("Tool odd failed: ")
-        assert said in answer
-    assert len(caller.sent) == 2 * len(fitting)
+        with pytest.raises(ToolError) as raised:
+            await tool.acall(**args)
+        assert said in str(raised.value)
+    assert len(caller.sent) == len(fitting)
 
 
 @pytest.mark.parametrize("case", ODD)
 async def test_prompt_and_native_calls_show_all_of_the_schema(case: str):
     given, fitting, _ = ODD[case]
-    tool = GuardedTool(await made(given))
+    tool = await made(given)
     shown = str(tool)
     assert shown.startswith("odd. It takes arguments {")
     for name in {name for args in fitting for name in args if repr(name) in str(given)}:
@@ -248,7 +245,7 @@ async def test_prompt_and_native_calls_show_all_of_the_schema(case: str):
 
 @pytest.mark.parametrize("case", ODD)
 async def test_offline_model_reads_the_arguments_out_of_the_prompt(case: str):
-    tool = GuardedTool(await made(ODD[case][0]))
+    tool = await made(ODD[case][0])
     assert [(found.name, found.args) for found in tools_in(f"Act.\n        (1) {tool}\n")] == [("odd", tool.args)]
 
 
@@ -259,9 +256,9 @@ async def test_tool_whose_schema_cannot_be_used_is_called_without_checks_and_nam
     tool = await made(given, caller)
     assert tool.problem is not None
     assert problem in tool.problem
-    assert await GuardedTool(tool).acall(a=5, self=None, instance=[1]) == "ok"
+    assert await tool.acall(a=5, self=None, instance=[1]) == "ok"
     assert caller.sent == [{"a": 5, "self": None, "instance": [1]}]
-    assert str(GuardedTool(tool)).startswith("odd. It takes arguments {")
+    assert str(tool).startswith("odd. It takes arguments {")
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -274,7 +271,7 @@ def nested(depth: int) -> dict[str, Any]:
 async def test_gigantic_schema_is_not_checked_and_bounded_in_the_prompt(given: dict[str, Any]):
     tool = await made(given)
     assert tool.problem == "its schema is too deep or too large"
-    assert len(str(GuardedTool(tool))) < 300_000
+    assert len(str(tool)) < 300_000
 
 
 HOSTILE: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -314,13 +311,13 @@ async def test_schema_that_would_take_forever_is_given_up_on(case: str):
     given, args = HOSTILE[case]
     caller = Caller()
     started = time.monotonic()
-    assert await GuardedTool(await made(given, caller)).acall(**args) == "ok"
+    assert await (await made(given, caller)).acall(**args) == "ok"
     assert time.monotonic() - started < 20
     assert caller.sent == [args]
 
 
 async def test_schema_is_compiled_once(monkeypatch: pytest.MonkeyPatch):
-    tool = GuardedTool(await made(schema(properties={"a": TEXT})))
+    tool = await made(schema(properties={"a": TEXT}))
     compiled: list[Any] = []
     monkeypatch.setattr("agentcast.agents.mcp.arguments.validator_of", compiled.append)
     monkeypatch.setattr("dspy.adapters.types.tool.validate", compiled.append)

@@ -10,10 +10,10 @@ from mcp_types import Tool
 
 from agentcast.agents import base
 from agentcast.agents.base import AgentSpec, redact
-from agentcast.agents.mcp import McpConfigError, load_servers, mcp_server
+from agentcast.agents.mcp import McpConfigError, load_servers, mcp_server, servers_of
 from agentcast.agents.mcp.sources import Http, Stdio
-from agentcast.agents.mcp.tools import McpTool, make_tools, told_apart
-from agentcast.agents.react import ReAct, react_agent, servers_of
+from agentcast.agents.mcp.tools import McpTool, make_tools, with_distinct_names
+from agentcast.agents.react import ReAct
 from agentcast.agents.registry import Registry, RegistryError, add_assistant, servers_used
 
 
@@ -94,14 +94,14 @@ class Pair(dspy.Module):  # type: ignore[misc]
 def test_servers_of_all_parts_of_an_agent_are_found_once():
     one, two = mcp_server("one", command="x"), mcp_server("two", command="x")
     registry = Registry()
-    registry.add("pair", Pair(react_agent("question -> answer", [one, two]), react_agent("question -> answer", [two])))
+    registry.add("pair", Pair(ReAct("question -> answer", [one, two]), ReAct("question -> answer", [two])))
     registry.mcp("other", "question -> answer", servers=[one])
     assert servers_used(registry) == (one, two)
 
 
 def test_copy_of_a_program_uses_the_same_server():
     server = mcp_server("one", command="x")
-    program = react_agent("question -> answer", [server])
+    program = ReAct("question -> answer", [server])
     assert servers_of(program.deepcopy()) == (server,)
 
 
@@ -109,12 +109,12 @@ def test_two_servers_of_one_name_are_refused_wherever_they_meet():
     one, other = mcp_server("files", command="x"), mcp_server("files", command="y")
     problem = "there are two MCP servers named 'files'"
     with pytest.raises(ValueError, match=problem):
-        react_agent("question -> answer", [one, other])
+        ReAct("question -> answer", [one, other])
     registry = Registry()
     with pytest.raises(RegistryError, match=problem):
         registry.mcp("agent", "question -> answer", servers=[one, other])
     with pytest.raises(RegistryError, match=problem):
-        registry.add("pair", Pair(*(react_agent("question -> answer", [server]) for server in (one, other))))
+        registry.add("pair", Pair(*(ReAct("question -> answer", [server]) for server in (one, other))))
     registry.mcp("a", "question -> answer", servers=[one])
     registry.mcp("b", "question -> answer", servers=[other])
     with pytest.raises(RegistryError, match=problem):
@@ -135,7 +135,7 @@ def test_registry_takes_servers_only(servers: Any):
 
 
 def test_agent_with_servers_cannot_be_called_without_await():
-    agent = react_agent("question -> answer", [mcp_server("one", command="x")])
+    agent = ReAct("question -> answer", [mcp_server("one", command="x")])
     with pytest.raises(ValueError, match=r"await agent\.acall"):
         agent(question="q")
 
@@ -157,12 +157,12 @@ def tool(name: str, schema: dict[str, Any] | None = None, description: str | Non
     return Tool(name=name, description=description, input_schema=schema or {"type": "object"})
 
 
-async def test_tools_of_two_servers_and_own_ones_are_told_apart():
+async def test_tools_of_two_servers_and_own_ones_get_distinct_names():
     one = await make_tools(Caller("one"), [tool("read"), tool("search"), tool("finish")])
     two = await make_tools(Caller("two"), [tool("read"), tool("one_read"), tool("calculate")])
-    names = [found.name for found in told_apart(["calculate", "finish"], [one, two])]
+    names = [found.name for found in with_distinct_names(["calculate", "finish"], [one, two])]
     assert names == ["one_read", "search", "one_finish", "two_read", "one_read_", "two_calculate"]
-    assert [found.server for found in told_apart([], [one, two])] == ["one"] * 3 + ["two"] * 3
+    assert [found.server for found in with_distinct_names([], [one, two])] == ["one"] * 3 + ["two"] * 3
 
 
 async def test_renamed_tool_is_called_by_the_name_that_its_server_knows():

@@ -289,7 +289,11 @@ class Reading:
         self.stopped = False
         self.congested = False
         self.emit = self
+        self.flush: Any = None
         self.joiner = ChunkJoiner(self, Sink(self))  # type: ignore[arg-type]
+
+    def here(self) -> Any:
+        return self
 
     def check(self) -> None:
         if self.stopped:

@@ -221,7 +221,7 @@ async def test_a_chunk_from_a_foreign_thread_takes_no_event_loop_of_its_own(monk
         def forward(self) -> Any:
             return dspy.Parallel(num_threads=2, disable_progress_bar=True)([(self.ask, {"question": "?"})] * 2)[0]
 
-    monkeypatch.delattr(_dspy, "_run_aside")
+    monkeypatch.delattr(_dspy, "run_to_end")
     with dspy.context(lm=lm_of(lambda _: pieces(chat(answer="x"), 9))):
         items = [item async for item in streamify(Both())()]
     assert len(items) > 6

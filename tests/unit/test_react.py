@@ -18,9 +18,10 @@ from agentcast.agents.base import Stopped, ToolError
 from agentcast.agents.context import status, within
 from agentcast.agents.events import AgentEvent, Status, StepLimit, ToolEnd, ToolStart
 from agentcast.agents.offline import offline_lm
-from agentcast.agents.react import ReAct, guarded, react_agent
+from agentcast.agents.react import ReAct
 from agentcast.agents.streaming import run_program
 from agentcast.agents.threads import abandoned_threads, in_thread
+from tests.support.lms import lm_of
 
 
 class Heard:
@@ -85,6 +86,24 @@ async def play(agent: Any, *replies: str | Exception) -> tuple[Any, Heard, Scrip
     return outcome.prediction, heard, script
 
 
+def called(tool: Any, args: dict[str, Any]) -> Any:
+    """What `ReAct` observes of `tool` outside of a run, when it is called."""
+    with script_outside(tool, args):
+        return ReAct("question -> answer", [tool])(question="q").trajectory["observation_0"]
+
+
+async def outside(tool: Any, args: dict[str, Any]) -> Any:
+    """What `ReAct` observes of `tool` outside of a run, when it is awaited."""
+    with script_outside(tool, args):
+        return (await ReAct("question -> answer", [tool]).acall(question="q")).trajectory["observation_0"]
+
+
+def script_outside(tool: Any, args: dict[str, Any]) -> Any:
+    name = (tool if isinstance(tool, dspy.Tool) else dspy.Tool(tool)).name
+    replies = iter([turn("t", name, args), FINISH, ANSWER])
+    return dspy.context(lm=lm_of(lambda _: next(replies)), adapter=dspy.ChatAdapter())
+
+
 @pytest.fixture
 def errors_in_log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.WARNING)
@@ -120,7 +139,7 @@ async def test_tool_error_is_an_observation_without_traceback_and_an_error_in_th
         raise error
 
     tool = dspy.Tool(look if kind == "sync" else alook, name="look")
-    agent = react_agent("question -> answer", [tool])
+    agent = ReAct("question -> answer", [tool])
     prediction, heard, script = await play(agent, turn("t", "look", {"query": "x"}), FINISH)
     assert prediction.trajectory["observation_0"] == text
     (end,) = heard.of(ToolEnd)
@@ -153,8 +172,10 @@ def look(query: str, limit: int = 3, tags: list[int] | None = None) -> str:
     ],
 )
 async def test_wrong_arguments_are_named_to_the_model(args: dict[str, Any], text: str):
-    prediction, _, _ = await play(react_agent("question -> answer", [look]), turn("t", "look", args), FINISH)
+    prediction, _, _ = await play(ReAct("question -> answer", [look]), turn("t", "look", args), FINISH)
     assert prediction.trajectory["observation_0"].startswith(text)
+    assert (await outside(look, args)).startswith(text)
+    assert (await anyio.to_thread.run_sync(called, look, args)).startswith(text)
 
 
 async def test_argument_may_be_called_as_the_first_parameter_of_a_method_is():
@@ -163,7 +184,7 @@ async def test_argument_may_be_called_as_the_first_parameter_of_a_method_is():
         return f"{self} {instance}"
 
     args = {"self": "x", "instance": 3}
-    prediction, heard, _ = await play(react_agent("question -> answer", [odd]), turn("t", "odd", args), FINISH)
+    prediction, heard, _ = await play(ReAct("question -> answer", [odd]), turn("t", "odd", args), FINISH)
     assert prediction.trajectory["observation_0"] == "x 3"
     assert [event.args for event in heard.events if isinstance(event, ToolStart)] == [args]
 
@@ -173,7 +194,7 @@ async def test_a_missing_argument_is_named_alike_by_all_versions_of_python():
         """Compare two."""
         return f"{one} {other} {limit} {options}"
 
-    agent = react_agent("question -> answer", [compare])
+    agent = ReAct("question -> answer", [compare])
     calls = [turn("t", "compare", args) for args in ({"one": "x"}, {"other": "y"}, {"one": "x", "other": "y"})]
     prediction, _, _ = await play(agent, *calls, FINISH)
     trajectory = prediction.trajectory
@@ -183,7 +204,7 @@ async def test_a_missing_argument_is_named_alike_by_all_versions_of_python():
 
 
 async def test_unknown_tool_is_an_observation_that_names_the_tools():
-    agent = react_agent("question -> answer", [look])
+    agent = ReAct("question -> answer", [look])
     prediction, heard, _ = await play(agent, turn("hm", "google", {"q": "x"}), FINISH)
     trajectory = prediction.trajectory
     assert (trajectory["thought_0"], trajectory["tool_name_0"]) == ("hm", "google")
@@ -194,7 +215,7 @@ async def test_unknown_tool_is_an_observation_that_names_the_tools():
 
 
 async def test_unreadable_replies_are_observations_and_three_in_a_row_end_the_run():
-    agent = react_agent("question -> answer", [look])
+    agent = ReAct("question -> answer", [look])
     bad_args = turn("t", "look", "[1, 2]")
     prediction, _, _ = await play(agent, bad_args, "I don't care", turn("t", "look", {"query": "x"}), FINISH)
     trajectory = prediction.trajectory
@@ -205,15 +226,26 @@ async def test_unreadable_replies_are_observations_and_three_in_a_row_end_the_ru
         await play(agent, bad_args, "no", "no")
 
 
+def test_unreadable_replies_are_observations_from_sync_code_too():
+    replies = iter([turn("t", "look", "[1, 2]"), turn("t", "google", {}), FINISH, ANSWER])
+    adapter = dspy.ChatAdapter(use_json_adapter_fallback=False)
+    with dspy.context(lm=lm_of(lambda _: next(replies)), adapter=adapter):
+        trajectory = ReAct("question -> answer", [look])(question="q").trajectory
+    assert trajectory["observation_0"] == "Your reply could not be read: next_tool_args must be a JSON object."
+    text = "there is no such tool; next_tool_name must be one of look, finish"
+    assert trajectory["observation_1"] == f"Tool google failed: {text}"
+    assert trajectory["observation_2"] == "Completed."
+
+
 async def test_finish_takes_whatever_the_model_gives_it_and_is_no_step():
-    agent = react_agent("question -> answer", [look])
+    agent = ReAct("question -> answer", [look])
     prediction, heard, _ = await play(agent, turn("t", "finish", {"answer": "a", "self": 1}))
     assert prediction.trajectory["observation_0"] == "Completed."
     assert heard.of(ToolStart) == []
 
 
-async def test_step_limit_is_told_and_the_answer_comes_from_what_there_is():
-    agent = react_agent("question -> answer", [look], max_iters=2)
+async def test_step_limit_is_reported_and_the_answer_comes_from_what_there_is():
+    agent = ReAct("question -> answer", [look], max_iters=2)
     same = turn("t", "look", {"query": "x"})
     prediction, heard, _ = await play(agent, same, same)
     assert [event.max_steps for event in heard.of(StepLimit)] == [2]
@@ -236,7 +268,7 @@ async def test_results_are_bounded_plain_data():
         """Give a lot."""
         return {"text": "x" * 500_000, "path": {Path("/srv")}, "list": list(range(300_000))}[kind]
 
-    agent = react_agent("question -> answer", [big])
+    agent = ReAct("question -> answer", [big])
     moves = [turn("t", "big", {"kind": kind}) for kind in ("text", "path", "list")]
     prediction, _, script = await play(agent, *moves, FINISH)
     assert "[cut, 500000 characters in all]" in prediction.trajectory["observation_0"]
@@ -262,7 +294,7 @@ async def test_sync_tool_does_not_block_the_loop_and_carries_its_run():
         assert go_on.wait(5)
         return "waited"
 
-    agent = react_agent("question -> answer", [wait])
+    agent = ReAct("question -> answer", [wait])
     results: list[tuple[Any, Heard, Script]] = []
 
     async def run() -> None:
@@ -280,6 +312,18 @@ async def test_sync_tool_does_not_block_the_loop_and_carries_its_run():
     assert (told.message, told.span) == ("waiting", heard.of(ToolStart)[0].span)
 
 
+async def test_sync_tool_does_not_block_the_loop_outside_of_runs_either():
+    ran_in: list[int] = []
+
+    def note(query: str) -> str:
+        """Note the thread."""
+        ran_in.append(threading.get_ident())
+        return query
+
+    assert await outside(note, {"query": "x"}) == "x"
+    assert ran_in != [threading.get_ident()]
+
+
 async def test_thread_that_outlives_its_run_is_named_counted_and_does_not_hold_a_place(
     errors_in_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
@@ -293,7 +337,7 @@ async def test_thread_that_outlives_its_run_is_named_counted_and_does_not_hold_a
         go_on.wait(10)
         return "late"
 
-    agent = react_agent("question -> answer", [stuck])
+    agent = ReAct("question -> answer", [stuck])
     with anyio.fail_after(5):
         async with anyio.create_task_group() as group:
             group.start_soon(play, agent, turn("t", "stuck", {"query": "x"}), FINISH)
@@ -332,7 +376,7 @@ async def test_stopped_in_a_tool_ends_the_program():
         raise Stopped
 
     with pytest.raises(Stopped):
-        await play(react_agent("question -> answer", [stop]), turn("t", "stop", {"query": "x"}))
+        await play(ReAct("question -> answer", [stop]), turn("t", "stop", {"query": "x"}))
 
 
 # -- As DSPy's own -------------------------------------------------------------------------------------------------
@@ -341,7 +385,7 @@ VALUES: list[Any] = ["text", " padded \n", "", "two\nlines", {"q": ["x", 1, None
 
 
 def test_prompts_are_those_of_dspy():
-    ours, theirs = react_agent("question -> answer", [look]), dspy.ReAct("question -> answer", [look])
+    ours, theirs = ReAct("question -> answer", [look]), dspy.ReAct("question -> answer", [look])
     assert ours.react.signature.instructions == theirs.react.signature.instructions
     trajectory: dict[str, Any] = {}
     with dspy.context(adapter=dspy.ChatAdapter()):
@@ -362,7 +406,7 @@ def test_works_from_sync_code_too(monkeypatch: pytest.MonkeyPatch):
         raise Refused("at /srv/app.py")
 
     with dspy.context(lm=offline_lm(), adapter=dspy.ChatAdapter()):
-        result = react_agent("question -> answer", [search])(question="Where is it, the key?")
+        result = ReAct("question -> answer", [search])(question="Where is it, the key?")
     assert result.trajectory["observation_0"] == "Tool search failed: Refused"
 
 
@@ -391,8 +435,9 @@ def tools() -> Iterator[tuple[Any, dict[str, Any], Any]]:
     ("tool", "args", "result"), list(tools()), ids=["sync", "async", "partial", "lazy", "object", "any"]
 )
 async def test_every_kind_of_tool_can_be_called(tool: Any, args: dict[str, Any], result: Any):
-    (guard,) = guarded([tool])
-    assert await guard.acall(**args) == result
+    assert await outside(tool, args) == result
+    with dspy.context(allow_tool_async_sync_conversion=True):
+        assert await anyio.to_thread.run_sync(called, tool, args) == result
 
 
 def takes_callable(x: "Nowhere") -> None: ...  # type: ignore[name-defined]  # noqa: F821
@@ -409,14 +454,14 @@ def takes_callable(x: "Nowhere") -> None: ...  # type: ignore[name-defined]  # n
 )
 def test_unusable_tools_are_refused(tools: list[Any], problem: str):
     with pytest.raises(ValueError, match=problem):
-        react_agent("question -> answer", tools)
+        ReAct("question -> answer", tools)
 
 
 def test_at_least_one_step():
     with pytest.raises(ValueError, match="max_iters is 0; it must be 1 or more"):
-        react_agent("question -> answer", [look], max_iters=0)
+        ReAct("question -> answer", [look], max_iters=0)
 
 
 def test_message_fields_are_the_texts_worth_reading():
-    agent = react_agent("question -> answer, score: float, note: str", [look])
+    agent = ReAct("question -> answer, score: float, note: str", [look])
     assert set(agent.message_fields) == {"next_thought", "reasoning", "answer", "note"}

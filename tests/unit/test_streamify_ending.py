@@ -337,7 +337,7 @@ async def test_the_outcome_is_there_after_the_last_event():
 
 async def test_step_limits_and_statuses_of_tools_reach_whoever_streams_events():
     from agentcast.agents.context import status
-    from agentcast.agents.react import react_agent
+    from agentcast.agents.react import ReAct
 
     def reply(prompt: str) -> Iterable[str]:
         if "`[[ ## next_thought ## ]]`" not in prompt:
@@ -349,7 +349,7 @@ async def test_step_limits_and_statuses_of_tools_reach_whoever_streams_events():
         return "nothing"
 
     with dspy.context(lm=lm_of(reply)):
-        events = [e async for e in stream_events(react_agent("question -> answer", [look], 1), {"question": "?"})]
+        events = [e async for e in stream_events(ReAct("question -> answer", [look], 1), {"question": "?"})]
     kinds = [event.event for event in events]
     assert "status" in kinds
     assert "step_limit" in kinds

@@ -28,11 +28,11 @@ from pydantic import BaseModel
 from agentcast.agents.base import ToolError
 from agentcast.agents.context import within
 from agentcast.agents.events import NodeError, ToolEnd
-from agentcast.agents.react import guarded, react_agent
+from agentcast.agents.react import ReAct
 from agentcast.agents.streaming import run_program
 from agentcast.agents.values import plain
 from tests.support.lms import chat, lm_of
-from tests.unit.test_react import ANSWER, FINISH, Heard, Script, play, turn
+from tests.unit.test_react import ANSWER, FINISH, Heard, Script, called, outside, play, script_outside, turn
 
 pytestmark = pytest.mark.anyio
 
@@ -220,7 +220,7 @@ def tool_of(make: Callable[[], Any], kind: str) -> Any:
 @pytest.mark.parametrize("name", RESULTS)
 async def test_whatever_a_tool_returns_is_an_observation(name: str, kind: str):
     make, expected, text = RESULTS[name]
-    agent = react_agent("question -> answer", [tool_of(make, kind)])
+    agent = ReAct("question -> answer", [tool_of(make, kind)])
     prediction, heard, script = await play(agent, turn("t", "look", {}), FINISH)
     observation = prediction.trajectory["observation_0"]
     assert (type(observation), observation) == (type(expected), expected)
@@ -243,7 +243,7 @@ def dspys_text(result: Any) -> str:
     ids=type,
 )
 def test_trajectory_is_formatted_by_every_adapter(adapter: Any):
-    ours, theirs = react_agent("question -> answer", [generated]), dspy.ReAct("question -> answer", [generated])
+    ours, theirs = ReAct("question -> answer", [generated]), dspy.ReAct("question -> answer", [generated])
     with dspy.context(adapter=adapter):
         for _, observation, _ in RESULTS.values():
             trajectory = {"thought_0": "t", "tool_args_0": {}, "observation_0": observation}
@@ -259,13 +259,27 @@ def test_trajectory_is_formatted_by_every_adapter(adapter: Any):
 
 def test_results_are_the_same_from_sync_code():
     for name, (make, expected, _) in RESULTS.items():
-        (guard,) = guarded([tool_of(make, "sync")])
-        assert guard() == expected, name
+        assert called(tool_of(make, "sync"), {}) == expected, name
+
+
+async def test_results_are_the_same_from_sync_code_in_a_run():
+    for make, expected, _ in (RESULTS["list of numbers"], RESULTS["path"]):
+        agent = ReAct("question -> answer", [tool_of(make, "sync")])
+
+        class Sync(dspy.Module):  # type: ignore[misc]
+            def forward(self, question: str, agent: Any = agent) -> Any:
+                return agent(question=question)
+
+        heard = Heard()
+        with script_outside(agent.tools["look"], {}):
+            outcome = await run_program(Sync(), {"question": "q"}, heard)
+        assert outcome.prediction.trajectory["observation_0"] == expected
+        assert [end.result for end in heard.of(ToolEnd)] == [plain(expected)]
 
 
 async def test_list_that_contains_itself_and_endless_generator_are_bounded():
     for make in (looped_list, endless, lambda: [endless()], lambda: {"a": looped_list()}):
-        agent = react_agent("question -> answer", [tool_of(make, "sync")])
+        agent = ReAct("question -> answer", [tool_of(make, "sync")])
         prediction, _, script = await play(agent, turn("t", "look", {}), FINISH)
         assert prediction.answer == "a"
         assert max(map(len, script.prompts)) < 80_000
@@ -346,7 +360,7 @@ async def test_a_tool_that_calls_another_gets_what_that_returns(loop: str, how: 
 
     adding = dspy.Tool(awaiting if how == "awaited" else calling, name="add", desc="", args={})
     agent, replies = looping("ReAct" if loop == "our own" else loop, adding)
-    agent = react_agent("question -> answer", [adding, numbers]) if loop == "our own" else agent
+    agent = ReAct("question -> answer", [adding, numbers]) if loop == "our own" else agent
     agent.tools.setdefault("numbers", numbers)
     _, heard, _ = await play(agent, *replies)
     assert [end.result for end in heard.of(ToolEnd) if end.tool in ("add", "numbers")] == [[1, 2], 3]
@@ -376,15 +390,14 @@ async def test_dspys_own_loops_read_generators(loop: str, make: Any):
 
 async def test_generators_may_be_asynchronous_and_may_fail():
     for tool, expected in ((agenerated, [1, 2]), (failing, "Tool failing failed: no more")):
-        (guard,) = guarded([tool])
-        assert await guard.acall() == expected
+        assert await outside(tool, {}) == expected
 
 
 @pytest.mark.filterwarnings("ignore:Implementing custom LMs:DeprecationWarning")
 async def test_image_is_shown_to_the_model_as_an_image_and_to_people_as_data():
     image = dspy.Image("http://127.0.0.1/a.png")
     for result, shown in ((image, {"url": image.url}), ([image, "a cat"], [{"url": image.url}, "a cat"])):
-        agent = react_agent("question -> answer", [tool_of(functools.partial(copy.copy, result), "sync")])
+        agent = ReAct("question -> answer", [tool_of(functools.partial(copy.copy, result), "sync")])
         parts: list[Any] = []
 
         def reply(messages: Any, parts: list[Any] = parts) -> str:
@@ -487,7 +500,7 @@ SELF_CANCELLING: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("name", SELF_CANCELLING)
 async def test_tool_that_cancels_itself_has_failed_and_the_run_goes_on(name: str):
     function, text = SELF_CANCELLING[name]
-    agent = react_agent("question -> answer", [dspy.Tool(function, name="look")])
+    agent = ReAct("question -> answer", [dspy.Tool(function, name="look")])
     with anyio.fail_after(10):
         prediction, heard, _ = await play(agent, turn("t", "look", {}), FINISH)
     assert prediction.trajectory["observation_0"] == f"Tool look failed: {text}"
@@ -499,9 +512,8 @@ async def test_tool_that_cancels_itself_has_failed_and_the_run_goes_on(name: str
 @pytest.mark.parametrize("name", SELF_CANCELLING)
 def test_tool_that_cancels_itself_has_failed_in_sync_code_too(name: str):
     function, text = SELF_CANCELLING[name]
-    (guard,) = guarded([dspy.Tool(function, name="look")])
     with dspy.context(allow_tool_async_sync_conversion=True):
-        assert guard() == f"Tool look failed: {text}"
+        assert called(dspy.Tool(function, name="look"), {}) == f"Tool look failed: {text}"
 
 
 @pytest.mark.parametrize("name", SELF_CANCELLING)
@@ -544,7 +556,7 @@ async def test_run_that_is_cancelled_in_a_tool_is_cancelled(cancel: str):
         return ""
 
     async def run() -> None:
-        ended.append(await play(react_agent("question -> answer", [look]), turn("t", "look", {}), FINISH))
+        ended.append(await play(ReAct("question -> answer", [look]), turn("t", "look", {}), FINISH))
 
     async def run_until_a_timeout() -> None:
         with contextlib.suppress(TimeoutError):
