@@ -377,7 +377,7 @@ class Hub:
         if follower.done or topic.epoch not in (epoch, snapshot.epoch):
             return  # dropped, or the log was replaced and the answer is of before
         if not topic.advance(snapshot.epoch, snapshot.seq, ended=snapshot.ended):
-            raise Unavailable("the bus is back at an epoch that was over; who looks after the run begins a new one")
+            raise Unavailable("the bus is back at an epoch that was over; the owner of the run starts a new one")
         if snapshot.epoch == follower.epoch and snapshot.seq < follower.cursor <= topic.head:
             return  # somebody else had asked for it before the follower got so far
         outbox.add_snapshot(follower, snapshot, topic.head, ended=topic.ended)

@@ -2,7 +2,7 @@
 
 The caller drives `run_program` with `agents.execution.drive`, which holds it back while the emitter is
 congested (G5). LM chunks are awaited into the emitter, which is how back-pressure reaches the LM stream; and a call of
-DSPy that a task of the program makes waits for room before it begins (`methods`). A synchronous program has a thread
+DSPy that a task of the program makes waits for room before it begins (`view`). A synchronous program has a thread
 of its own and is stopped by its next callback (G6). How events travel is not known here.
 """
 
