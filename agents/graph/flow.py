@@ -193,11 +193,16 @@ def targets(route: Route, choice: Any) -> Iterator[str]:
 
     :raises RouteError: it stands for no key, or for keys that lead to different nodes.
     """
-    for key in choice if isinstance(choice, list | tuple | set) else [choice]:
-        try:
-            yield route.path_map[key]
-        except (KeyError, TypeError):
-            yield _target(route, key)
+    is_several = isinstance(choice, list | tuple | set) and not _is_key(route, choice)
+    for key in choice if is_several else [choice]:
+        yield route.path_map[key] if _is_key(route, key) else _target(route, key)
+
+
+def _is_key(route: Route, choice: Any) -> bool:
+    try:
+        return choice in route.path_map
+    except TypeError:  # it cannot be hashed
+        return False
 
 
 def _target(route: Route, choice: Any) -> str:

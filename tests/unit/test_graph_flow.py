@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from agentcast.agents.graph import END, Graph, StatefulNode
-from agentcast.agents.graph.flow import START, Flow, Shape, Step
+from agentcast.agents.graph.building import Route
+from agentcast.agents.graph.flow import START, Flow, Shape, Step, targets
 
 
 class Nothing(BaseModel):
@@ -268,3 +269,10 @@ def test_without_loops_the_order_in_which_nodes_end_changes_nothing(
             run.end(name, *chosen(edges, name, 1, seed))
         outcomes.append(outcome)
     assert outcomes[0] == outcomes[1]
+
+
+def test_a_key_that_is_a_tuple_is_one_choice_and_any_other_tuple_several():
+    route = Route("a", None, {("x", 1): "pair", "x": "one", 1: "two"})
+    assert list(targets(route, ("x", 1))) == ["pair"]
+    assert list(targets(route, ("x", "1"))) == ["one", "two"]
+    assert list(targets(route, [("x", 1), "x"])) == ["pair", "one"]

@@ -223,7 +223,7 @@ _PASSING = ("READONLY", "MISCONF", "NOREPLICAS", "MASTERDOWN", "BUSY", "UNKILLAB
 
 
 def refusal(error: ResponseError) -> Unavailable:
-    """What an error reply means to the caller: a state that Redis will leave again, or one that an operator has to fix."""
+    """What an error reply means to the caller: a state that Redis will leave again, or one that people have to fix."""
     text = str(error)  # Redis 6.2 puts the code of what failed inside a script into the text
     if isinstance(error, OutOfMemoryError) or "OOM command not allowed" in text:
         return Unavailable("Redis is out of memory (maxmemory); it takes nothing until there is room")
