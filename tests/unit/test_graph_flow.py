@@ -25,8 +25,8 @@ def shape_of(edges: dict[str, str]) -> Shape:
     for name in edges:
         graph.add_node(StatefulNode(name, Nothing, Nothing))
     graph.set_entry_point(next(iter(edges)))
-    for name, targets in edges.items():
-        for target in targets:
+    for name, following in edges.items():
+        for target in following:
             if target.isupper():
                 graph.add_conditional_edges(name, lambda _: "", {target: target.lower()})
             else:
