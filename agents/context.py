@@ -70,6 +70,8 @@ class RunContext:
     """The innermost `Observer`: programs may be streamed inside a run."""
     calls: Mapping[Any, Any] = field(default_factory=dict)
     """Of each `Observer`, outer ones too, the call that the code is in, in a form of its own."""
+    callers: Any = None
+    """DSPy's `caller_modules` as the running tool was called; in the tool itself they are the same list."""
     models: Callable[[Any], Any] | None = None
     """Gives for an LM the one that is called in its place."""
     retrying: Any = None

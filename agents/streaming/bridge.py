@@ -8,6 +8,7 @@ calls and chunks is for its subclasses to know; how items travel is known to nob
 
 import asyncio
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
@@ -32,7 +33,7 @@ class _Entered(NamedTuple):
     settings: dict[str, Any]
 
 
-class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
+class Bridge(BaseCallback, ABC):  # type: ignore[misc]  # dspy is untyped
     """One run of one program: DSPy's callbacks and LM chunks in, items for `emit` out; an `Observer`.
 
     `emit` is an `agents.base.Emitter`, or a channel that takes items of another kind in the same way.
@@ -49,9 +50,9 @@ class Bridge(BaseCallback):  # type: ignore[misc]  # dspy is untyped
         self._failure: Exception | None = None
         self._entered: dict[str, _Entered] = {}
 
+    @abstractmethod
     def read(self, chunk: Any) -> Iterable[Any]:
         """The items that `chunk` makes. Called where the chunk is produced, in the context of its LM call."""
-        raise NotImplementedError
 
     async def conduct(self, call: Callable[[], Awaitable[Any]], changes: Mapping[str, Any], **settings: Any) -> Any:
         """Await `call()` with DSPy reporting to this bridge what happens, with `changes` of the context and with

@@ -19,7 +19,6 @@ What computes much takes a turn first (`agents.turns`), so that the event loop i
 """
 
 import contextlib
-import contextvars
 import copy
 import functools
 import logging
@@ -33,9 +32,9 @@ from agentcast.agents._dspy.in_runs import replace_in_runs
 from agentcast.agents._dspy.memos import text_of
 from agentcast.agents._dspy.names import get_setting
 from agentcast.agents.base import ToolError
-from agentcast.agents.context import SETTING, current, wait_for_room
+from agentcast.agents.context import SETTING, current, wait_for_room, within
 from agentcast.agents.observations import contained, observed, showable
-from agentcast.agents.streaming.calls import call_in_thread, can_be_awaited
+from agentcast.agents.streaming.calls import call_in_thread, can_be_awaited, ending_tool
 from agentcast.agents.threads import unblocking
 from agentcast.agents.turns import take_turn
 
@@ -111,29 +110,17 @@ def _called_tool(tool_call: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-_LOOPS = {"ReAct": "finish", "ReActV2": "submit"}
-"""DSPy's own loops, and the tool that ends each."""
-
-
-_calls: contextvars.ContextVar[Any] = contextvars.ContextVar("agentcast_calls", default=None)
-"""What DSPy's `caller_modules` were when the running tool was called; in the tool itself they are the same list."""
-
-
 @contextlib.contextmanager
 def _shown(tool: Any) -> Iterator[bool]:
     """Whether what `tool` returns goes into a prompt of DSPy's own: whether a loop calls it, and not another tool.
     A loop that `observes` turns results and failures into observations itself."""
     callers = dspy.settings.caller_modules or [None]
     loop = callers[-1]
-    is_dspys = not getattr(loop, "observes", False)
-    ends = [end for kind, end in _LOOPS.items() if is_dspys and isinstance(loop, getattr(dspy, kind, ()))]
-    is_its_own = bool(ends) and tool.name not in ends and loop.tools.get(tool.name) is tool
-    is_nested = _calls.get() is callers
-    token = _calls.set(callers)
-    try:
+    end = None if getattr(loop, "observes", False) else ending_tool(loop)
+    is_its_own = end not in (None, tool.name) and loop.tools.get(tool.name) is tool
+    is_nested = current().callers is callers
+    with within(callers=callers):
         yield is_its_own and not is_nested
-    finally:
-        _calls.reset(token)
 
 
 @contextlib.contextmanager

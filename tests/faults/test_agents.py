@@ -454,7 +454,7 @@ async def test_an_agent_that_cancels_itself_fails() -> None:
         task = asyncio.current_task()
         assert task is not None
         task.cancel()
-        await anyio.sleep(1)
+        await anyio.sleep_forever()
 
     view = await outcome(suicidal)
     assert view.document["error"] == {"code": "agent_error", "message": "the agent stopped itself", "retryable": False}
