@@ -209,3 +209,11 @@ async def test_a_program_that_seeds_random_numbers_gets_them_and_mixes_up_no_cal
     assert program.drawn == random.Random(7).random()
     starts = [event.span for event in heard.events if isinstance(event, ToolStart)]
     assert [event.span for event in heard.events if isinstance(event, ToolEnd)] == starts[::-1]
+
+
+async def test_a_program_that_runs_inside_a_span_of_the_run_is_below_it():
+    heard = Heard()
+    with dspy.context(lm=lm_of(lambda _: chat(answer="x"))), within(emitter=heard, span="5"):
+        await run_program(dspy.Predict("question -> answer"), {"question": "?"}, heard)
+    (start,) = [event for event in heard.events if isinstance(event, NodeStart)]
+    assert (start.parent, start.kind) == ("5", "agent")

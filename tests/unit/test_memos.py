@@ -25,10 +25,10 @@ from agentcast.agents._dspy import in_runs, memos
 from agentcast.agents._dspy.in_runs import ChunkJoiner
 from agentcast.agents._dspy.memos import Recent, call_args, is_valid, text_of, type_adapter, wrapper_model
 from agentcast.agents.base import Stopped
-from agentcast.agents.events import MessageEnd, MessageRetracted
+from agentcast.agents.events import LmEnd, MessageEnd, MessageRetracted
 from agentcast.agents.streaming import run_program
 from agentcast.agents.streaming.bridge import Sink
-from tests.support.lms import AsyncEngine, Engine, chat, pieces
+from tests.support.lms import AsyncEngine, Engine, chat, lm_of, pieces
 
 # -- Memos -------------------------------------------------------------------------------------------------------------
 
@@ -489,6 +489,49 @@ async def test_runs_that_are_woken_together_compute_in_turns_in_order(monkeypatc
     numbers, turns_taken = zip(*order, strict=True)
     assert list(numbers) == list(range(50))
     assert len(set(turns_taken)) >= 49  # never two of those who waited in one turn
+
+
+async def test_runs_whose_lm_calls_end_together_go_on_in_turns(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(turns, "SHARE", 0.0)
+    turn_of_loop, waiting = 0, 0
+    all_wait, together = anyio.Event(), anyio.Event()
+    ends: list[int] = []
+
+    class Noting:
+        async def send(self, event: Any) -> None:
+            self.nowait(event)
+
+        def nowait(self, event: Any) -> None:
+            if isinstance(event, LmEnd):
+                ends.append(turn_of_loop)
+
+    async def before_chunk(number: int) -> None:
+        nonlocal waiting
+        if number == 1:
+            waiting += 1
+            if waiting == 20:
+                all_wait.set()
+            await together.wait()
+
+    async def count() -> None:
+        nonlocal turn_of_loop
+        while True:
+            await asyncio.sleep(0)
+            turn_of_loop += 1
+
+    program = dspy.Predict("question -> answer")
+    lm = lm_of(lambda _: chat(answer="x"), before_chunk=before_chunk)
+    with dspy.context(lm=lm, adapter=dspy.ChatAdapter()), anyio.fail_after(10):
+        async with anyio.create_task_group() as counting:
+            counting.start_soon(count)
+            async with anyio.create_task_group() as group:
+                for _ in range(20):
+                    group.start_soon(run_program, program, {"question": "?"}, Noting())
+                await all_wait.wait()
+                together.set()
+            counting.cancel_scope.cancel()
+    assert len(ends) == 20
+    assert len(set(ends)) >= 19
 
 
 async def test_a_turn_that_is_cancelled_goes_to_the_next_in_line(monkeypatch: pytest.MonkeyPatch):
