@@ -7,6 +7,7 @@ from typing import Any
 import dspy
 import pytest
 
+from agentcast.agents.base import Emitter, Task
 from agentcast.agents.context import RunContext, current, status, within
 from agentcast.agents.events import AgentEvent, NodeStart, Status, ToolEnd, ToolStart
 from agentcast.agents.llm import Retrying
@@ -64,8 +65,6 @@ async def test_all_of_it_is_one_setting_of_dspys():
     async def look() -> None:
         keys.extend(key for key in dspy.settings.config if "agentcast" in key)
         assert current().task is not None
-
-    from agentcast.agents.base import Task
 
     agent = registry["look"]
     await agent.run(Task(run="r", input=agent.spec.input_model()), Heard())
@@ -217,3 +216,19 @@ async def test_a_program_that_runs_inside_a_span_of_the_run_is_below_it():
         await run_program(dspy.Predict("question -> answer"), {"question": "?"}, heard)
     (start,) = [event for event in heard.events if isinstance(event, NodeStart)]
     assert (start.parent, start.kind) == ("5", "agent")
+
+
+async def test_each_run_of_an_agent_numbers_its_spans_from_one():
+    registry = Registry()
+
+    @registry.agent
+    async def asking(emit: Emitter) -> None:
+        for _ in range(2):
+            await run_program(dspy.Predict("question -> answer"), {"question": "?"}, emit)
+
+    agent = registry["asking"]
+    with dspy.context(lm=lm_of(lambda _: chat(answer="x"))):
+        for _ in range(2):
+            heard = Heard()
+            await agent.run(Task(run="r", input=agent.spec.input_model()), heard)
+            assert [event.span for event in heard.events if isinstance(event, NodeStart)] == ["1", "3"]
