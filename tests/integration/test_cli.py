@@ -488,7 +488,21 @@ async def test_a_start_that_the_hub_cannot_take_at_the_moment_is_tried_again() -
     assert done.code == 0, done.err
 
 
-async def test_a_hole_in_the_events_is_mended_from_the_last_position() -> None:
+async def test_an_event_that_comes_twice_is_shown_once() -> None:
+    async def repeat(hub: Scripted, ws: ServerConnection) -> None:
+        await hub.accept(ws, "start", run="r", epoch="e")
+        for seq in (1, 1, 2, 1, 2):
+            fields = {"epoch": "e", "input": {}} if seq == 1 else {"message": "said once"}
+            await hub.event(ws, seq, "run_queued" if seq == 1 else "status", **fields)
+        await hub.event(ws, 3, "run_end", result=None)
+
+    async with scripted(repeat) as hub:
+        done = await agentcast("run", "a", "--url", hub.url)
+    assert done.code == 0, done.err
+    assert done.out.count("said once") == 1
+
+
+async def test_a_hole_in_the_events_is_filled_from_the_last_position() -> None:
     async def skip_one(hub: Scripted, ws: ServerConnection) -> None:
         await hub.accept(ws, "start", run="r", epoch="e")
         await hub.event(ws, 1, "run_queued", epoch="e", input={})
