@@ -16,8 +16,8 @@ from agentcast.agents.events import MessageStart, RunQueued, Token
 from agentcast.agents.execution import drive
 from agentcast.server.bus.base import NewRun, Origin
 from agentcast.server.bus.memory import MemoryBus
-from agentcast.server.recorder import Recorder, Snapshots
-from agentcast.server.serving import freeze_heap
+from agentcast.server.cli.serving import freeze_heap
+from agentcast.server.runs.recorder import Recorder, Snapshots
 from benchmarks.report import Row
 
 GROUP = "Channel of a run, events to its consumer"

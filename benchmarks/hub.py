@@ -19,9 +19,9 @@ from agentcast.agents.base import AgentSpec, Emitter, Task
 from agentcast.agents.events import MessageEnd, MessageStart, Status, Token
 from agentcast.agents.llm import ModelInfo
 from agentcast.server.app import AgentCast
-from agentcast.server.asgi import FrameProtocol
+from agentcast.server.cli.serving import freeze_heap
 from agentcast.server.config import Settings
-from agentcast.server.serving import freeze_heap
+from agentcast.server.edge.websocket import FrameProtocol
 from benchmarks.report import percentile
 from benchmarks.serving import EVENT_BYTES, MARK, Go, serving
 

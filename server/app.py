@@ -18,11 +18,11 @@ from agentcast.agents.registry import servers_used
 from agentcast.server.bus.base import Bus
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.config import Settings
-from agentcast.server.endpoint import Connections
-from agentcast.server.http import Api, Guard, no_route
-from agentcast.server.hub import Hub
-from agentcast.server.runs import Runs
-from agentcast.server.watchdog import Watchdog
+from agentcast.server.edge.endpoint import Connections
+from agentcast.server.edge.http import Api, Guard, no_route
+from agentcast.server.hub.hub import Hub
+from agentcast.server.runs.runs import Runs
+from agentcast.server.runs.watchdog import Watchdog
 
 CLOSING = 2.0
 """Seconds that idle connections to LM providers get to close."""

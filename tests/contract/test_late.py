@@ -9,8 +9,8 @@ import orjson
 import pytest
 
 from agentcast.server.bus.base import Bus
-from agentcast.server.hub import Hub
-from agentcast.server.outbox import Outbox
+from agentcast.server.hub.hub import Hub
+from agentcast.server.hub.outbox import Outbox
 from agentcast.server.protocol import Position, To
 from tests.contract.support import Log, Mail
 

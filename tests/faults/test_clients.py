@@ -14,8 +14,8 @@ from websockets.asyncio.client import connect
 
 from agentcast.agents.base import Emitter
 from agentcast.agents.events import MessageEnd, MessageStart, Status, Token
-from agentcast.server.endpoint import Connection
-from agentcast.server.outbox import QUEUE_BYTES, QUEUE_FRAMES
+from agentcast.server.edge.endpoint import Connection
+from agentcast.server.hub.outbox import QUEUE_BYTES, QUEUE_FRAMES
 from tests.support.agents import Anything, agent
 from tests.support.client import Client
 from tests.support.hub import RunningHub, open_hub

@@ -7,11 +7,11 @@ from typing import Any
 import anyio
 import pytest
 
-import agentcast.server.endpoint
+import agentcast.server.edge.endpoint
 from agentcast.agents.base import Emitter
 from agentcast.agents.events import Status
-from agentcast.server.endpoint import Connection
-from agentcast.server.outbox import Follower
+from agentcast.server.edge.endpoint import Connection
+from agentcast.server.hub.outbox import Follower
 from tests.support.agents import Anything, agent
 from tests.support.client import Client
 from tests.support.hub import RunningHub, open_hub
@@ -85,7 +85,7 @@ def connection_of(hub: RunningHub, client: Client) -> Connection:
 
 @pytest.fixture(autouse=True)
 def frequent_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agentcast.server.endpoint, "TICK", 0.05)
+    monkeypatch.setattr(agentcast.server.edge.endpoint, "TICK", 0.05)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -10,7 +10,7 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
 from agentcast.server.bus.base import Created
-from agentcast.server.hub import Hub
+from agentcast.server.hub.hub import Hub
 from agentcast.server.protocol import Start
 from tests.model.world import Connection, Run
 from tests.support.buses import HeldBus

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-import agentcast.server.hub
-import agentcast.server.outbox
+import agentcast.server.hub.hub
+import agentcast.server.hub.outbox
 from agentcast.server.errors import Unavailable
 from tests.model.client import Client, Line
 from tests.model.scene import Scene, brief, playing
@@ -251,7 +251,7 @@ async def test_after_a_feed_that_was_trimmed_no_run_comes_twice_and_every_active
 
 
 async def test_a_listing_that_fails_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agentcast.server.hub, "_jitter", lambda: 0.0)
+    monkeypatch.setattr(agentcast.server.hub.hub, "_jitter", lambda: 0.0)
     async with playing(feed_length=1) as scene:
         connection = await scene.connect()
         await scene.subscribe(connection, to={"all": True})
@@ -271,7 +271,7 @@ async def test_a_listing_that_fails_is_asked_for_again(monkeypatch: pytest.Monke
 async def test_a_rule_whose_runs_cannot_be_subscribed_to_at_the_moment_holds_up_no_other(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agentcast.server.hub, "_jitter", lambda: 0.0)
+    monkeypatch.setattr(agentcast.server.hub.hub, "_jitter", lambda: 0.0)
     first, second = await scene.connect(), await scene.connect()
     await scene.subscribe(first, to={"agent": "ant"})
     await scene.subscribe(second, to={"agent": "bee"})
@@ -290,14 +290,14 @@ async def test_a_rule_whose_runs_cannot_be_subscribed_to_at_the_moment_holds_up_
 
     assert shown(await scene.frames(second)) == {scene.started[1].id: [1]}
     monkeypatch.undo()
-    monkeypatch.setattr(agentcast.server.hub, "_jitter", lambda: 0.0)
+    monkeypatch.setattr(agentcast.server.hub.hub, "_jitter", lambda: 0.0)
     assert shown(await scene.frames(first)) == {scene.started[0].id: [1]}
 
 
 async def test_a_connection_on_which_too_many_runs_end_before_the_feed_is_read_is_cut(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agentcast.server.outbox, "MAX_PAST", 2)
+    monkeypatch.setattr(agentcast.server.hub.outbox, "MAX_PAST", 2)
     cut: list[None] = []
     connection = await scene.connect()
     connection.outbox.cut = lambda: cut.append(None)
@@ -385,8 +385,8 @@ class Crowd:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("feed", "rest"), [(400, 100), (40_000, 1_200)], ids=["late", "very late"])
 def test_a_thousand_short_runs(feed: int, rest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agentcast.server.hub, "_jitter", lambda: 0.0)
-    monkeypatch.setattr(agentcast.server.outbox, "TAKE_BYTES", 1)
+    monkeypatch.setattr(agentcast.server.hub.hub, "_jitter", lambda: 0.0)
+    monkeypatch.setattr(agentcast.server.hub.outbox, "TAKE_BYTES", 1)
     crowd = Crowd(int(os.environ.get("CROWD_SEED", "0")), feed)
     try:
         for step in range(1_200):

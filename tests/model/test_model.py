@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import agentcast.server.bus.memory
-import agentcast.server.hub
-import agentcast.server.outbox
+import agentcast.server.hub.hub
+import agentcast.server.hub.outbox
 from tests.model.client import Client, Line
 from tests.model.world import Run, World
 
@@ -51,9 +51,9 @@ class Hub(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(agentcast.server.hub, "MAX_DISTANCE", MAX_DISTANCE)
-        self.patch.setattr(agentcast.server.hub, "_jitter", lambda: 0.0)
-        self.patch.setattr(agentcast.server.outbox, "TAKE_BYTES", 1)  # one frame at a time
+        self.patch.setattr(agentcast.server.hub.hub, "MAX_DISTANCE", MAX_DISTANCE)
+        self.patch.setattr(agentcast.server.hub.hub, "_jitter", lambda: 0.0)
+        self.patch.setattr(agentcast.server.hub.outbox, "TAKE_BYTES", 1)  # one frame at a time
         self.patch.setattr(agentcast.server.bus.memory, "PAGE_EVENTS", PAGE_EVENTS)
 
     @initialize(

@@ -30,12 +30,12 @@ from agentcast.server.bus.base import (
     Subscription,
 )
 from agentcast.server.bus.memory import MemoryBus
+from agentcast.server.edge.session import Session
 from agentcast.server.errors import Unavailable
-from agentcast.server.hub import Hub
-from agentcast.server.outbox import Outbox
+from agentcast.server.hub.hub import Hub
+from agentcast.server.hub.outbox import Outbox
 from agentcast.server.protocol import Start, encode_event
-from agentcast.server.runs import Runs
-from agentcast.server.session import Session
+from agentcast.server.runs.runs import Runs
 from agentcast.server.state import RunState
 
 T = TypeVar("T")
@@ -271,7 +271,7 @@ class Run:
 
 
 class Connection:
-    """What `agentcast.server.endpoint` makes of a socket, without one."""
+    """What `agentcast.server.edge.endpoint` makes of a socket, without one."""
 
     def __init__(self, hub: Hub, starter: object, queue_frames: int) -> None:
         self._hub = hub

@@ -23,7 +23,12 @@ from anyio.abc import ByteReceiveStream, ByteSendStream, Process
 ROOT = Path(__file__).parents[2]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["agentcast.server.cli", "agentcast.server.serving", "agentcast.server.doctor", "agentcast.agents.demo"]
+    [
+        "agentcast.server.cli.main",
+        "agentcast.server.cli.serving",
+        "agentcast.server.cli.doctor",
+        "agentcast.agents.demo",
+    ]
 )
 
 
@@ -65,7 +70,7 @@ def fork(
 
 def agentcast(*arguments: str) -> None:
     """What the command does."""
-    from agentcast.server.cli import main
+    from agentcast.server.cli.main import main
 
     sys.argv = ["agentcast", *arguments]
     main()

@@ -11,10 +11,10 @@ import httpx
 import uvicorn
 
 from agentcast.server.app import AgentCast
-from agentcast.server.asgi import FrameProtocol
 from agentcast.server.bus.base import Bus
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.config import Settings
+from agentcast.server.edge.websocket import FrameProtocol
 from agentcast.server.protocol import MESSAGE_BYTES
 from tests.support.agents import OFFLINE, FunctionAgent
 from tests.support.client import Client, connect

@@ -3,7 +3,7 @@
 from typing import Any
 
 from agentcast.agents.registry import Registry
-from agentcast.server.rules import FeedReader
+from agentcast.server.hub.rules import FeedReader
 
 registry = Registry()
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from agentcast.server.arguments import BadArgument, describe, type_name, typed_input
+from agentcast.server.cli.arguments import BadArgument, describe, type_name, typed_input
 
 
 class Colour(Enum):

@@ -3,7 +3,7 @@
 import anyio
 import pytest
 
-from agentcast.server.flight import SingleFlight
+from agentcast.server.hub.single_flight import SingleFlight
 
 
 class Work:

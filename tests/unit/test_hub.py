@@ -6,8 +6,8 @@ import pytest
 
 from agentcast.server.bus.base import Head
 from agentcast.server.bus.memory import MemoryBus
-from agentcast.server.hub import Hub
-from agentcast.server.outbox import Outbox
+from agentcast.server.hub.hub import Hub
+from agentcast.server.hub.outbox import Outbox
 from agentcast.server.protocol import Position, To
 from tests.contract.support import Log
 
@@ -59,6 +59,6 @@ async def test_log_that_is_shorter_than_it_was_is_asked_again_after_a_pause(monk
     def pause() -> float:
         raise Paused
 
-    monkeypatch.setattr("agentcast.server.hub._jitter", pause)
+    monkeypatch.setattr("agentcast.server.hub.hub._jitter", pause)
     with anyio.fail_after(5), pytest.raises(Paused):
         await hub.catch_up(outbox)

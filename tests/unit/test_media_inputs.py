@@ -18,7 +18,7 @@ from agentcast.agents.inputs.checking import read_input
 from agentcast.agents.registry import Registry
 from agentcast.agents.streaming import stream_events
 from agentcast.agents.transpiler import AgentTranspiler
-from agentcast.server.arguments import typed_input
+from agentcast.server.cli.arguments import typed_input
 from tests.support.lms import chat
 from tests.unit.test_react import Heard
 

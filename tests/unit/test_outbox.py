@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentcast.server import outbox as module
 from agentcast.server import protocol
 from agentcast.server.bus.base import Frame, Page, Snapshot
 from agentcast.server.errors import TooMany
-from agentcast.server.outbox import Follower, Outbox
+from agentcast.server.hub import outbox as module
+from agentcast.server.hub.outbox import Follower, Outbox
 from agentcast.server.protocol import Detail
 
 RUN, EPOCH = "r", "e"

@@ -114,9 +114,9 @@ def test_importing_the_package_loads_nothing_heavy():
         ("from agentcast.events import Status", {"dspy", "starlette"}),
         ("from agentcast import connect", {"dspy", "starlette", "rich", "redis", "mcp"}),
         ("from agentcast import Registry, streamify, Graph", {"starlette", "redis", "mcp", "litellm"}),
-        ("import agentcast.server.cli", HEAVY - {"typer"}),
-        ("import agentcast.server.watching", {"dspy", "starlette", "redis", "mcp"}),  # `agentcast run`
-        ("import agentcast.server.serving", {"redis", "mcp", "litellm", "httpx"}),  # `agentcast serve`
+        ("import agentcast.server.cli.main", HEAVY - {"typer"}),
+        ("import agentcast.server.cli.watching", {"dspy", "starlette", "redis", "mcp"}),  # `agentcast run`
+        ("import agentcast.server.cli.serving", {"redis", "mcp", "litellm", "httpx"}),  # `agentcast serve`
     ],
 )
 def test_a_name_loads_only_what_it_needs(code: str, heavy: set[str]):

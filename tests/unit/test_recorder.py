@@ -38,12 +38,12 @@ from agentcast.agents.events import (
     ValidationFailed,
 )
 from agentcast.agents.values import VALUE_BYTES, text_bytes
-from agentcast.server import recorder as module
 from agentcast.server.bus.base import APPEND_BYTES, Frame, Head, NewRun, Origin, Snapshot, append_size
 from agentcast.server.bus.base import Status as RunStatus
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.errors import Ended, Fenced, NotFound, Unavailable
-from agentcast.server.recorder import Recorder, Snapshots
+from agentcast.server.runs import recorder as module
+from agentcast.server.runs.recorder import Recorder, Snapshots
 from agentcast.server.state import RunState
 from tests.contract.support import Mail
 

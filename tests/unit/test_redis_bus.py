@@ -12,12 +12,12 @@ from redis.asyncio.connection import AbstractConnection
 from agentcast.server.bus.base import Frame, Gone, Head, Origin, Snapshot
 from agentcast.server.bus.redis import RedisBus
 from agentcast.server.bus.redis.keys import Keys
-from agentcast.server.bus.redis.lane import Lane, Script, connections
 from agentcast.server.bus.redis.listener import Listener
+from agentcast.server.bus.redis.pipelined import PipelinedConnection, Script, connections
 from agentcast.server.bus.redis.workers import Workers
 from agentcast.server.config import Settings
 from agentcast.server.errors import Ended, Fenced, HeadMismatch, NotFound, Unavailable
-from agentcast.server.runs import Runs
+from agentcast.server.runs.runs import Runs
 from agentcast.server.state import RunState
 from tests.contract.support import Log, Mail, new_run
 from tests.support.redis import Redis, running_redis
@@ -79,7 +79,7 @@ async def _make_deaf(bus: RedisBus) -> None:
 async def test_a_subscription_that_has_gone_deaf_is_found_out_and_what_it_missed_is_made_up_for_by_the_head(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agentcast.server.bus.redis.news.RECHECK", 1_000.0)
+    monkeypatch.setattr("agentcast.server.bus.redis.heads.RECHECK", 1_000.0)
     here, there = RedisBus(redis.url, "one"), RedisBus(redis.url, "two")
     async with running(here, there):
         log = await Log.create(here)
@@ -97,7 +97,7 @@ async def test_a_subscription_that_has_gone_deaf_is_found_out_and_what_it_missed
 
 
 async def test_the_head_of_a_quiet_run_is_asked_for_now_and_then(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentcast.server.bus.redis.news.RECHECK", 0.2)
+    monkeypatch.setattr("agentcast.server.bus.redis.heads.RECHECK", 0.2)
     monkeypatch.setattr("agentcast.server.bus.redis.bus.RECHECK_TICK", 0.1)
     bus = RedisBus(redis.url, "one")
     async with running(bus):
@@ -138,14 +138,14 @@ async def test_a_channel_that_is_left_and_wanted_again_while_all_are_resubscribe
         connection.send_command = send_command  # type: ignore[method-assign]
         return connection
 
-    lane = Lane(connect())
+    connection = PipelinedConnection(connect())
 
     async def publish(channel: str, message: bytes) -> object:
-        return await lane.call("PUBLISH", channel, message)
+        return await connection.call("PUBLISH", channel, message)
 
     listener = Listener(meddled, publish, "probe", {"run": print}, checkpoint)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(lane.run)
+        tasks.start_soon(connection.run)
         tasks.start_soon(listener.run)
         with anyio.fail_after(PATIENCE):
             await listener.connected.wait()
@@ -196,7 +196,7 @@ async def test_the_owner_is_asked_to_verify_a_run_of_which_redis_has_less(redis:
 
 async def test_a_run_that_nobody_restores_is_told_to_be_gone(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agentcast.server.bus.redis.bus.RECHECK_TICK", 0.1)
-    monkeypatch.setattr("agentcast.server.bus.redis.news.GONE_AFTER", 0.3)
+    monkeypatch.setattr("agentcast.server.bus.redis.heads.GONE_AFTER", 0.3)
     bus = RedisBus(redis.url, "one")
     async with running(bus):
         log = await Log.create(bus)
@@ -278,10 +278,10 @@ def _snapshot(log: Log) -> Snapshot:
 @asynccontextmanager
 async def watching(redis: Redis) -> AsyncIterator[Workers]:
     """How worker `two` sees the others, without a heartbeat of its own."""
-    lane = Lane(connections(redis.url)())
+    connection = PipelinedConnection(connections(redis.url)())
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(lane.run)
-        yield Workers(lane, Keys("agentcast", 0), "two")
+        tasks.start_soon(connection.run)
+        yield Workers(connection, Keys("agentcast", 0), "two")
         tasks.cancel_scope.cancel()
 
 
@@ -361,33 +361,33 @@ async def test_an_orphan_whose_log_cannot_be_read_takes_no_hub_down(
         tasks.cancel_scope.cancel()
 
 
-# -- The lane ------------------------------------------------------------------------------------------------------
+# -- The connection ----------------------------------------------------------------------------------------------------
 
 
-async def test_a_lane_answers_thousands_of_questions_and_goes_on_after_scripts_were_forgotten(redis: Redis) -> None:
-    lane, script = Lane(connections(redis.url)()), Script("return ARGV[1]")
+async def test_a_connection_answers_thousands_of_questions_also_after_scripts_were_forgotten(redis: Redis) -> None:
+    connection, script = PipelinedConnection(connections(redis.url)()), Script("return ARGV[1]")
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(lane.run)
-        answers = await lane.calls([("ECHO", str(number)) for number in range(3_000)])
+        tasks.start_soon(connection.run)
+        answers = await connection.calls([("ECHO", str(number)) for number in range(3_000)])
         assert answers == [b"%d" % number for number in range(3_000)]
         for _ in range(2):
-            assert await lane.script(script, [], "hello") == b"hello"
+            assert await connection.script(script, [], "hello") == b"hello"
             redis.do("SCRIPT", "FLUSH")
         tasks.cancel_scope.cancel()
 
 
-async def test_a_lane_says_within_its_patience_that_redis_is_away_and_works_when_it_is_back(redis: Redis) -> None:
-    lane = Lane(connections(redis.url)())
+async def test_a_connection_says_within_its_patience_that_redis_is_away_and_works_when_it_is_back(redis: Redis) -> None:
+    connection = PipelinedConnection(connections(redis.url)())
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(lane.run)
+        tasks.start_soon(connection.run)
         redis.pause()
         with anyio.fail_after(5), pytest.raises(Unavailable):
-            await lane.call("PING")
+            await connection.call("PING")
         redis.resume()
         with anyio.fail_after(PATIENCE):
             while True:
                 try:
-                    assert await lane.call("PING") == b"PONG"
+                    assert await connection.call("PING") == b"PONG"
                     break
                 except Unavailable:
                     await anyio.sleep(0.05)
@@ -395,7 +395,7 @@ async def test_a_lane_says_within_its_patience_that_redis_is_away_and_works_when
         with anyio.fail_after(5):
             while True:
                 with pytest.raises(Unavailable, match="Redis is away") as caught:
-                    await lane.call("PING")
+                    await connection.call("PING")
                 assert str(redis.port) not in str(caught.value), "clients are told this"
                 if "Connection refused" in str(caught.value):
                     break

@@ -12,10 +12,10 @@ from agentcast.server.bus.base import Frame, Gone, Head
 from agentcast.server.bus.redis import codec
 from agentcast.server.bus.redis.commands import Commands
 from agentcast.server.bus.redis.feed import Feed
+from agentcast.server.bus.redis.heads import HeadTracker
 from agentcast.server.bus.redis.keys import Keys
-from agentcast.server.bus.redis.lane import Lane
 from agentcast.server.bus.redis.listener import Listener
-from agentcast.server.bus.redis.news import News
+from agentcast.server.bus.redis.pipelined import PipelinedConnection
 from agentcast.server.errors import Unavailable
 
 KEYS = Keys("agentcast", 0)
@@ -26,7 +26,7 @@ def info(epoch: str, head: int) -> list[bytes | None]:
 
 
 class Answers:
-    """Stands in for a lane: answers are held back until they are released."""
+    """Stands in for a connection: answers are held back until they are released."""
 
     def __init__(self, *answers: Any) -> None:
         self._answers = list(answers)
@@ -68,28 +68,28 @@ async def test_heads_that_were_asked_for_before_news_came_are_not_delivered_afte
     message: bytes, delivered: Head
 ) -> None:
     """A hub that has just begun to follow the run would take the old log for the newer one."""
-    lane, channels, got = Answers([info("1", 7)]), Channels(), list[Any]()
-    news = News(cast(Listener, channels), cast(Lane, lane), KEYS)
+    connection, channels, got = Answers([info("1", 7)]), Channels(), list[Any]()
+    news = HeadTracker(cast(Listener, channels), cast(PipelinedConnection, connection), KEYS)
     await news.subscribe("r", got.append, known)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(news.compare_all)
-        await lane.asked.wait()
+        await connection.asked.wait()
         channels.receivers[KEYS.news("r")](message)
-        lane.released.set()
+        connection.released.set()
     assert got == [delivered]
 
 
 async def test_a_head_that_nothing_has_overtaken_is_delivered() -> None:
-    lane, got = Answers([info("1", 7)]), list[Sequence[Frame] | Head | Gone]()
-    news = News(cast(Listener, Channels()), cast(Lane, lane), KEYS)
+    connection, got = Answers([info("1", 7)]), list[Sequence[Frame] | Head | Gone]()
+    news = HeadTracker(cast(Listener, Channels()), cast(PipelinedConnection, connection), KEYS)
     await news.subscribe("r", got.append, known)
-    lane.released.set()
+    connection.released.set()
     await news.compare_all()
     assert got == [Head("r", "1", 7)]
 
 
 async def test_watching_a_feed_that_cannot_be_read_leaves_no_watcher() -> None:
-    feed = Feed(cast(Lane, Answers()), KEYS, 10)
+    feed = Feed(cast(PipelinedConnection, Answers()), KEYS, 10)
     told: list[object] = []
     with pytest.raises(Unavailable):
         await feed.watch(told.append)

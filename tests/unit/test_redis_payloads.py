@@ -13,10 +13,10 @@ from agentcast.agents.channel import Channel
 from agentcast.agents.events import ToolStart
 from agentcast.server.bus.base import APPEND_BYTES, PAGE_BYTES, NewRun, Origin, Snapshot, new_run_id
 from agentcast.server.bus.redis import RedisBus, feed
-from agentcast.server.bus.redis.lane import BATCH_BYTES, Lane, Script, connections
 from agentcast.server.bus.redis.pieces import PIECE_BYTES
+from agentcast.server.bus.redis.pipelined import BATCH_BYTES, PipelinedConnection, Script, connections
 from agentcast.server.errors import Fenced, NotFound, Unavailable
-from agentcast.server.recorder import Recorder, Snapshots
+from agentcast.server.runs.recorder import Recorder, Snapshots
 from tests.contract.support import Log, Mail, frames, new_run
 from tests.support.redis import Redis, running_redis
 from tests.support.waiting import PATIENCE
@@ -49,15 +49,15 @@ async def bus(redis: Redis) -> AsyncIterator[RedisBus]:
 
 @pytest.fixture
 def trips(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
-    """The calls of each round trip of any lane."""
+    """The calls of each round trip of any connection."""
     trips: list[list[Any]] = []
-    exchange = Lane._exchange
+    exchange = PipelinedConnection._exchange
 
-    async def watched(lane: Lane, batch: list[Any]) -> None:
+    async def watched(connection: PipelinedConnection, batch: list[Any]) -> None:
         trips.append(batch)
-        await exchange(lane, batch)
+        await exchange(connection, batch)
 
-    monkeypatch.setattr(Lane, "_exchange", watched)
+    monkeypatch.setattr(PipelinedConnection, "_exchange", watched)
     return trips
 
 
@@ -120,19 +120,19 @@ async def test_a_burst_of_large_events_is_published_in_small_messages_and_cuts_n
 async def test_calls_that_wait_together_share_round_trips_of_bounded_size_and_small_ones_wait_for_one_at_most(
     redis: Redis, trips: list[list[Any]]
 ) -> None:
-    lane, echo = Lane(connections(redis.url)()), Script("return #ARGV[1]")
+    connection, echo = PipelinedConnection(connections(redis.url)()), Script("return #ARGV[1]")
     sizes = [300 * KIB] * 20 + [1] * 30 + [2 * BATCH_BYTES, 10] + [10] * 100
     answers: dict[int, Any] = {}
 
     async def call(number: int, size: int) -> None:
-        answers[number] = await lane.script(echo, [], b"x" * size, expects=300 * KIB if size == 1 else 0)
+        answers[number] = await connection.script(echo, [], b"x" * size, expects=300 * KIB if size == 1 else 0)
 
     async with anyio.create_task_group() as tasks:
         async with anyio.create_task_group() as calls:
             for number, size in enumerate(sizes):
                 calls.start_soon(call, number, size)
             await anyio.wait_all_tasks_blocked()
-            tasks.start_soon(lane.run)
+            tasks.start_soon(connection.run)
         tasks.cancel_scope.cancel()
     assert [answers[number] for number in range(len(sizes))] == sizes
     alone = [batch for batch in trips if sum(call.weight for call in batch) > BATCH_BYTES]
@@ -357,9 +357,9 @@ async def test_control_traffic_waits_for_no_payload(
 
 async def test_a_slow_append_is_not_sent_again_and_again(redis: Redis) -> None:
     """A link of some hundred KB/s carries the largest append: it is not given up on its way."""
-    lane = Lane(connections(redis.url)())
+    connection = PipelinedConnection(connections(redis.url)())
     slow = Script("local t = redis.call('TIME')[1] while redis.call('TIME')[1] - t < 3 do end return #ARGV[1]")
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(lane.run)
-        assert await lane.script(slow, [], b"x" * APPEND_BYTES) == APPEND_BYTES
+        tasks.start_soon(connection.run)
+        assert await connection.script(slow, [], b"x" * APPEND_BYTES) == APPEND_BYTES
         tasks.cancel_scope.cancel()

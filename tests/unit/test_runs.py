@@ -29,7 +29,7 @@ from agentcast.server.errors import (
     UnknownAgent,
 )
 from agentcast.server.protocol import Start
-from agentcast.server.runs import Runs
+from agentcast.server.runs.runs import Runs
 from tests.contract.support import Mail
 
 Run = Callable[[Task, Emitter], Awaitable[Any]]
@@ -543,8 +543,8 @@ async def test_agent_that_ignores_its_cancellation_is_left_behind() -> None:
 async def test_cancellation_is_logged_though_the_client_who_asked_for_it_is_gone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("agentcast.server.recorder._RETRY_FIRST", 0.001)
-    monkeypatch.setattr("agentcast.server.recorder._RETRY_MOST", 0.001)
+    monkeypatch.setattr("agentcast.server.runs.recorder._RETRY_FIRST", 0.001)
+    monkeypatch.setattr("agentcast.server.runs.recorder._RETRY_MOST", 0.001)
     bus = AwayBus()
     talk = anyio.Event()
 
@@ -572,8 +572,8 @@ async def test_cancellation_is_logged_though_the_client_who_asked_for_it_is_gone
 async def test_agent_that_is_done_cannot_be_cancelled_though_its_end_is_not_logged_yet(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("agentcast.server.recorder._RETRY_FIRST", 0.001)
-    monkeypatch.setattr("agentcast.server.recorder._RETRY_MOST", 0.001)
+    monkeypatch.setattr("agentcast.server.runs.recorder._RETRY_FIRST", 0.001)
+    monkeypatch.setattr("agentcast.server.runs.recorder._RETRY_MOST", 0.001)
     bus, held = AwayBus(), Held()
     async with hosting(Scripted(held), bus=bus) as host:
         run = await host.start()
@@ -794,9 +794,9 @@ async def fenceable(
 ) -> AsyncIterator[tuple[Host, StuckBus, Callable[[str], Awaitable[list[str]]]]]:
     """A host that checks its fences often. What is given last claims a run, and gives the names in its log once the
     host has let go of it."""
-    monkeypatch.setattr("agentcast.server.ownership.CHECK_EVERY", 0.01)
-    monkeypatch.setattr("agentcast.server.recorder._RETRY_FIRST", 0.001)
-    monkeypatch.setattr("agentcast.server.recorder._RETRY_MOST", 0.001)
+    monkeypatch.setattr("agentcast.server.runs.ownership.CHECK_EVERY", 0.01)
+    monkeypatch.setattr("agentcast.server.runs.recorder._RETRY_FIRST", 0.001)
+    monkeypatch.setattr("agentcast.server.runs.recorder._RETRY_MOST", 0.001)
     bus = StuckBus()
     async with hosting(Scripted(run, max_concurrent=1, **options), bus=bus, cancel_grace=0.1) as host:
 
@@ -876,7 +876,7 @@ async def test_a_run_whose_write_waits_for_the_bus_is_let_go(
 
 
 async def test_a_run_whose_snapshot_is_being_written_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentcast.server.recorder.SNAPSHOT_GROWTH", 1)
+    monkeypatch.setattr("agentcast.server.runs.recorder.SNAPSHOT_GROWTH", 1)
     agent = Fenceable()
     async with fenceable(monkeypatch, agent) as (host, bus, claimed):
         bus.holds_snapshots = True
@@ -907,7 +907,7 @@ async def test_an_agent_in_its_grace_after_a_cancellation_writes_nothing_more(mo
 
 
 async def test_a_run_that_the_bus_wants_verified_is_let_go_if_it_is_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentcast.server.ownership.CHECK_EVERY", 1_000.0)
+    monkeypatch.setattr("agentcast.server.runs.ownership.CHECK_EVERY", 1_000.0)
     agent = Fenceable()
     async with hosting(Scripted(agent), cancel_grace=0.1) as host:
         run = await host.start()
@@ -922,7 +922,7 @@ async def test_a_run_that_the_bus_wants_verified_is_let_go_if_it_is_anothers(mon
 
 
 async def test_a_run_taken_over_by_another_process_finds_out_by_its_next_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentcast.server.ownership.CHECK_EVERY", 1_000.0)
+    monkeypatch.setattr("agentcast.server.runs.ownership.CHECK_EVERY", 1_000.0)
     talk, cleaned = anyio.Event(), anyio.Event()
 
     async def talker(task: Task, emit: Emitter) -> None:
@@ -1030,7 +1030,7 @@ async def test_stopping_an_idle_host_returns_at_once() -> None:
 async def test_stopping_waits_for_the_last_snapshots_but_not_for_ever(
     monkeypatch: pytest.MonkeyPatch, stuck: bool
 ) -> None:
-    monkeypatch.setattr("agentcast.server.runs.SAVING", 0.2)
+    monkeypatch.setattr("agentcast.server.runs.runs.SAVING", 0.2)
     bus = StuckBus()
     async with hosting(Scripted(forever), bus=bus) as host:
         run = await host.start()

@@ -11,15 +11,16 @@ from pydantic import BaseModel
 
 from agentcast.agents.base import AgentSpec, Emitter, Task
 from agentcast.agents.events import Status
-from agentcast.server import protocol, session
+from agentcast.server import protocol
 from agentcast.server.bus.base import Filter
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.config import Settings
+from agentcast.server.edge import session
+from agentcast.server.edge.session import Session
 from agentcast.server.errors import PROTOCOL_ERROR, CloseReason, Forbidden
-from agentcast.server.hub import Hub
-from agentcast.server.outbox import Outbox
-from agentcast.server.runs import Runs
-from agentcast.server.session import Session
+from agentcast.server.hub.hub import Hub
+from agentcast.server.hub.outbox import Outbox
+from agentcast.server.runs.runs import Runs
 
 
 class Question(BaseModel):
@@ -244,7 +245,7 @@ async def test_subscription_to_a_run_whose_end_is_known_ends_by_itself(client: C
 
 
 async def test_client_far_behind_is_brought_up_by_a_snapshot(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentcast.server.hub.MAX_DISTANCE", 1)
+    monkeypatch.setattr("agentcast.server.hub.hub.MAX_DISTANCE", 1)
     started = await client.result("start", agent="echo", input={})
     run, epoch = started["run"], started["epoch"]
     await client.next("event", event="status")
@@ -261,7 +262,7 @@ async def test_client_far_behind_is_brought_up_by_a_snapshot(client: Client, mon
 async def test_whole_log_is_sent_to_who_asks_for_it_however_long_it_is(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agentcast.server.hub.MAX_DISTANCE", 1)
+    monkeypatch.setattr("agentcast.server.hub.hub.MAX_DISTANCE", 1)
     run = (await client.result("start", agent="echo", input={}, subscribe=False))["run"]
     while (await client.bus.info([run]))[run].head < 3:
         await anyio.lowlevel.checkpoint()

@@ -37,7 +37,7 @@ from agentcast.agents.inputs.checking import RejectedInput, read_input
 from agentcast.agents.offline import offline_lm
 from agentcast.agents.registry import Registry
 from agentcast.agents.transpiler import AgentTranspiler
-from agentcast.server.arguments import typed_input
+from agentcast.server.cli.arguments import typed_input
 from tests.support.hub import RunningHub, open_hub
 
 STRICT = ConfigDict(strict=True)

@@ -42,11 +42,11 @@ from agentcast.agents.values import (
     plain,
     plain_fields,
 )
-from agentcast.server import recorder as module
 from agentcast.server.bus.base import NewRun, Origin
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.client import connect
-from agentcast.server.recorder import Recorder, Snapshots
+from agentcast.server.runs import recorder as module
+from agentcast.server.runs.recorder import Recorder, Snapshots
 from agentcast.server.state import RunState
 from tests.support.agents import agent
 from tests.support.hub import open_hub

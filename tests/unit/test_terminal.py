@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from agentcast.server.cli.terminal import AgentsView, RunView, short
 from agentcast.server.state import RunState
-from agentcast.server.terminal import AgentsView, RunView, short
 
 Frame = dict[str, Any]
 

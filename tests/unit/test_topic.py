@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from agentcast.server.outbox import Follower, Outbox
-from agentcast.server.topics import Topic
+from agentcast.server.hub.outbox import Follower, Outbox
+from agentcast.server.hub.topic import Topic
 
 
 def test_a_log_that_replaces_an_ended_one_is_not_taken_for_ended() -> None:

@@ -48,11 +48,11 @@ from agentcast.server.bus.redis import scripts
 from agentcast.server.bus.redis.codec import INFO, announcement, flags, infos, unpack
 from agentcast.server.bus.redis.commands import Commands
 from agentcast.server.bus.redis.feed import Feed
+from agentcast.server.bus.redis.heads import HeadTracker, Position
 from agentcast.server.bus.redis.keys import Keys
-from agentcast.server.bus.redis.lane import Lane, Script, connections
 from agentcast.server.bus.redis.listener import Listener
-from agentcast.server.bus.redis.news import News, Position
 from agentcast.server.bus.redis.pieces import Pieces
+from agentcast.server.bus.redis.pipelined import PipelinedConnection, Script, connections
 from agentcast.server.bus.redis.workers import Workers
 from agentcast.server.errors import Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
 
@@ -88,16 +88,16 @@ class RedisBus:
         self._worker = worker
         self._log_events = log_events
         self._log_bytes = log_bytes
-        self._control = Lane(connect())
-        self._appends = Lane(connect())
-        self._reads = Lane(reads)
+        self._control = PipelinedConnection(connect())
+        self._appends = PipelinedConnection(connect())
+        self._reads = PipelinedConnection(reads)
         self._keys = keys = Keys(prefix, reads.db)
         self._pieces = Pieces(self._reads, keys)
         self._feed = Feed(self._reads, keys, feed_length)
         self._commands = Commands(self._publish, keys, worker)
         receivers = {keys.commands(worker): self._commands.take, keys.feed_channel: self._feed.take}
         self._listener = Listener(connect, self._publish, keys.probe(worker), receivers, self._catch_up)
-        self._news = News(self._listener, self._reads, keys)
+        self._news = HeadTracker(self._listener, self._reads, keys)
         self._workers = Workers(self._control, keys, worker)
         self._owned: dict[str, Position] = {}
         self._restoring_until = 0.0
@@ -106,8 +106,8 @@ class RedisBus:
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         async with anyio.create_task_group() as tasks:
-            lanes = (self._control, self._appends, self._reads)
-            for part in (*lanes, self._commands, self._listener, self._workers):
+            parts = (self._control, self._appends, self._reads)
+            for part in (*parts, self._commands, self._listener, self._workers):
                 tasks.start_soon(part.run)
             await self._listener.connected.wait()
             task_status.started()
@@ -248,7 +248,7 @@ class RedisBus:
             await self._known(run)
         return snapshot
 
-    # -- News ------------------------------------------------------------------------------------------------------
+    # -- News ----------------------------------------------------------------------------------------------------------
 
     async def subscribe(self, run: str, deliver: Deliver) -> Subscription:
         return await self._news.subscribe(run, deliver, self._known)

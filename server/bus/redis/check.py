@@ -8,7 +8,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError, RedisError
 
 from agentcast.server.bus.redis.keys import Keys
-from agentcast.server.bus.redis.lane import connections, reason
+from agentcast.server.bus.redis.pipelined import connections, reason
 from agentcast.server.errors import BusError
 
 OLDEST = (6, 2)

@@ -10,7 +10,7 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from agentcast.server.bus.base import CommandHandler, Registration, Subscription
 from agentcast.server.bus.redis.keys import Keys
-from agentcast.server.bus.redis.lane import PATIENCE
+from agentcast.server.bus.redis.pipelined import PATIENCE
 from agentcast.server.errors import CommandError, Unavailable, command_error
 
 MAX_HANDLED = 256

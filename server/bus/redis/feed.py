@@ -11,7 +11,7 @@ from typing import Any
 from agentcast.server.bus.base import Announce, Announcement, Registration, Subscription
 from agentcast.server.bus.redis import codec
 from agentcast.server.bus.redis.keys import Keys
-from agentcast.server.bus.redis.lane import Lane
+from agentcast.server.bus.redis.pipelined import PipelinedConnection
 
 PAGE_ENTRIES = 500
 PAGE_BYTES = 128 * 1024
@@ -21,7 +21,7 @@ PAGE_BYTES = 128 * 1024
 class Feed:
     """What is announced, to those who watch."""
 
-    def __init__(self, reads: Lane, keys: Keys, length: int) -> None:
+    def __init__(self, reads: PipelinedConnection, keys: Keys, length: int) -> None:
         self.entries = length + 1
         """Entries that Redis is to keep."""
         self._reads = reads

@@ -18,7 +18,7 @@ import anyio
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError
 
-from agentcast.server.bus.redis.lane import EXCHANGE_TIMEOUT, Connect, reason
+from agentcast.server.bus.redis.pipelined import EXCHANGE_TIMEOUT, Connect, reason
 from agentcast.server.errors import Unavailable
 
 PROBE_EVERY = 1.0

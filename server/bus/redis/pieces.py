@@ -10,7 +10,7 @@ from typing import Any
 from agentcast.server.bus.base import Snapshot
 from agentcast.server.bus.redis import scripts
 from agentcast.server.bus.redis.keys import Keys
-from agentcast.server.bus.redis.lane import Lane, Script
+from agentcast.server.bus.redis.pipelined import PipelinedConnection, Script
 from agentcast.server.errors import Fenced, Unavailable
 
 PIECE_BYTES = 128 * 1024
@@ -24,8 +24,8 @@ STAGE = Script(scripts.STAGE)
 class Pieces:
     """Writes and reads states."""
 
-    def __init__(self, lane: Lane, keys: Keys) -> None:
-        self._lane = lane
+    def __init__(self, connection: PipelinedConnection, keys: Keys) -> None:
+        self._connection = connection
         self._keys = keys
 
     async def stage(self, run: str, fence: int, epoch: str, seq: int, state: bytes) -> tuple[str, bytes, int]:
@@ -39,7 +39,7 @@ class Pieces:
         starts = range(PIECE_BYTES, len(state), PIECE_BYTES)
         for number, start in enumerate(starts, 1):
             keys, piece = [self._keys.run(run), staged], state[start : start + PIECE_BYTES]
-            (answer,) = await self._lane.script(STAGE, keys, fence, number, piece, STAGED_TTL)
+            (answer,) = await self._connection.script(STAGE, keys, fence, number, piece, STAGED_TTL)
             if answer == b"fenced":
                 raise Fenced(run)
         return staged, state[:PIECE_BYTES], 1 + len(starts)
@@ -66,5 +66,7 @@ class Pieces:
     async def _read(self, run: str, *fields: str | int) -> Sequence[Any]:
         """Epoch, seq and fields of a snapshot."""
         snapshot = self._keys.snapshot(run)
-        answer: Sequence[Any] = await self._lane.call("HMGET", snapshot, "epoch", "seq", *fields, expects=PIECE_BYTES)
+        answer: Sequence[Any] = await self._connection.call(
+            "HMGET", snapshot, "epoch", "seq", *fields, expects=PIECE_BYTES
+        )
         return answer

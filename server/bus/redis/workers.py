@@ -13,7 +13,7 @@ import anyio
 
 from agentcast.server.bus.redis import scripts
 from agentcast.server.bus.redis.keys import Keys
-from agentcast.server.bus.redis.lane import Lane, Script
+from agentcast.server.bus.redis.pipelined import PipelinedConnection, Script
 from agentcast.server.errors import Unavailable
 
 BEAT_EVERY = 1.0
@@ -34,10 +34,10 @@ logger = logging.getLogger(__name__)
 class Workers:
     """This process's heartbeat, and its view of the others'. `run` must be running meanwhile."""
 
-    def __init__(self, lane: Lane, keys: Keys, worker: str) -> None:
+    def __init__(self, connection: PipelinedConnection, keys: Keys, worker: str) -> None:
         self.problem: str | None = None
         """Why Redis takes no heartbeat at the moment, if so."""
-        self._lane = lane
+        self._connection = connection
         self._keys = keys
         self._worker = worker
         self._seen: Counter[str] = Counter()
@@ -49,7 +49,7 @@ class Workers:
         key = self._keys.heartbeat(self._worker)
         while True:
             try:
-                await self._lane.call("SET", key, "1", "EX", BEAT_EXPIRES)
+                await self._connection.call("SET", key, "1", "EX", BEAT_EXPIRES)
                 self.problem = None
             except Unavailable as error:
                 self.problem = error.message
@@ -61,12 +61,12 @@ class Workers:
             self._unsettle()
             return ()
         try:
-            missing = await self._lane.script(
+            missing = await self._connection.script(
                 ORPHANS,
                 [self._keys.workers],
                 *(self._keys.heartbeat(""), self._keys.owned(""), MOST_ORPHANS, self._keys.run("")),
             )
-            own = await self._lane.call("ZRANGE", self._keys.owned(self._worker), 0, -1)
+            own = await self._connection.call("ZRANGE", self._keys.owned(self._worker), 0, -1)
         except Unavailable:
             self._unsettle()
             return ()
@@ -82,7 +82,7 @@ class Workers:
         found: list[str] = []
         owned = iter(fences.items())
         while chunk := [part for item in islice(owned, FENCES_CHUNK) for part in item]:
-            answer = await self._lane.script(FENCED, [], self._keys.run(""), *chunk)
+            answer = await self._connection.script(FENCED, [], self._keys.run(""), *chunk)
             found += (run.decode() for run in answer)
         return found
 

@@ -59,7 +59,7 @@ class World:
         for hub in (*self.hubs, *self.ended):
             log = "".join(hub.log)
             bad = [line for line in log.splitlines() if re.search(r"Traceback| (ERROR|CRITICAL) ", line)]
-            assert all("agentcast.server.watchdog" in line for line in bad), log  # it sees that its process was stopped
+            assert all("agentcast.server.runs.watchdog" in line for line in bad), log  # its process was stopped
 
     # -- Redis -------------------------------------------------------------------------------------------------------
 

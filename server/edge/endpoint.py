@@ -24,13 +24,13 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from agentcast import __version__
 from agentcast.server import protocol
-from agentcast.server.asgi import EXTENSION, FrameWriter
 from agentcast.server.config import Settings
+from agentcast.server.edge.session import ANONYMOUS, Session
+from agentcast.server.edge.websocket import EXTENSION, FrameWriter
 from agentcast.server.errors import BINARY_MESSAGE, INTERNAL_ERROR, SHUTTING_DOWN, CloseReason
-from agentcast.server.hub import Hub
-from agentcast.server.outbox import Outbox
-from agentcast.server.runs import Runs
-from agentcast.server.session import ANONYMOUS, Session
+from agentcast.server.hub.hub import Hub
+from agentcast.server.hub.outbox import Outbox
+from agentcast.server.runs.runs import Runs
 
 TICK = 1.0
 CLOSE_TIMEOUT = 2.0
@@ -64,7 +64,7 @@ class Connections:
         """`GET /ws`."""
         writer = websocket.scope["extensions"].get(EXTENSION)
         if writer is None:
-            logger.error("this server cannot write frames; start it with `agentcast serve` (or see server/asgi.py)")
+            logger.error("this server cannot write frames; start it with `agentcast serve` (or see edge/websocket.py)")
             await websocket.close(INTERNAL_ERROR.code)
             return
         offered = websocket.scope["subprotocols"]

@@ -19,8 +19,8 @@ from agentcast.agents.events import Usage
 from agentcast.agents.failures import failure_of
 from agentcast.agents.registry import Registry, RegistryError, add_assistant, load, servers_used
 from agentcast.agents.streaming import run_program
-from agentcast.server import serving
 from agentcast.server.bus.redis import check
+from agentcast.server.cli import serving
 from agentcast.server.client import ClientError, connect
 from agentcast.server.config import Settings
 from agentcast.server.errors import BusError

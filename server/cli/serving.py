@@ -25,8 +25,8 @@ from agentcast.agents.base import redact
 from agentcast.agents.mcp import McpConfigError, load_servers, tried
 from agentcast.agents.registry import RegistryError, add_assistant, load
 from agentcast.server.app import AgentCast
-from agentcast.server.asgi import FrameProtocol
 from agentcast.server.config import Settings
+from agentcast.server.edge.websocket import FrameProtocol
 from agentcast.server.errors import BusError
 from agentcast.server.protocol import MESSAGE_BYTES
 

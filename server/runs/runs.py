@@ -37,7 +37,7 @@ from agentcast.agents.execution import Execution
 from agentcast.agents.failures import failure_of
 from agentcast.agents.inputs.checking import RejectedInput, read_input
 from agentcast.server.bus.base import Bus, Created, Filter, NewRun, Origin, new_epoch, new_run_id
-from agentcast.server.bus.replay import load_state
+from agentcast.server.bus.load_state import load_state
 from agentcast.server.config import Settings
 from agentcast.server.errors import (
     AlreadyFinished,
@@ -49,10 +49,10 @@ from agentcast.server.errors import (
     Unavailable,
     UnknownAgent,
 )
-from agentcast.server.ownership import end_orphans, watch_fences
 from agentcast.server.protocol import Start
-from agentcast.server.recorder import Recorder, Snapshots
-from agentcast.server.slots import ActiveRun, Slots
+from agentcast.server.runs.ownership import end_orphans, watch_fences
+from agentcast.server.runs.recorder import Recorder, Snapshots
+from agentcast.server.runs.slots import ActiveRun, Slots
 from agentcast.server.state import RunState
 
 HISTORY_TURNS = 20

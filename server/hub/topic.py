@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 
 from agentcast.server.bus.base import Subscription
-from agentcast.server.outbox import Follower, Outbox
+from agentcast.server.hub.outbox import Follower, Outbox
 
 
 @dataclass(slots=True, eq=False)

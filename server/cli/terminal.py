@@ -21,7 +21,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from agentcast.server.arguments import type_name
+from agentcast.server.cli.arguments import type_name
 from agentcast.server.state import STATUS_AFTER, RunState
 
 ARGS_WIDTH = 100

@@ -10,10 +10,10 @@ from typing import Any, assert_never
 
 from agentcast.server import protocol
 from agentcast.server.errors import PROTOCOL_ERROR, CloseReason, CommandError, NotFound
-from agentcast.server.hub import Hub
-from agentcast.server.outbox import Outbox
+from agentcast.server.hub.hub import Hub
+from agentcast.server.hub.outbox import Outbox
 from agentcast.server.protocol import Cancel, Command, Malformed, Ping, Position, Start, Subscribe, To, Unsubscribe
-from agentcast.server.runs import Runs
+from agentcast.server.runs.runs import Runs
 
 ANONYMOUS = "anonymous"
 

@@ -12,10 +12,10 @@ import orjson
 import typer
 from rich.console import Console
 
-from agentcast.server.arguments import BadArgument, typed_input
+from agentcast.server.cli.arguments import BadArgument, typed_input
+from agentcast.server.cli.exits import CANCELLED, FAILED, LEFT, NO_HUB, WRONG_USAGE, failure
+from agentcast.server.cli.terminal import AgentsView, RunView
 from agentcast.server.client import BadUrl, Client, ClientError, Refused, Run, TooBig, Unreachable, connect
-from agentcast.server.exits import CANCELLED, FAILED, LEFT, NO_HUB, WRONG_USAGE, failure
-from agentcast.server.terminal import AgentsView, RunView
 
 EXIT_CODES = {"done": 0, "failed": FAILED, "cancelled": CANCELLED}
 USAGE_ERRORS = frozenset({"bad_request", "unknown_agent", "invalid_input", "conflict"})

@@ -23,13 +23,13 @@ from agentcast.agents.base import Agent, AgentSpec, unavailable
 from agentcast.agents.llm import ModelInfo
 from agentcast.server import protocol
 from agentcast.server.bus.base import ACTIVE, Bus, Filter, RunInfo
+from agentcast.server.edge.session import ANONYMOUS, authorize
 from agentcast.server.errors import BadRequest, CommandError, Forbidden, NotFound, Unavailable
-from agentcast.server.hub import Hub
+from agentcast.server.hub.hub import Hub
 from agentcast.server.protocol import Cancel, Start
-from agentcast.server.runs import Runs
-from agentcast.server.session import ANONYMOUS, authorize
+from agentcast.server.runs.runs import Runs
 
-PAGE = Path(__file__).parent / "web" / "index.html"
+PAGE = Path(__file__).parents[1] / "web" / "index.html"
 STATUSES = ("queued", "running", "cancelling", "done", "failed", "cancelled")
 
 logger = logging.getLogger(__name__)

@@ -34,13 +34,13 @@ from agentcast.server.bus.base import (
     Snapshot,
     Subscription,
 )
-from agentcast.server.bus.replay import load_state
+from agentcast.server.bus.load_state import load_state
 from agentcast.server.errors import NotFound, Unavailable
-from agentcast.server.flight import SingleFlight
-from agentcast.server.outbox import Follower, GapReason, Outbox
+from agentcast.server.hub.outbox import Follower, GapReason, Outbox
+from agentcast.server.hub.rules import MAX_LISTED, FeedReader, Rule
+from agentcast.server.hub.single_flight import SingleFlight
+from agentcast.server.hub.topic import Topic, told
 from agentcast.server.protocol import Detail, Position, To
-from agentcast.server.rules import MAX_LISTED, FeedReader, Rule
-from agentcast.server.topics import Topic, told
 
 MAX_DISTANCE = 1_000
 """Events behind the head from which on a snapshot is sent instead of the log."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from agentcast import __version__
-from agentcast.server.exits import FAILED, failure
+from agentcast.server.cli.exits import FAILED, failure
 
 if TYPE_CHECKING:
     from agentcast.server.config import Settings
@@ -136,7 +136,7 @@ def serve(
     import gc
 
     gc.disable()  # until the hub is up: most of what is imported stays, and looking through it took 0.25 s
-    from agentcast.server import serving
+    from agentcast.server.cli import serving
 
     given = {"agents": agents, "host": host, "port": port, "hosts": hosts, "lm": lm}
     given |= {"mcp_config": mcp_config, "redis": redis, "log_level": log_level}
@@ -183,8 +183,8 @@ def doctor(
     """
     import anyio
 
-    from agentcast.server import serving
-    from agentcast.server.doctor import examine
+    from agentcast.server.cli import serving
+    from agentcast.server.cli.doctor import examine
 
     given = {"agents": agents, "host": host, "port": port, "mcp_config": mcp_config, "lm": lm, "redis": redis}
     settings = _settings({name: value for name, value in given.items() if value is not None})
@@ -211,7 +211,7 @@ def agents(
 
     Exit codes: 0 listed, 2 wrong usage, 4 no hub reachable.
     """
-    from agentcast.server import watching
+    from agentcast.server.cli import watching
 
     watching.list_agents(url, json)
 
@@ -286,7 +286,7 @@ def run(
 
     * 130: left by a second Ctrl-C.
     """
-    from agentcast.server import watching
+    from agentcast.server.cli import watching
 
     options = {"thread": thread, "key": key, "detail": detail}
     raise typer.Exit(watching.run(url, agent, values or [], input, options, patience, json))

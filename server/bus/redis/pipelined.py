@@ -96,7 +96,7 @@ class _Call:
         return self.weight / SLOWEST
 
 
-class Lane:
+class PipelinedConnection:
     """Sends calls and gives their answers. Small and large ones take turns, each kind in order. `run` must be running
     meanwhile.
     """

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from agentcast.server.bus.base import ACTIVE, Announce, Announcement, Bus, Filter, RunInfo, Subscription
-from agentcast.server.outbox import Follower, Outbox
+from agentcast.server.hub.outbox import Follower, Outbox
 from agentcast.server.protocol import Detail, To
 
 MAX_LISTED = 5_000

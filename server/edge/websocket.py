@@ -5,8 +5,7 @@ them; and many frames go out in one write, which is what fan-out costs are made 
 turning false, never as a wait; one that takes nothing at all can be cut with `abort` (a closing handshake would wait
 for it).
 
-Use it with `uvicorn --ws server.asgi:FrameProtocol`; `agentcast serve` does. This module must not know what is in a
-frame.
+`agentcast serve` uses it. This module must not know what is in a frame.
 """
 
 import asyncio

@@ -9,7 +9,7 @@ import anyio
 from pydantic import BaseModel
 
 from agentcast.agents.base import Agent
-from agentcast.server.recorder import Recorder
+from agentcast.server.runs.recorder import Recorder
 
 Cause = Literal["cancelled", "timeout", "shutting_down"]
 

@@ -31,7 +31,7 @@ from agentcast.agents.events import (
 )
 from agentcast.agents.values import VALUE_BYTES, Pieces, clean_text, cut_text, text_bytes
 from agentcast.server.bus.base import APPEND_BYTES, Bus, Frame, Origin, Snapshot, Status, first_part
-from agentcast.server.bus.replay import load_state
+from agentcast.server.bus.load_state import load_state
 from agentcast.server.errors import HeadMismatch, LogError, NotFound, Unavailable
 from agentcast.server.protocol import encode_event
 from agentcast.server.state import MAX_MESSAGES, RunState

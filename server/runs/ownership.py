@@ -14,8 +14,8 @@ import anyio
 from agentcast.agents.events import RunError, RunFailure
 from agentcast.server.bus.base import Bus
 from agentcast.server.errors import LogError, NotFound, Unavailable
-from agentcast.server.recorder import Recorder, Snapshots
-from agentcast.server.slots import ActiveRun
+from agentcast.server.runs.recorder import Recorder, Snapshots
+from agentcast.server.runs.slots import ActiveRun
 
 CHECK_EVERY = 1.0
 """Seconds between two checks, of either kind."""

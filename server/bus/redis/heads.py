@@ -12,8 +12,8 @@ import anyio
 from agentcast.server.bus.base import Deliver, Frame, Gone, Head, Registration, Subscription
 from agentcast.server.bus.redis import codec
 from agentcast.server.bus.redis.keys import Keys
-from agentcast.server.bus.redis.lane import Lane
 from agentcast.server.bus.redis.listener import Listener
+from agentcast.server.bus.redis.pipelined import PipelinedConnection
 
 RECHECK = 15.0
 """Seconds without news after which the head of a followed run is compared."""
@@ -43,10 +43,10 @@ class _Followed:
                 deliver(item)
 
 
-class News:
+class HeadTracker:
     """The followed runs."""
 
-    def __init__(self, listener: Listener, reads: Lane, keys: Keys) -> None:
+    def __init__(self, listener: Listener, reads: PipelinedConnection, keys: Keys) -> None:
         self.compared = 0
         """Heads that were compared."""
         self.missed = 0

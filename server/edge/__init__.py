@@ -1,0 +1,1 @@
+"""What speaks to the outside: sockets, HTTP, and the limits at the door."""
