@@ -127,6 +127,8 @@ class RunInfo:
     status: Status
     created: float
     ended: float | None = None
+    oldest: int = 1
+    """The oldest seq that the log holds; beyond `head` if it holds nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +213,14 @@ class Subscription(Protocol):
         """No delivery follows. Idempotent; never raises, never waits."""
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A run whose news is delivered."""
+
+    info: RunInfo
+    subscription: Subscription
+
+
 class Registration:
     """A `Subscription` to anything: closing it takes the entry out again. `remove` may be called twice."""
 
@@ -284,6 +294,9 @@ class Bus(Protocol):
 
     async def load_snapshot(self, run: str) -> Snapshot | None:
         """The newest saved snapshot, if there is one."""
+
+    async def open(self, deliver: Mapping[str, Deliver]) -> dict[str, Opened]:
+        """Deliver all news of these runs from now on, and tell where they stand."""
 
     async def subscribe(self, run: str, deliver: Deliver) -> Subscription:
         """Deliver all news of `run` from now on; confirmed when this returns."""

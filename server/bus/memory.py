@@ -32,6 +32,7 @@ from agentcast.server.bus.base import (
     Frame,
     Head,
     NewRun,
+    Opened,
     Origin,
     Page,
     Registration,
@@ -194,7 +195,7 @@ class MemoryBus:
         if log.info.head > seq:
             raise Fenced(run)
         ended = None if status in ACTIVE else time.time()
-        log.info = replace(log.info, epoch=epoch, head=seq, status=status, ended=ended)
+        log.info = replace(log.info, epoch=epoch, head=seq, status=status, ended=ended, oldest=seq + 1)
         log.frames, log.bytes = [], 0
         log.snapshot = Snapshot(run, epoch, seq, state)
         log.deliver(Head(run, epoch, seq, ended=log.ended))
@@ -233,6 +234,13 @@ class MemoryBus:
 
     async def load_snapshot(self, run: str) -> Snapshot | None:
         return self._log(run).snapshot
+
+    async def open(self, deliver: Mapping[str, Deliver]) -> dict[str, Opened]:
+        return {
+            run: Opened(self._logs[run].info, await self.subscribe(run, take))
+            for run, take in deliver.items()
+            if run in self._logs
+        }
 
     async def subscribe(self, run: str, deliver: Deliver) -> Subscription:
         log = self._log(run)
@@ -324,6 +332,7 @@ class MemoryBus:
             drop += 1
             log.bytes -= len(frame.data)
         del log.frames[:drop]
+        log.info = replace(log.info, oldest=log.info.oldest + drop)
 
     def _retire(self, run: str, log: _Log) -> None:
         """Account for an ended run, and forget the oldest ended ones past the bounds; never the newest, which those who

@@ -96,7 +96,7 @@ async def test_runs_that_ended_before_the_hub_has_read_the_feed_come_once(bus: B
         assert [orjson.loads(frame)["seq"] for frame in outbox.take()] == [1, 2, 1]  # `before`, and `last`
         assert await read(position) is not None
         with anyio.fail_after(10):
-            while outbox.past:  # until the next read of the feed
+            while outbox.feed.past:  # until the next read of the feed
                 hub.wake()
                 await anyio.lowlevel.checkpoint()
         tasks.cancel_scope.cancel()

@@ -76,7 +76,7 @@ async def test_a_run_that_was_left_goes_on_where_it_was_when_its_announcement_co
         assert brief(late)[0] == "snapshot 4", "what the other detail had left out"
     await scene.create()
     await scene.frames(connection)
-    assert not connection.outbox.past, "the announcement has passed"
+    assert not connection.outbox.feed.past, "the announcement has passed"
 
 
 @pytest.mark.timeout(120)
@@ -101,11 +101,11 @@ async def test_runs_that_ended_while_the_feed_was_late_are_not_brought_again(
         frames += await scene.frames(connection)
 
     assert shown(frames) == {run.id: [1, 2, 3] for run in scene.started[:MANY]} | {run.run: [1] for run in late}
-    connection.outbox.put_feed()
+    connection.outbox.put_notices()
     assert brief(await scene.frames(connection)) == ["feed"]
     await scene.create()
     await scene.frames(connection)
-    assert not connection.outbox.past, "the announcements have passed"
+    assert not connection.outbox.feed.past, "the announcements have passed"
 
 
 async def test_a_run_that_had_ended_before_the_subscription_is_not_brought_by_a_late_announcement(scene: Scene) -> None:
@@ -124,7 +124,7 @@ async def test_a_run_that_had_ended_before_the_subscription_is_not_brought_by_a_
     scene.bus.release("read_feed")
 
     assert shown(await scene.frames(connection)) == {scene.started[2].id: [1, 2]}
-    connection.outbox.put_feed()
+    connection.outbox.put_notices()
     assert [frame["position"][-2:] for frame in await scene.frames(connection)] == [":4"]
 
 
@@ -163,9 +163,9 @@ async def test_a_run_that_one_rule_has_shown_to_its_end_is_not_brought_again_by_
     listing.release()
 
     assert brief(await scene.frames(connection)) == ["reply"]
-    connection.outbox.put_feed()
+    connection.outbox.put_notices()
     assert brief(await scene.frames(connection)) == ["feed"]
-    assert len(connection.outbox.past) <= 3
+    assert len(connection.outbox.feed.past) <= 3
 
 
 async def test_a_client_that_resumes_gets_what_was_announced_meanwhile_though_the_hub_reads_the_feed_late(
@@ -174,7 +174,7 @@ async def test_a_client_that_resumes_gets_what_was_announced_meanwhile_though_th
     connection = await scene.connect()
     await scene.subscribe(connection, to={"all": True})
     (reply, *_) = await scene.frames(connection)
-    await connection.cut()
+    await connection.hang_up()
     reading = scene.bus.catch("read_feed")  # by the hub
     for _ in range(3):
         await scene.create()
@@ -251,7 +251,7 @@ async def test_after_a_feed_that_was_trimmed_no_run_comes_twice_and_every_active
 
 
 async def test_a_listing_that_fails_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agentcast.server.hub.hub, "_jitter", lambda: 0.0)
+    monkeypatch.setattr(agentcast.server.hub.catch_up, "jitter", lambda: 0.0)
     async with playing(feed_length=1) as scene:
         connection = await scene.connect()
         await scene.subscribe(connection, to={"all": True})
@@ -271,7 +271,7 @@ async def test_a_listing_that_fails_is_asked_for_again(monkeypatch: pytest.Monke
 async def test_a_rule_whose_runs_cannot_be_subscribed_to_at_the_moment_holds_up_no_other(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agentcast.server.hub.hub, "_jitter", lambda: 0.0)
+    monkeypatch.setattr(agentcast.server.hub.catch_up, "jitter", lambda: 0.0)
     first, second = await scene.connect(), await scene.connect()
     await scene.subscribe(first, to={"agent": "ant"})
     await scene.subscribe(second, to={"agent": "bee"})
@@ -290,7 +290,7 @@ async def test_a_rule_whose_runs_cannot_be_subscribed_to_at_the_moment_holds_up_
 
     assert shown(await scene.frames(second)) == {scene.started[1].id: [1]}
     monkeypatch.undo()
-    monkeypatch.setattr(agentcast.server.hub.hub, "_jitter", lambda: 0.0)
+    monkeypatch.setattr(agentcast.server.hub.catch_up, "jitter", lambda: 0.0)
     assert shown(await scene.frames(first)) == {scene.started[0].id: [1]}
 
 
@@ -310,7 +310,7 @@ async def test_a_connection_on_which_too_many_runs_end_before_the_feed_is_read_i
         await scene.turns()
         await scene.started[-1].append(scene.bus, ["end"])
     assert cut
-    assert len(connection.outbox.past) == 2
+    assert len(connection.outbox.feed.past) == 2
 
 
 class Crowd:
@@ -357,9 +357,9 @@ class Crowd:
             case "leave" if client.line.held and not client.line.asked and not client.line.leaving:
                 client.unsubscribe(self.random.choice(list(client.line.held)))
             case "tick":
-                client.line.connection.outbox.put_feed()
+                client.line.connection.outbox.put_notices()
             case "cut" if self.random.random() < 0.1:
-                self.world.do(client.line.connection.cut())
+                self.world.do(client.line.connection.hang_up())
                 client.cut()
 
     def connected(self, client: Client) -> Client:
@@ -377,7 +377,7 @@ class Crowd:
                 break
         for client in self.clients:
             if client.line is not None:
-                client.line.connection.outbox.put_feed()
+                client.line.connection.outbox.put_notices()
                 client.read(100)
                 client.check()
 
@@ -385,7 +385,7 @@ class Crowd:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("feed", "rest"), [(400, 100), (40_000, 1_200)], ids=["late", "very late"])
 def test_a_thousand_short_runs(feed: int, rest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agentcast.server.hub.hub, "_jitter", lambda: 0.0)
+    monkeypatch.setattr(agentcast.server.hub.catch_up, "jitter", lambda: 0.0)
     monkeypatch.setattr(agentcast.server.hub.outbox, "TAKE_BYTES", 1)
     crowd = Crowd(int(os.environ.get("CROWD_SEED", "0")), feed)
     try:

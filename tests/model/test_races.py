@@ -113,7 +113,7 @@ async def test_run_that_ended_on_a_connection_is_not_brought_again_by_its_announ
 
     frames = await scene.frames(connection)
     assert [frame["run"] for frame in frames if "run" in frame] == [scene.run.id]
-    connection.outbox.put_feed()
+    connection.outbox.put_notices()
     assert brief(await scene.frames(connection)) == ["feed"]
 
 
@@ -145,11 +145,11 @@ async def test_feed_does_not_run_ahead_of_a_subscription_that_is_being_made(scen
     await new.create(scene.bus)
     await scene.frames(connection)
 
-    connection.outbox.put_feed()
+    connection.outbox.put_notices()
     assert await scene.frames(connection) == []
     scene.bus.release("list")
     frames = await scene.frames(connection)
-    connection.outbox.put_feed()
+    connection.outbox.put_notices()
     frames += await scene.frames(connection)
 
     assert [frame["type"] for frame in frames][-1] == "feed"

@@ -27,7 +27,7 @@ async def is_followed_from(scene: Scene, connection: Connection, first: int) -> 
     assert brief(await scene.frames(connection)) == [f"event {first}", f"event {first + 1}"]
     assert not connection.outbox.followers
     assert not connection.outbox.is_behind
-    assert not scene.hub._topics
+    assert not scene.hub.topics
     assert scene.bus.subscribed == 0
 
 
@@ -100,7 +100,7 @@ async def test_an_old_pull_does_nothing_to_a_run_that_a_rule_has_brought_again(s
     await scene.subscribe(connection, to={"all": True})
     await pull.asked.wait()
     await scene.unsubscribe(connection, "s1")
-    opening = scene.bus.catch("subscribe")
+    opening = scene.bus.catch("open")
     await scene.subscribe(connection, to={"agent": "ant"})
     await opening.asked.wait()
 
@@ -111,7 +111,7 @@ async def test_an_old_pull_does_nothing_to_a_run_that_a_rule_has_brought_again(s
     assert brief(await scene.frames(connection)) == ["reply", "reply", "reply", "snapshot 1"]
     await scene.run.append(scene.bus, ["status", "end"])
     assert brief(await scene.frames(connection)) == ["event 2", "event 3"]
-    assert not scene.hub._topics
+    assert not scene.hub.topics
 
 
 async def test_news_of_an_old_subscription_on_the_bus_do_not_reach_the_new_topic(scene: Scene) -> None:
@@ -132,13 +132,13 @@ async def test_news_of_an_old_subscription_on_the_bus_do_not_reach_the_new_topic
 
 async def test_a_topic_that_is_being_opened_when_its_first_client_leaves_serves_the_second(scene: Scene) -> None:
     first, second = await scene.connect(), await scene.connect()
-    opening = scene.bus.catch("subscribe")
+    opening = scene.bus.catch("open")
     await scene.subscribe(first)
     await opening.asked.wait()
     await scene.subscribe(second, since={scene.run.id: START})
     await scene.turns()
 
-    await first.cut()
+    await first.hang_up()
 
     assert brief(await scene.frames(second)) == ["reply", "event 1"]
     await is_followed_from(scene, second, 2)
@@ -154,12 +154,12 @@ async def test_a_connection_that_closes_while_it_joins_leaves_nothing(
     await scene.subscribe(connection, to=to, since={scene.run.id: START})
     await held.asked.wait()
 
-    await connection.cut()
+    await connection.hang_up()
 
     held.release()
     await scene.turns()
-    assert not scene.hub._topics
-    assert not scene.hub._rules
+    assert not scene.hub.topics
+    assert not len(scene.hub.rules)
     assert scene.bus.subscribed == 0
 
 
@@ -182,8 +182,8 @@ async def test_a_subscription_that_is_ended_before_its_reply_brings_nothing(
     await scene.create()
 
     assert await scene.frames(connection) == []
-    assert not scene.hub._topics
-    assert not scene.hub._rules
+    assert not scene.hub.topics
+    assert not len(scene.hub.rules)
 
 
 @pytest.mark.parametrize("question", ["create", "info"])
@@ -197,7 +197,7 @@ async def test_a_start_whose_subscription_is_ended_before_its_reply_brings_nothi
     held.release()
 
     assert {frame["type"] for frame in await scene.frames(connection)} == {"reply"}
-    assert not scene.hub._topics
+    assert not scene.hub.topics
     assert not connection.outbox.subscriptions
 
 

@@ -74,7 +74,7 @@ class Client:
         seen = 0
         with anyio.fail_after(5):
             while True:
-                self.frames += [orjson.loads(data) for data in self.outbox.take()]
+                self.frames += [orjson.loads(payload) for batch in self.outbox.take() for payload in batch.payloads]
                 for frame in self.frames[seen:]:
                     if frame["type"] == type and fields.items() <= frame.items():
                         return frame
@@ -377,7 +377,7 @@ async def test_malformed_messages_are_answered_then_the_connection_is_closed(cli
     reasons = [await client.session.handle("{") for _ in range(21)]
 
     assert reasons == [None] * 20 + [PROTOCOL_ERROR]
-    replies = [orjson.loads(data) for data in client.outbox.take()]
+    replies = [orjson.loads(payload) for batch in client.outbox.take() for payload in batch.payloads]
     assert [reply["error"]["code"] for reply in replies] == ["bad_request"] * 21
 
 
