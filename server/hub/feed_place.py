@@ -89,12 +89,10 @@ class FeedPlace:
 
     def next_position(self) -> str | None:
         """The newest position up to which every run was shown, if it was not given before."""
-        for run in [run for run, pending in self._pending.items() if pending.shown]:
-            del self._pending[run]
         if self.source is None or self.beginning:
             return None
-        position = next(iter(self._pending.values())).before if self._pending else self.source.position
         self.forget()
+        position = next(iter(self._pending.values())).before if self._pending else self.source.position
         if position == self._sent:
             return None
         self._sent = position
@@ -119,9 +117,11 @@ class FeedPlace:
         return past if past is not None and read <= past.read + 1 else None
 
     def forget(self) -> None:
-        """Forget the runs whose announcement, if any, has passed."""
+        """Forget the announcements that were shown, and the runs whose announcement, if any, has passed."""
         if self.beginning:
             return
+        for run in [run for run, pending in self._pending.items() if pending.shown]:
+            del self._pending[run]
         done = self.source.handed_out if self.source else 0
         for run in [run for run, past in self.past.items() if past.read < done and run not in self._pending]:
             del self.past[run]

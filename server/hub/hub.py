@@ -47,7 +47,7 @@ class Join:
         """From now on the followers get frames. Must follow the reply without an await in between."""
         for topic, follower in self.followers:
             self.hub.admit(topic, follower)
-        if self.rule is not None:
+        if self.rule is not None and not self.rule.left:
             self.rule.ready = True
             if self.rule.joined is None:
                 self.hub.bring(self.hub.feed.begin(self.rule))
@@ -337,19 +337,17 @@ class Hub:
             self._tasks.start_soon(self._bring, announced)
 
     async def _bring(self, announced: list[tuple[Arrival, list[Rule]]]) -> None:
-        async with self._bringing:
-            while True:
-                try:
-                    async with self.opened([arrival.entry.run for arrival, _ in announced]) as topics:
-                        for arrival, rules in announced:
-                            await self._apply(arrival, rules, topics.get(arrival.entry.run))
-                    return
-                except Unavailable:
-                    await anyio.sleep(jitter())
-                except Exception as error:  # noqa: BLE001 -- the connections log it
-                    for rule in {rule for _, rules in announced for rule in rules}:
-                        rule.outbox.fail(error)
-                    return
+        try:
+            async with self._bringing, self.opened([arrival.entry.run for arrival, _ in announced]) as topics:
+                for arrival, rules in announced:
+                    await self._apply(arrival, rules, topics.get(arrival.entry.run))
+        except Unavailable:
+            await anyio.sleep(jitter())
+            for one in announced:  # it may be only one of them that cannot be opened
+                self.bring([one])
+        except Exception as error:  # noqa: BLE001 -- the connections log it
+            for rule in {rule for _, rules in announced for rule in rules}:
+                rule.outbox.fail(error)
 
     async def _apply(self, arrival: Arrival, rules: Sequence[Rule], topic: RunTopic | None) -> None:
         if topic is None:

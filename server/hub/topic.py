@@ -250,14 +250,17 @@ class RunTopic:
         return follower.state is State.BEHIND and follower.cursor < segment.last
 
     def supply_snapshot(self, follower: Follower, snapshot: Snapshot) -> None:
-        """Resync → behind, and at the head live or done: queue the snapshot, after a `gap` unless it was asked for."""
+        """Resync → behind, and at the head live, or done: queue the snapshot, after a `gap` unless it was asked for."""
         if follower.resync is not None and follower.resync != "asked":
             first = min(follower.cursor, snapshot.seq) + 1
             follower.outbox.put(protocol.gap(self.run, first, max(first, snapshot.seq), follower.resync))
         follower.outbox.put(protocol.snapshot(self.run, snapshot.epoch, snapshot.seq, snapshot.state))
         follower.epoch, follower.cursor, follower.resync, follower.shown = snapshot.epoch, snapshot.seq, None, True
         self._move(follower, State.BEHIND)
-        self.rest(follower)
+        if snapshot.ended:
+            self._end(follower)
+        else:
+            self.rest(follower)
 
     def rest(self, follower: Follower) -> None:
         """Behind → live, or done, if it has everything."""
@@ -298,7 +301,7 @@ class RunTopic:
             self._move(follower, State.RESYNC)
 
     def _end(self, follower: Follower) -> None:
-        """Live → done: the end of the run was queued."""
+        """Behind or live → done: the end of the run was queued."""
         self._move(follower, State.DONE)
         follower.outbox.remember(self.run, None)
 

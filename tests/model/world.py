@@ -41,7 +41,7 @@ from agentcast.server.state import RunState
 
 T = TypeVar("T")
 PRINCIPAL = "ann"
-AT_REST_AFTER = 100_000
+AT_REST_AFTER = 400_000
 
 
 class DawdlingBus(MemoryBus):

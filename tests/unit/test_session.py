@@ -53,14 +53,20 @@ class Client:
         self._tasks = tasks
         self._news = anyio.Event()
         self._pulling = False
-        self.outbox = Outbox(self._wake, self._pull, self._pull)
+        self.outbox = Outbox(self)
         self.session = Session("x", "ann", hub, runs, self.outbox)
         self._ids = 0
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         self._news.set()
 
-    def _pull(self) -> None:
+    def cut(self, reason: CloseReason) -> None:
+        raise AssertionError(reason)
+
+    def fail(self, error: Exception) -> None:
+        raise error
+
+    def pull(self) -> None:
         if not self._pulling:
             self._pulling = True
             self._tasks.start_soon(self._catch_up)
