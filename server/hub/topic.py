@@ -43,7 +43,8 @@ class RunTopic:
         self.epoch = ""
         self.head = 0
         self.ended = False
-        self.followers: set[Follower] = set()
+        self.followers: dict[Follower, None] = {}
+        """In the order in which they were let in, so that what happens can be repeated."""
         self.pins = 0
         """Joins that need it open."""
         self.subscription: Subscription | None = None
@@ -54,8 +55,8 @@ class RunTopic:
         self.states: SingleFlight[str, Snapshot] = SingleFlight()
         self._oldest = 1
         """The oldest seq that the log held when the topic was opened."""
-        self._live: set[Follower] = set()
-        self._ahead: set[Follower] = set()
+        self._live: dict[Follower, None] = {}
+        self._ahead: dict[Follower, None] = {}
         """Followers that are behind, and yet have more than was delivered: a snapshot was newer."""
         self._ring: deque[Segment] = deque()
         self._ring_size = 0
@@ -103,7 +104,7 @@ class RunTopic:
     def _catch_up_with_ahead(self) -> None:
         """The head has moved: what was ahead of it may not be any more."""
         for follower in [one for one in self._ahead if one.cursor <= self.head]:
-            self._ahead.discard(follower)
+            self._ahead.pop(follower, None)
             self._guarded(follower, self.rest)
             if follower.state is State.BEHIND:
                 self._guarded(follower, follower.outbox.stand)
@@ -229,7 +230,7 @@ class RunTopic:
                 self._lose(known, "asked")
             return known
         follower.outbox.add(follower)
-        self.followers.add(follower)
+        self.followers[follower] = None
         if follower.resync is None:
             follower.resync = self.gap_before(follower)
         self._move(follower, State.BEHIND if follower.resync is None else State.RESYNC)
@@ -270,7 +271,7 @@ class RunTopic:
         if follower.state is not State.BEHIND or follower.epoch != self.epoch:
             return
         if follower.cursor > self.head:
-            self._ahead.add(follower)
+            self._ahead[follower] = None
             follower.outbox.rest(follower)
         elif follower.cursor == self.head:
             self._move(follower, State.LIVE)
@@ -316,13 +317,13 @@ class RunTopic:
     def _move(self, follower: Follower, state: State) -> None:
         if state not in NEXT[follower.state]:
             raise IllegalTransition(self.run, follower.state, state)
-        self._live.discard(follower)
-        self._ahead.discard(follower)
+        self._live.pop(follower, None)
+        self._ahead.pop(follower, None)
         follower.state = state
         match state:
             case State.LIVE:
                 follower.whole = False
-                self._live.add(follower)
+                self._live[follower] = None
                 follower.outbox.rest(follower)
             case State.DONE:
                 self._forget(follower)
@@ -330,7 +331,7 @@ class RunTopic:
                 follower.outbox.stand(follower)
 
     def _forget(self, follower: Follower) -> None:
-        self.followers.discard(follower)
+        self.followers.pop(follower, None)
         if follower.outbox.followers.get(self.run) is follower:
             follower.outbox.remove(follower)
         self.close_unused()
@@ -339,9 +340,9 @@ class RunTopic:
 
     def drop(self, follower: Follower) -> None:
         """Forget a follower whose connection's books may be wrong."""
-        self._live.discard(follower)
-        self._ahead.discard(follower)
-        self.followers.discard(follower)
+        self._live.pop(follower, None)
+        self._ahead.pop(follower, None)
+        self.followers.pop(follower, None)
         follower.state = State.DONE
         self.close_unused()
 

@@ -385,7 +385,7 @@ def test_a_run_has_one_follower_however_many_subscriptions_want_it() -> None:
     topic.deliver(frames(1, 2))
 
     assert (second.state, follower.state) == (State.DONE, State.LIVE)
-    assert topic.followers == {follower}
+    assert list(topic.followers) == [follower]
     assert follower.wants == {"s1": "full", "s2": "full"}
     assert client.seqs() == [1, 2]
 
@@ -638,7 +638,7 @@ def test_a_topic_closes_with_its_last_follower_and_its_last_pin() -> None:
     topic.drop(second)
 
     assert closed == [topic]
-    assert (second.state, topic.followers) == (State.DONE, set())
+    assert (second.state, topic.followers) == (State.DONE, {})
 
 
 def test_a_dropped_follower_is_sent_nothing() -> None:
