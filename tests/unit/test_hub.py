@@ -10,9 +10,10 @@ from anyio.lowlevel import checkpoint
 
 from agentcast.server.bus.base import Filter, Head, RunInfo, Snapshot
 from agentcast.server.errors import RUN_LOST, NotFound, Unavailable
-from agentcast.server.hub import catch_up, outbox, rules, topic
+from agentcast.server.hub import catch_up, outbox, rules
 from agentcast.server.hub import hub as module
 from agentcast.server.hub.follower import State
+from agentcast.server.hub.frames import Segment
 from agentcast.server.hub.hub import Hub
 from agentcast.server.protocol import Detail, Position, To
 from tests.contract.support import Log, new_run
@@ -347,7 +348,7 @@ async def test_a_page_that_comes_late_is_applied_only_where_it_is_still_asked_fo
         elif meantime == "lost":
             await log.rebase(3, b'{"status":"running"}')
         else:
-            stage.hub.topics[log.run].supply(follower, topic.Segment((await log.read_all())[:2]))
+            stage.hub.topics[log.run].supply(follower, Segment((await log.read_all())[:2]))
         reading.release()
 
     expected = {"left": [], "lost": ["gap", "snapshot"], "pulled": ["event 1", "event 2", "event 3"]}

@@ -239,13 +239,12 @@ def test_subscriptions_are_bounded() -> None:
 def test_what_was_shown_before_the_first_open_ended_subscription_need_not_be_remembered() -> None:
     client = Client()
     client.live(topic_at(0)).topic.deliver([frame(1, terminal=True)])
-    assert list(client.outbox.feed.past) == [RUN]
-    assert not client.outbox.open_ended
+    before = client.outbox.open_ended, list(client.outbox.feed.past)
 
     client.outbox.subscribe("all", single=False)
 
-    assert client.outbox.open_ended
-    assert not client.outbox.feed.past
+    assert before == (False, [RUN])
+    assert (client.outbox.open_ended, list(client.outbox.feed.past)) == (True, [])
 
 
 def test_a_run_that_is_followed_again_is_not_among_the_past() -> None:

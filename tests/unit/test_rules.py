@@ -9,7 +9,6 @@ from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.errors import Unavailable
 from agentcast.server.hub import rules as module
 from agentcast.server.hub.feed_place import FeedPlace, FeedPosition
-from agentcast.server.hub.outbox import Outbox
 from agentcast.server.hub.rules import Arrival, FeedReader, Rule, Rules, keys_of
 from agentcast.server.protocol import To
 from tests.contract.support import new_run
@@ -118,7 +117,7 @@ def test_what_was_announced_up_to_where_a_rule_begins_is_dropped_and_what_follow
     late = rules.begin(rule)
 
     assert [one.entry.run for one in late] == ["run4", "run5"]
-    assert (rule.joined, rule.backlog) == (None, [])
+    assert rule.backlog == []
     assert client.outbox.feed.next_position() == "f:3", "they are expected to be shown"
 
 
@@ -252,18 +251,19 @@ async def test_a_new_run_costs_the_rules_that_cover_it_and_no_other(monkeypatch:
         begun(rules, a_rule(name=f"t{n}", thread=f"thread{n}"))
         begun(rules, a_rule(name=f"u{n}", principal=f"user{n}"))
     touched: list[Rule] = []
-    key, outbox_of = Rule.key, Rule.__dict__["outbox"]  # a descriptor: of a class with slots
 
     class Watched:
-        """Counts each look at a rule's outbox."""
+        """Counts each look at a field of a rule."""
 
-        def __get__(self, rule: Rule, owner: type) -> Outbox:
+        def __init__(self, descriptor: Any) -> None:
+            self.descriptor = descriptor
+
+        def __get__(self, rule: Rule, owner: type) -> Any:
             touched.append(rule)
-            found: Outbox = outbox_of.__get__(rule, owner)
-            return found
+            return self.descriptor.__get__(rule, owner)
 
-    monkeypatch.setattr(Rule, "outbox", Watched())
-    monkeypatch.setattr(Rule, "key", property(lambda rule: (touched.append(rule), key.fget(rule))[1]))  # type: ignore[attr-defined]
+    for name in ("outbox", "key"):
+        monkeypatch.setattr(Rule, name, Watched(Rule.__dict__[name]))
     await bus.create(new_run("a", agent="agent7", thread="thread9"))
 
     ((_, concerned),) = await feed.read()

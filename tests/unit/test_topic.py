@@ -295,14 +295,14 @@ def test_a_follower_counts_as_shown_once_something_of_the_run_was_queued() -> No
     follower = client.live(topic, "progress")
 
     topic.deliver([frame(1, progress=False)])
-    assert not follower.shown
+    before = follower.shown
     topic.deliver([frame(2)])
-    assert follower.shown
+    assert (before, follower.shown) == (False, True)
 
     behind = Client().follow(topic_at(3))
-    assert not behind.shown
+    before = behind.shown
     behind.topic.supply(behind, segment(1, 3))
-    assert behind.shown
+    assert (before, behind.shown) == (False, True)
 
 
 # -- Where a follower begins ---------------------------------------------------------------------------------------
@@ -479,7 +479,7 @@ def test_a_loss_outranks_what_was_asked_for_and_the_first_loss_stands() -> None:
     client, topic = Client(), topic_at(12)
     follower = client.live(topic)
     for reason in ("asked", "trimmed", "asked", "log_lost"):
-        topic.lose(follower, reason)  # type: ignore[arg-type]
+        topic.lose(follower, reason)
 
     assert follower.resync == "trimmed"
 
@@ -516,13 +516,12 @@ def test_a_snapshot_ahead_of_the_head_waits_for_what_is_delivered_to_get_there(n
     follower = client.follow(topic, None)
 
     topic.supply_snapshot(follower, snapshot(22))
-    assert follower.state is State.BEHIND
-    assert not client.outbox.is_behind, "nothing is to be pulled for it"
+    assert (follower.state, client.outbox.is_behind) == (State.BEHIND, False), "nothing is to be pulled for it"
     topic.deliver(news)
 
     assert (follower.state, client.outbox.is_behind) == (State.BEHIND, True)
     topic.supply(follower, segment(23, 23))
-    assert follower.state is State.LIVE
+    assert (follower.state, client.outbox.is_behind) == (State.LIVE, False)
     assert client.seqs() == ["=22", 23]
 
 
@@ -561,13 +560,12 @@ def test_the_last_event_ends_the_follower_and_subscriptions_to_that_run_alone() 
 def test_a_run_that_has_ended_ends_for_a_follower_once_it_has_everything() -> None:
     client, topic = Client(), topic_at(3, ended=True)
     follower = client.follow(topic)
-    assert not follower.done
+    done = [follower.done]
+    for seqs in ((1, 2), (3, 3)):
+        topic.supply(follower, segment(*seqs))
+        done.append(follower.done)
 
-    topic.supply(follower, segment(1, 2))
-    assert not follower.done
-    topic.supply(follower, segment(3, 3))
-
-    assert follower.done
+    assert done == [False, False, True]
     assert client.seqs() == [1, 2, 3]
 
 
@@ -737,7 +735,7 @@ class Stage:
         self.pages: list[list[Frame]] = [[], []]
         """What was read of the log for each client, and not used yet."""
 
-    def act(self, what: str, size: int, which: int) -> None:
+    def act(self, what: str, size: int, which: bool) -> None:
         head, client, follower = self.topic.head, self.clients[which], self.followers[which]
         match what:
             case "grow" if news := self.log[head : head + size]:
@@ -789,8 +787,8 @@ def test_whatever_happens_all_comes_in_order_and_once(
     for what, size, which in acts:
         stage.act(what, size, which)
     while stage.topic.head < total:
-        stage.act("grow", 5, 0)
-    for which in (0, 1):
+        stage.act("grow", 5, False)
+    for which in (False, True):
         while not stage.followers[which].done:
             stage.act("take", 1, which)
             stage.act("pull", 5, which)
