@@ -163,6 +163,21 @@ def test_taking_asks_to_pull_only_if_somebody_is_behind() -> None:
     assert client.link.pulled == asked + 1
 
 
+def test_nothing_is_pulled_for_until_what_was_taken_leaves_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TAKE_BYTES", 1)
+    client = Client(queue_frames=2)
+    standing(client, 1)
+    asked = client.link.pulled
+    for _ in range(3):
+        client.outbox.put(b"{}")
+
+    pulled = []
+    while client.outbox.take():
+        pulled.append(client.link.pulled - asked)
+
+    assert pulled == [0, 1, 2]
+
+
 def test_followers_behind_take_turns() -> None:
     client = Client()
     followers = standing(client, 3)

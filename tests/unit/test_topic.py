@@ -631,11 +631,14 @@ def test_a_topic_closes_with_its_last_follower_and_its_last_pin() -> None:
     first, second = Client().live(topic), Client().live(topic)
 
     topic.leave(first)
-    topic.unpin()
-    assert closed == []
     topic.drop(second)
-
+    assert closed == []
+    topic.unpin()
     assert closed == [topic]
+    third = Client().live(topic)
+    topic.leave(third)
+
+    assert closed == [topic, topic]
     assert (second.state, topic.followers) == (State.DONE, {})
 
 
