@@ -107,9 +107,9 @@ def _has(client: Client, connection: Connection) -> bool:
 async def _gone(hub: RunningHub, connection: Connection) -> None:
     """Wait until nothing is left of a connection, without a message from anybody."""
     await hub.left(lambda: connection not in hub.core.connections._open)
-    assert not any(rule.outbox is connection._outbox for rule in hub.core.hub._rules.values())
+    assert not any(rule.outbox is connection._outbox for rule in hub.core.hub.rules._named.values())
     for topic in hub.core.hub.topics.values():
-        assert connection._outbox not in topic.followers.values()
+        assert not any(follower.outbox is connection._outbox for follower in topic.followers)
 
 
 async def test_a_client_that_leaves_with_a_full_queue_is_forgotten_at_once() -> None:
@@ -469,7 +469,7 @@ async def test_two_thousand_connections_leave_nothing_behind() -> None:
                 await ws.close()
         await _only(hub, client)
         assert len(hub.core.hub.topics[run].followers) == 1
-        assert hub.core.hub._rules == {}
+        assert len(hub.core.hub.rules) == 0
         assert len(hub.log(run).subscribers) == 1
         held.set()
         await client.end(run)

@@ -248,7 +248,7 @@ async def test_a_subscription_to_one_run_ends_with_it() -> None:
         await client.end(result["run"])
         error = await client.refused("unsubscribe", subscription=result["subscription"])
         assert error["code"] == "not_found"
-        assert not hub.core.hub._topics
+        assert not hub.core.hub.topics
 
 
 async def test_everything_shows_active_runs_and_those_that_start_later() -> None:
@@ -477,7 +477,7 @@ async def test_unsubscribing_from_everything_stops_runs_that_start_later() -> No
         await client.ask("unsubscribe", subscription=result["subscription"])
         await starter.end(await starter.start("talker", {"n": 0}))
         assert await client.quiet() == []
-        assert not hub.core.hub._rules
+        assert not len(hub.core.hub.rules)
 
 
 async def test_cancel_has_two_phases() -> None:

@@ -106,7 +106,7 @@ async def test_what_breaks_for_one_connection_ends_that_one_only(fault: str, log
         await hub.left(lambda: len(hub.core.connections) == 1)
         assert list(hub.core.hub.topics) == [held]
         assert len(hub.core.hub.topics[held].followers) == len(hub.core.hub._followed) == 1
-        assert len(hub.core.hub._rules) == 1
+        assert len(hub.core.hub.rules) == 1
         await other.ask("cancel", run=held)
         assert (await other.view(held)).document["status"] == "cancelled"
         await other.start("talker")
@@ -153,7 +153,7 @@ async def test_after_one_part_has_crashed_the_hub_is_not_ready(log: Log) -> None
     log.expect("hub crashed; this hub is going down")
     async with open_hub(talker) as hub, hub.http() as http:
         assert (await http.get("/readyz")).status_code == 200
-        hub.core.hub._feed.read = broken_task  # type: ignore[method-assign]
+        hub.core.hub.feed.read = broken_task  # type: ignore[method-assign]
         hub.core.hub.wake()
         await until(lambda: hub.core.crashed is not None)
         assert (await http.get("/readyz")).status_code == 503

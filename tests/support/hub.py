@@ -71,7 +71,7 @@ class RunningHub:
     async def idle(self) -> None:
         """Wait until every connection is gone, and see that nothing is left of what they followed."""
         await self.left(lambda: len(self.core.connections) == 0)
-        assert not self.core.hub._topics
+        assert not self.core.hub.topics
         assert not self.core.hub._rules
 
 
