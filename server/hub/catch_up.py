@@ -102,7 +102,8 @@ class CatchUp:
     async def load(self, topic: RunTopic) -> Snapshot:
         """The state of the topic's run at its head. Those who ask at the same time share the work."""
         snapshot = await topic.states(topic.epoch, lambda: load_state(self._bus, topic.run))
-        if snapshot.epoch == topic.epoch and (topic.snapshot is None or topic.snapshot.seq < snapshot.seq):
+        newer = topic.snapshot is None or topic.snapshot.seq < snapshot.seq
+        if topic.used and newer and snapshot.epoch == topic.epoch:  # all may have left meanwhile
             self.forget(topic)
             topic.snapshot = snapshot
             self._kept[topic] = len(snapshot.state)

@@ -221,6 +221,7 @@ class RunTopic:
     def admit(self, follower: Follower) -> Follower:
         """Joining → behind or resync: the reply was queued. Where the connection follows the run already, that
         follower takes its subscriptions over, and goes on where it is; if that raises its detail, with a snapshot."""
+        self._check(follower, State.JOINING, State.BEHIND)
         known = follower.outbox.followers.get(self.run)
         if known is not None:
             follower.state = State.DONE
@@ -241,6 +242,7 @@ class RunTopic:
     def supply(self, follower: Follower, segment: Segment) -> bool:
         """Behind: queue what follows the cursor, up to the head and as far as there is room. At the head, it becomes
         live, or done. Whether something more of the segment is left for it."""
+        self._check(follower, State.BEHIND, State.LIVE)
         part, outbox = segment.after(follower.cursor), follower.outbox
         if part is not None and part.first <= self.head:
             queued = len(outbox)
@@ -251,6 +253,7 @@ class RunTopic:
 
     def supply_snapshot(self, follower: Follower, snapshot: Snapshot) -> None:
         """Resync → behind, and at the head live, or done: queue the snapshot, after a `gap` unless it was asked for."""
+        self._check(follower, State.RESYNC, State.BEHIND)
         if follower.resync is not None and follower.resync != "asked":
             first = min(follower.cursor, snapshot.seq) + 1
             follower.outbox.put(protocol.gap(self.run, first, max(first, snapshot.seq), follower.resync))
@@ -305,6 +308,11 @@ class RunTopic:
         self._move(follower, State.DONE)
         follower.outbox.remember(self.run, None)
 
+    def _check(self, follower: Follower, state: State, target: State) -> None:
+        """Before anything is queued, or changed: whether it is in the state that leads to `target` here."""
+        if follower.state is not state:
+            raise IllegalTransition(self.run, follower.state, target)
+
     def _move(self, follower: Follower, state: State) -> None:
         if state not in NEXT[follower.state]:
             raise IllegalTransition(self.run, follower.state, state)
@@ -342,8 +350,12 @@ class RunTopic:
         self.pins -= 1
         self.close_unused()
 
+    @property
+    def used(self) -> bool:
+        return bool(self.followers) or self.pins > 0
+
     def close_unused(self) -> None:
-        if not self.followers and not self.pins:
+        if not self.used:
             self._unused(self)
 
     def described(self, follower: Follower) -> dict[str, Any]:
