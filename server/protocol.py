@@ -274,6 +274,11 @@ def gap(run: str, first: int, last: int, reason: Literal["trimmed", "overflow", 
     return encode({"type": "gap", "run": run, "from": first, "to": last, "reason": reason})
 
 
+def truncated(subscription: str, runs: int) -> bytes:
+    """So many runs more are covered by a subscription than the connection may follow."""
+    return encode({"type": "truncated", "subscription": subscription, "runs": runs})
+
+
 def feed(position: str) -> bytes:
     return encode({"type": "feed", "position": position})
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import orjson
 from anyio.lowlevel import checkpoint
 
-from agentcast.server.bus.base import Bus, RunInfo, Snapshot
+from agentcast.server.bus.base import ACTIVE, Bus, RunInfo, Snapshot
 from agentcast.server.errors import NotFound, Unavailable
 from agentcast.server.state import RunState
 
@@ -32,7 +32,9 @@ async def _fold(bus: Bus, info: RunInfo) -> Snapshot | None:
     """The state at the head, or None if the log was trimmed or replaced while it was read."""
     saved = await bus.load_snapshot(info.run)
     if saved is not None and saved.epoch == info.epoch:
-        if saved.seq >= info.head:
+        if saved.seq > info.head:
+            return None  # newer than what was asked first: whether it is the end is not known
+        if saved.seq == info.head:
             return replace(saved, ended=info.ended is not None)
         state, seq = RunState.decode(saved.state), saved.seq
     else:
@@ -45,4 +47,4 @@ async def _fold(bus: Bus, info: RunInfo) -> Snapshot | None:
             state.apply(orjson.loads(frame.data))
             seq = frame.seq
         await checkpoint()  # a long log must not hold the loop
-    return Snapshot(info.run, info.epoch, seq, state.encode(), ended=info.ended is not None)
+    return Snapshot(info.run, info.epoch, seq, state.encode(), ended=state.document["status"] not in ACTIVE)

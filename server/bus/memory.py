@@ -184,7 +184,7 @@ class MemoryBus:
         if log.info.head > seq:
             raise Fenced(run)
         ended = None if status in ACTIVE else time.time()
-        log.info = replace(log.info, epoch=epoch, head=seq, status=status, ended=ended)
+        log.info = replace(log.info, epoch=epoch, head=seq, status=status, ended=ended, oldest=seq + 1)
         log.empty()
         log.snapshot = Snapshot(run, epoch, seq, state)
         log.deliver(Head(run, epoch, seq, ended=log.ended))

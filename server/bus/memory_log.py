@@ -1,6 +1,6 @@
 """One run of the memory bus: its log, and who gets its updates. The rules of writing are in `memory`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from agentcast.server.bus.base import (
     Deliver,
@@ -74,3 +74,4 @@ class Log:
         if drop:
             self.first = self.ends.first
             del self.frames[:drop]
+            self.info = replace(self.info, oldest=self.info.oldest + drop)

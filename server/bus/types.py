@@ -81,6 +81,8 @@ class RunInfo:
     status: Status
     created: float
     ended: float | None = None
+    oldest: int = 1
+    """The oldest seq that the log holds; beyond `head` if it holds none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

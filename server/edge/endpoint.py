@@ -109,7 +109,7 @@ class Connection:
         self._hub = hub
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._outbox = Outbox(self._wake, self._pull, writer.abort, fail=self.fail)
+        self._outbox = Outbox(self)
         self._session = Session(secrets.token_hex(8), ANONYMOUS, hub, runs, self._outbox)
         self._commands = anyio.Semaphore(protocol.MAX_COMMANDS)
         self._room = anyio.Event()
@@ -151,6 +151,10 @@ class Connection:
             self._reason = reason
             self._reading.cancel()
 
+    def cut(self, reason: CloseReason) -> None:
+        """The connection cannot go on."""
+        self.close(reason)
+
     def fail(self, error: Exception) -> None:
         """Something of this connection broke: log it, and close the connection without sending what is queued."""
         if self._reason is INTERNAL_ERROR:
@@ -169,7 +173,7 @@ class Connection:
 
     def tick(self, now: float, degraded: str | None = None) -> None:
         """Once a second: tell the feed's position, keep the connection alive, cut it if the client takes nothing."""
-        self._outbox.put_feed()
+        self._outbox.put_notices()
         self._tell_degraded(now, degraded)
         if not self._outbox and now - self._sent_at >= self._settings.heartbeat:
             self._outbox.put(protocol.PING)
@@ -219,7 +223,7 @@ class Connection:
 
     # -- Writing ---------------------------------------------------------------------------------------------------
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         if not self._flush_scheduled:
             self._flush_scheduled = True
             self._loop.call_soon(self._flush)
@@ -237,7 +241,7 @@ class Connection:
         if self._moved is not None:
             self._moved.set()
 
-    def _pull(self) -> None:
+    def pull(self) -> None:
         if not self._pulling and self._tasks is not None:
             self._tasks.start_soon(self._guarded, self._catch_up)
             self._pulling = True
@@ -250,7 +254,7 @@ class Connection:
             if self._moved is not None:
                 self._moved.set()
         if self._outbox.is_behind and not self._outbox.full:
-            self._pull()
+            self.pull()
 
     async def _say_goodbye(self) -> None:
         """Close, after what is queued; on a shutdown, which has ended all runs, after what was still to be pulled."""

@@ -223,7 +223,7 @@ def _described(spec: AgentSpec) -> dict[str, Any]:
 
 def _listed(run: RunInfo) -> dict[str, Any]:
     fields = asdict(run)
-    del fields["principal"]
+    del fields["principal"], fields["oldest"]
     fields["seq"] = fields.pop("head")
     fields["active"] = run.status in ACTIVE
     return {name: value for name, value in fields.items() if value is not None}

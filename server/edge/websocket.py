@@ -15,9 +15,9 @@ from typing import Any
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.http11 import Request
 
-EXTENSION = "agentcast.frames"
+from agentcast.server.hub.frames import Batch
 
-_TEXT = 0x81  # FIN, opcode 1 (RFC 6455, section 5.2)
+EXTENSION = "agentcast.frames"
 
 
 class FrameWriter:
@@ -49,9 +49,9 @@ class FrameWriter:
         """Bytes that the client, or the kernel for it, has taken so far."""
         return self._written - self.pending
 
-    def write(self, messages: Sequence[bytes]) -> None:
+    def write(self, messages: Sequence[Batch]) -> None:
         """Send each message as one text frame, all of them in one write. Never waits; for nothing once closed."""
-        self.write_raw(_framed(messages))
+        self.write_raw(b"".join([batch.framed for batch in messages]))
 
     def write_raw(self, data: bytes) -> None:
         """Send bytes as they are; everything must go through here, or `taken` is wrong."""
@@ -109,30 +109,6 @@ class FrameProtocol(WebSocketsSansIOProtocol):
                 self.handle_parser_exception()
                 return
         super().send_receive_event_to_app()
-
-
-_last: tuple[Sequence[bytes], bytes] = ((), b"")
-"""What was written last: most of the time the next client is sent the very same."""
-
-
-def _framed(messages: Sequence[bytes]) -> bytes:
-    global _last
-    if _last[0] == messages:  # cheap: the same messages are the same objects
-        return _last[1]
-    parts: list[bytes] = []
-    for message in messages:
-        parts.append(_header(len(message)))
-        parts.append(message)
-    _last = (messages, b"".join(parts))
-    return _last[1]
-
-
-def _header(length: int) -> bytes:
-    if length < 126:
-        return bytes((_TEXT, length))
-    if length < 65_536:
-        return bytes((_TEXT, 126)) + length.to_bytes(2, "big")
-    return bytes((_TEXT, 127)) + length.to_bytes(8, "big")
 
 
 def _nothing() -> None:

@@ -1,27 +1,31 @@
 """Open-ended subscriptions, and the feed that brings them runs (G1, G2).
 
-A `Rule` is a subscription to everything, an agent or a thread. What the feed announces waits in its backlog until the
-hub has turned it into a follower. However late the feed is read, each run is brought once, and none is left out:
+A `Rule` is a subscription to everything, an agent or a thread. However late the feed is read, each run is brought once,
+and none is left out:
 
 - A rule begins at a position of the feed that is asked for before the active runs are listed. What was announced up to
   there is dropped: such a run is listed, or had ended. All that was announced later is applied.
-- A read of the feed gives all that was announced before it began, in order. So when a connection has shown a run to its
-  end, or its client has left the run, the announcement of that run waits in a backlog, or comes with the next read to
-  begin, or never comes. Until then the outbox keeps the run in `past`. Applying the announcement of a run that has
-  ended does nothing; a run that was left goes on where it was left.
+- What was shown already is told apart by the number of the read that announces it; see `feed_place`.
 
-This module must not know who follows which run.
+Rules are kept by what they ask for, so an announcement costs those that it concerns. This module must not know who
+follows which run.
 """
 
 import logging
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from anyio.lowlevel import checkpoint
+
 from agentcast.server.bus.base import ACTIVE, Announce, Announcement, Bus, Filter, RunInfo, Subscription
-from agentcast.server.hub.outbox import Follower, Outbox
+from agentcast.server.hub.feed_place import FeedPosition
+from agentcast.server.hub.outbox import MAX_FOLLOWED, Outbox
 from agentcast.server.protocol import Detail, To
 
-MAX_LISTED = 5_000
+MAX_LISTED = MAX_FOLLOWED
+"""Active runs that an open-ended subscription begins with, the newest."""
+SLICE = 200
+"""Rules that are told of a run in one turn of the loop."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,60 +43,108 @@ class Rule:
     """Where in the feed it begins, as long as what was announced before may still come."""
     ready: bool = False
     """Whether its reply was queued."""
-    backlog: dict[str, Announcement] = field(default_factory=dict)
-    """Run → its announcement, in order."""
-
-    def matches(self, run: Announcement | RunInfo) -> bool:
-        return run.principal == self.principal and (
-            self.to.all is True
-            or (self.to.agent is not None and self.to.agent == run.agent)
-            or (self.to.thread is not None and self.to.thread == run.thread)
-        )
+    left: bool = False
+    backlog: list["Arrival"] = field(default_factory=list)
+    """What was announced before it has begun, in order."""
 
     @property
-    def next(self) -> Announcement | None:
-        """What is to be applied next, if it is time for it."""
-        if not self.ready or self.joined is not None or not self.backlog:
-            return None
-        return next(iter(self.backlog.values()))
+    def key(self) -> tuple[str, str, str]:
+        """What it asks for."""
+        kind, value = next(iter(self.to.model_dump(exclude_none=True).items()))
+        return self.principal, kind, "" if kind == "all" else value
 
-    def add(self, entry: Announcement) -> None:
-        if entry.run not in self.backlog:
-            self.backlog[entry.run] = entry
-            self.outbox.expect(entry.position)
+    def matches(self, run: Announcement | RunInfo) -> bool:
+        return self.key in keys_of(run)
 
-    def pop(self, follower: Follower | None = None) -> None:
-        """The oldest announcement is done with; `follower` follows its run, if it is wanted here."""
-        entry = self.backlog.pop(next(iter(self.backlog)))
-        self.outbox.announce(entry.position, follower)
 
-    def begin(self) -> None:
-        """Drop what was announced before the rule joined. The feed must have been read since.
+def keys_of(run: Announcement | RunInfo) -> list[tuple[str, str, str]]:
+    """The keys of the rules that cover a run."""
+    keys = [(run.principal, "all", ""), (run.principal, "agent", run.agent)]
+    return keys if run.thread is None else [*keys, (run.principal, "thread", run.thread)]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A run that was announced."""
+
+    entry: Announcement
+    before: str
+    """The feed's position before it."""
+    read: int
+    """The number of the read that announced it."""
+
+
+class Rules:
+    """The rules of this process."""
+
+    def __init__(self) -> None:
+        self._named: dict[tuple[Outbox, str], Rule] = {}
+        self._begun: dict[tuple[str, str, str], dict[Rule, None]] = {}
+        self._beginning: dict[Rule, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+    def add(self, rule: Rule, position: FeedPosition) -> None:
+        """Add a rule that is yet to begin: from now on, what is announced waits for it."""
+        self._named[rule.outbox, rule.subscription] = rule
+        self._beginning[rule] = None
+        rule.outbox.feed.source = position
+        rule.outbox.feed.beginning += 1
+
+    def begin(self, rule: Rule) -> list[Arrival]:
+        """The rule has got to its place in the feed. Gives what was announced after it, and is for this rule.
 
         If the feed lacks the position, it was replaced: everything is then applied, since a run that comes twice is
         better than one that never comes.
         """
-        positions = [entry.position for entry in self.backlog.values()]
-        if self.joined in positions:
-            for _ in range(positions.index(self.joined) + 1):
-                self.pop()
-        self.joined = None
+        del self._beginning[rule]
+        self._begun.setdefault(rule.key, {})[rule] = None
+        positions = [arrival.entry.position for arrival in rule.backlog]
+        late = rule.backlog[positions.index(rule.joined) + 1 if rule.joined in positions else 0 :]
+        rule.joined, rule.backlog = None, []
+        late = [arrival for arrival in late if rule.matches(arrival.entry)]
+        for arrival in late:
+            rule.outbox.feed.expect(arrival.entry.run, arrival.before)
+        rule.outbox.feed.beginning -= 1
+        return late
+
+    def remove(self, outbox: Outbox, subscription: str) -> None:
+        rule = self._named.pop((outbox, subscription), None)
+        if rule is None:
+            return
+        rule.left = True
+        if rule in self._beginning:
+            del self._beginning[rule]
+            rule.outbox.feed.beginning -= 1
+        else:
+            begun = self._begun[rule.key]
+            del begun[rule]
+            if not begun:
+                del self._begun[rule.key]
+
+    @property
+    def beginning(self) -> list[Rule]:
+        """Rules that have not begun yet."""
+        return list(self._beginning)
+
+    def covering(self, entry: Announcement) -> Iterator[Rule]:
+        """The rules that have begun and cover a run."""
+        for key in keys_of(entry):
+            yield from list(self._begun.get(key, ()))
 
 
 class FeedReader:
-    """Reads the feed of `bus`, one read at a time, and hands what it announces to all `rules`."""
+    """Reads the feed of `bus`, one read at a time."""
 
-    def __init__(self, bus: Bus, rules: Mapping[tuple[Outbox, str], Rule]) -> None:
-        self.position = ""
-        """Everything up to here was handed out."""
-        self.reads = 0
-        """Reads that have begun."""
+    def __init__(self, bus: Bus, rules: Rules) -> None:
+        self.place = FeedPosition()
         self._bus = bus
         self._rules = rules
 
     async def watch(self, announce: Announce) -> Subscription:
         """Begin where the feed is now."""
-        subscription, self.position = await self._bus.watch_feed(announce)
+        subscription, self.place.position = await self._bus.watch_feed(announce)
         return subscription
 
     async def end(self) -> str:
@@ -101,45 +153,65 @@ class FeedReader:
         subscription.close()
         return position
 
-    async def read(self) -> None:
-        """Hand out what was announced since the last read."""
-        ready = {rule for rule in self._rules.values() if rule.ready}
-        self.reads += 1
-        for rule in self._rules.values():
-            rule.outbox.feed_read = self.reads
-        entries = await self._bus.read_feed(self.position)
-        if entries is None:
-            logger.warning("the feed does not reach back to %s; listing the active runs instead", self.position)
-            entries = await self._list_active()
-        if entries:
-            self.position = entries[-1].position
-        by_outbox: dict[Outbox, list[Rule]] = {}
-        for rule in self._rules.values():
-            if entries or rule.joined is not None or rule.outbox.past:
-                by_outbox.setdefault(rule.outbox, []).append(rule)
-        for outbox, rules in by_outbox.items():
-            try:
-                self._hand_out(outbox, rules, entries, ready)
-            except Exception as error:  # noqa: BLE001 -- of this connection; the others must hear of the runs
-                outbox.fail(error)
+    async def read(self) -> list[tuple[Arrival, list[Rule]]]:
+        """What was announced since the last read, each with the rules that it is for. They are expected to show it from
+        now on."""
+        ready = [rule for rule in self._rules.beginning if rule.ready]
+        self.place.begun += 1
+        try:
+            entries = await self._bus.read_feed(self.place.position)
+            if entries is None:
+                logger.warning(
+                    "the feed does not reach back to %s; listing the active runs instead", self.place.position
+                )
+                entries = await self._list_active()
+        except BaseException:
+            self.place.begun -= 1
+            raise
+        brought = await self._hand_out(entries, self.place.begun)
+        for rule in ready:
+            if not rule.left:
+                brought += self.begin(rule)
+        self.place.handed_out = self.place.begun
+        return brought
 
-    def _hand_out(
-        self, outbox: Outbox, rules: Sequence[Rule], entries: Sequence[Announcement], ready: Set[Rule]
-    ) -> None:
+    def begin(self, rule: Rule) -> list[tuple[Arrival, list[Rule]]]:
+        """See `Rules.begin`."""
+        try:
+            return [(arrival, [rule]) for arrival in self._rules.begin(rule)]
+        except Exception as error:  # noqa: BLE001 -- of this connection; the others must hear of the runs
+            rule.outbox.fail(error)
+            return []
+
+    async def _hand_out(self, entries: Sequence[Announcement], read: int) -> list[tuple[Arrival, list[Rule]]]:
+        brought = []
         for entry in entries:
-            for rule in rules:
-                rule.add(entry)
-        for rule in rules:
-            if rule in ready:
-                rule.begin()
-        outbox.forget_past(self.reads, lambda run: any(run in rule.backlog for rule in rules))
+            arrival = Arrival(entry, self.place.position, read)
+            for rule in self._rules.beginning:
+                rule.backlog.append(arrival)
+            concerned = [rule for rule in self._rules.covering(entry) if _expects(rule, arrival)]
+            if concerned:
+                brought.append((arrival, concerned))
+            self.place.position = entry.position
+            if len(concerned) >= SLICE:
+                await checkpoint()
+        return brought
 
     async def _list_active(self) -> list[Announcement]:
         """Every active run, as if it were announced at the feed's position now."""
         position = await self.end()
         active = await self._bus.list(Filter(statuses=ACTIVE, limit=MAX_LISTED))
-        self.position = position
+        self.place.position = position
         return [Announcement(position, run.run, run.epoch, run.agent, run.thread, run.principal) for run in active]
+
+
+def _expects(rule: Rule, arrival: Arrival) -> bool:
+    try:
+        rule.outbox.feed.expect(arrival.entry.run, arrival.before)
+    except Exception as error:  # noqa: BLE001 -- of this connection; the others must hear of the run
+        rule.outbox.fail(error)
+        return False
+    return True
 
 
 def _ignore(announcement: Announcement | None) -> None:

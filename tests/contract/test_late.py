@@ -13,6 +13,7 @@ from agentcast.server.hub.hub import Hub
 from agentcast.server.hub.outbox import Outbox
 from agentcast.server.protocol import Position, To
 from tests.contract.support import Log, Mail
+from tests.support.link import Link
 
 
 async def test_closing_an_old_command_handler_leaves_the_new_one(bus: Bus) -> None:
@@ -55,7 +56,7 @@ async def test_a_run_that_is_left_and_followed_again_many_times_misses_nothing(b
 
 @pytest.mark.parametrize("count", [60])
 async def test_runs_that_ended_before_the_hub_has_read_the_feed_come_once(bus: Bus, count: int) -> None:
-    hub, outbox = Hub(bus), Outbox(_nothing, _nothing, _nothing)
+    hub, outbox = Hub(bus), Outbox(Link())
     held, released, read = anyio.Event(), anyio.Event(), bus.read_feed
 
     async def read_late(after: str) -> Any:
@@ -86,24 +87,25 @@ async def test_runs_that_ended_before_the_hub_has_read_the_feed_come_once(bus: B
         with anyio.fail_after(10):
             while len(seen) < 2 * count:
                 await hub.catch_up(outbox)
-                seen += [orjson.loads(frame)["seq"] for frame in outbox.take()]
+                seen += [orjson.loads(data)["seq"] for batch in outbox.take() for data in batch.payloads]
                 await anyio.lowlevel.checkpoint()
             released.set()
             last = await Log.create(bus)
             while last.run not in outbox.followers:
                 await anyio.lowlevel.checkpoint()
             await hub.catch_up(outbox)
-        assert [orjson.loads(frame)["seq"] for frame in outbox.take()] == [1, 2, 1]  # `before`, and `last`
+        assert [orjson.loads(data)["seq"] for batch in outbox.take() for data in batch.payloads] == [
+            1,
+            2,
+            1,
+        ]  # `before`, and `last`
         assert await read(position) is not None
         with anyio.fail_after(10):
-            while outbox.past:  # until the next read of the feed
+            while outbox.feed.past:  # until the next read of the feed
                 hub.wake()
+                outbox.feed.forget()
                 await anyio.lowlevel.checkpoint()
         tasks.cancel_scope.cancel()
 
 
 _START = Position(seq=0)
-
-
-def _nothing() -> None:
-    pass

@@ -108,7 +108,7 @@ async def _gone(hub: RunningHub, connection: Connection) -> None:
     """Wait until nothing is left of a connection, without a message from anybody."""
     await hub.left(lambda: connection not in hub.core.connections._open)
     assert not any(rule.outbox is connection._outbox for rule in hub.core.hub._rules.values())
-    for topic in hub.core.hub._topics.values():
+    for topic in hub.core.hub.topics.values():
         assert connection._outbox not in topic.followers.values()
 
 
@@ -461,18 +461,18 @@ async def test_two_thousand_connections_leave_nothing_behind() -> None:
                 for _ in range(20):
                     tasks.start_soon(open_some, many // 20)
         assert len(hub.core.connections) == many + 1
-        assert len(hub.core.hub._topics[run].followers) == many + 1
+        assert len(hub.core.hub.topics[run].followers) == many + 1
         for number, ws in enumerate(sockets):
             if number % 2:
                 ws.transport.abort()
             else:
                 await ws.close()
         await _only(hub, client)
-        assert len(hub.core.hub._topics[run].followers) == 1
+        assert len(hub.core.hub.topics[run].followers) == 1
         assert hub.core.hub._rules == {}
         assert len(hub.log(run).subscribers) == 1
         held.set()
         await client.end(run)
-        assert hub.core.hub._topics == {}
+        assert hub.core.hub.topics == {}
         assert hub.log(run).subscribers == {}
         assert hub.tasks() <= tasks_before

@@ -62,7 +62,7 @@ def break_follower(connection: Connection) -> None:
 
 FAULTS: dict[str, Callable[[Connection], None]] = {
     "its tick": lambda connection: setattr(connection, "tick", broken),
-    "the feed's position": lambda connection: setattr(connection._outbox, "put_feed", broken),
+    "the feed's position": lambda connection: setattr(connection._outbox, "put_notices", broken),
     "news of a run": lambda connection: setattr(connection._outbox, "deliver", broken),
     "what waits for it": lambda connection: setattr(connection._outbox, "take", broken),
     "a write": lambda connection: setattr(connection._writer, "write", broken),
@@ -104,8 +104,8 @@ async def test_what_breaks_for_one_connection_ends_that_one_only(fault: str, log
 
             assert await victim.closed() == (1011, "internal error")
         await hub.left(lambda: len(hub.core.connections) == 1)
-        assert list(hub.core.hub._topics) == [held]
-        assert len(hub.core.hub._topics[held].followers) == len(hub.core.hub._followed) == 1
+        assert list(hub.core.hub.topics) == [held]
+        assert len(hub.core.hub.topics[held].followers) == len(hub.core.hub._followed) == 1
         assert len(hub.core.hub._rules) == 1
         await other.ask("cancel", run=held)
         assert (await other.view(held)).document["status"] == "cancelled"
@@ -136,7 +136,7 @@ async def test_runs_that_have_ended_are_forgotten_though_nothing_is_announced(lo
         await client.follow_all()
         await client.end(*[await client.start("talker") for _ in range(5)])
         outbox = connection_of(hub, client)._outbox
-        await until(lambda: not outbox.past)
+        await until(lambda: not outbox.feed.past)
 
 
 async def test_a_connection_that_breaks_while_it_is_closed_holds_up_no_shutdown(log: Log) -> None:

@@ -67,7 +67,11 @@ class Scene:
     async def frames(self, connection: Connection) -> list[dict[str, Any]]:
         """All that comes until nothing does any more."""
         await self.turns()
-        return [cast(dict[str, Any], orjson.loads(data)) for data in connection.outbox.take()]
+        return [
+            cast(dict[str, Any], orjson.loads(payload))
+            for batch in connection.outbox.take()
+            for payload in batch.payloads
+        ]
 
 
 @asynccontextmanager

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+import agentcast.server.hub.catch_up
+import agentcast.server.hub.feed_place
 import agentcast.server.hub.hub
 import agentcast.server.hub.outbox
-from agentcast.server.errors import Unavailable
+from agentcast.server.errors import LIMIT_EXCEEDED, CloseReason, Unavailable
 from tests.model.client import Client, Line
 from tests.model.scene import Scene, brief, playing
 from tests.model.world import Connection, Run, World
@@ -76,7 +78,8 @@ async def test_a_run_that_was_left_goes_on_where_it_was_when_its_announcement_co
         assert brief(late)[0] == "snapshot 4", "what the other detail had left out"
     await scene.create()
     await scene.frames(connection)
-    assert not connection.outbox.past, "the announcement has passed"
+    connection.outbox.feed.forget()
+    assert not connection.outbox.feed.past, "the announcement has passed"
 
 
 @pytest.mark.timeout(120)
@@ -101,11 +104,12 @@ async def test_runs_that_ended_while_the_feed_was_late_are_not_brought_again(
         frames += await scene.frames(connection)
 
     assert shown(frames) == {run.id: [1, 2, 3] for run in scene.started[:MANY]} | {run.run: [1] for run in late}
-    connection.outbox.put_feed()
+    connection.outbox.put_notices()
     assert brief(await scene.frames(connection)) == ["feed"]
     await scene.create()
     await scene.frames(connection)
-    assert not connection.outbox.past, "the announcements have passed"
+    connection.outbox.feed.forget()
+    assert not connection.outbox.feed.past, "the announcements have passed"
 
 
 async def test_a_run_that_had_ended_before_the_subscription_is_not_brought_by_a_late_announcement(scene: Scene) -> None:
@@ -124,7 +128,7 @@ async def test_a_run_that_had_ended_before_the_subscription_is_not_brought_by_a_
     scene.bus.release("read_feed")
 
     assert shown(await scene.frames(connection)) == {scene.started[2].id: [1, 2]}
-    connection.outbox.put_feed()
+    connection.outbox.put_notices()
     assert [frame["position"][-2:] for frame in await scene.frames(connection)] == [":4"]
 
 
@@ -163,9 +167,9 @@ async def test_a_run_that_one_rule_has_shown_to_its_end_is_not_brought_again_by_
     listing.release()
 
     assert brief(await scene.frames(connection)) == ["reply"]
-    connection.outbox.put_feed()
+    connection.outbox.put_notices()
     assert brief(await scene.frames(connection)) == ["feed"]
-    assert len(connection.outbox.past) <= 3
+    assert len(connection.outbox.feed.past) <= 3
 
 
 async def test_a_client_that_resumes_gets_what_was_announced_meanwhile_though_the_hub_reads_the_feed_late(
@@ -174,7 +178,7 @@ async def test_a_client_that_resumes_gets_what_was_announced_meanwhile_though_th
     connection = await scene.connect()
     await scene.subscribe(connection, to={"all": True})
     (reply, *_) = await scene.frames(connection)
-    await connection.cut()
+    await connection.hang_up()
     reading = scene.bus.catch("read_feed")  # by the hub
     for _ in range(3):
         await scene.create()
@@ -215,7 +219,7 @@ async def test_a_feed_that_does_not_have_the_position_any_more_leaves_no_rule_wa
     await scene.create()
     await scene.subscribe(connection, to={"all": True})
     await scene.frames(connection)
-    (rule,) = scene.hub._rules.values()
+    (rule,) = scene.hub.rules._named.values()
     assert rule.joined is not None
     rule.joined = "lost:7"
     scene.bus.release("read_feed")
@@ -251,7 +255,8 @@ async def test_after_a_feed_that_was_trimmed_no_run_comes_twice_and_every_active
 
 
 async def test_a_listing_that_fails_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agentcast.server.hub.hub, "_jitter", lambda: 0.0)
+    monkeypatch.setattr(agentcast.server.hub.hub, "jitter", lambda: 0.0)
+    monkeypatch.setattr(agentcast.server.hub.catch_up, "jitter", lambda: 0.0)
     async with playing(feed_length=1) as scene:
         connection = await scene.connect()
         await scene.subscribe(connection, to={"all": True})
@@ -271,36 +276,38 @@ async def test_a_listing_that_fails_is_asked_for_again(monkeypatch: pytest.Monke
 async def test_a_rule_whose_runs_cannot_be_subscribed_to_at_the_moment_holds_up_no_other(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agentcast.server.hub.hub, "_jitter", lambda: 0.0)
+    monkeypatch.setattr(agentcast.server.hub.hub, "jitter", lambda: 0.0)
+    monkeypatch.setattr(agentcast.server.hub.catch_up, "jitter", lambda: 0.0)
     first, second = await scene.connect(), await scene.connect()
     await scene.subscribe(first, to={"agent": "ant"})
     await scene.subscribe(second, to={"agent": "bee"})
     await scene.frames(first)
     await scene.frames(second)
-    subscribe = scene.bus.subscribe
+    opened = scene.bus.open
 
-    async def refuse(run: str, *args: Any) -> Any:
-        if run == scene.started[0].id:
+    async def refuse(deliver: dict[str, Any]) -> Any:
+        if scene.started[0].id in deliver:
             raise Unavailable("not this one")
-        return await subscribe(run, *args)
+        return await opened(deliver)
 
-    monkeypatch.setattr(scene.bus, "subscribe", refuse)
+    monkeypatch.setattr(scene.bus, "open", refuse)
     await scene.create("ant")
     await scene.create("bee")
 
     assert shown(await scene.frames(second)) == {scene.started[1].id: [1]}
     monkeypatch.undo()
-    monkeypatch.setattr(agentcast.server.hub.hub, "_jitter", lambda: 0.0)
+    monkeypatch.setattr(agentcast.server.hub.hub, "jitter", lambda: 0.0)
+    monkeypatch.setattr(agentcast.server.hub.catch_up, "jitter", lambda: 0.0)
     assert shown(await scene.frames(first)) == {scene.started[0].id: [1]}
 
 
 async def test_a_connection_on_which_too_many_runs_end_before_the_feed_is_read_is_cut(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agentcast.server.hub.outbox, "MAX_PAST", 2)
-    cut: list[None] = []
+    monkeypatch.setattr(agentcast.server.hub.feed_place, "MAX_PAST", 2)
+    cut: list[CloseReason] = []
     connection = await scene.connect()
-    connection.outbox.cut = lambda: cut.append(None)
+    monkeypatch.setattr(connection, "cut", cut.append)
     await scene.subscribe(connection, to={"all": True})
     await scene.frames(connection)
     scene.bus.hold("read_feed")
@@ -309,8 +316,8 @@ async def test_a_connection_on_which_too_many_runs_end_before_the_feed_is_read_i
         await by_start(scene, connection)
         await scene.turns()
         await scene.started[-1].append(scene.bus, ["end"])
-    assert cut
-    assert len(connection.outbox.past) == 2
+    assert cut == [LIMIT_EXCEEDED]
+    assert len(connection.outbox.feed.past) == 2
 
 
 class Crowd:
@@ -357,9 +364,9 @@ class Crowd:
             case "leave" if client.line.held and not client.line.asked and not client.line.leaving:
                 client.unsubscribe(self.random.choice(list(client.line.held)))
             case "tick":
-                client.line.connection.outbox.put_feed()
+                client.line.connection.outbox.put_notices()
             case "cut" if self.random.random() < 0.1:
-                self.world.do(client.line.connection.cut())
+                self.world.do(client.line.connection.hang_up())
                 client.cut()
 
     def connected(self, client: Client) -> Client:
@@ -377,7 +384,7 @@ class Crowd:
                 break
         for client in self.clients:
             if client.line is not None:
-                client.line.connection.outbox.put_feed()
+                client.line.connection.outbox.put_notices()
                 client.read(100)
                 client.check()
 
@@ -385,7 +392,8 @@ class Crowd:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("feed", "rest"), [(400, 100), (40_000, 1_200)], ids=["late", "very late"])
 def test_a_thousand_short_runs(feed: int, rest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agentcast.server.hub.hub, "_jitter", lambda: 0.0)
+    monkeypatch.setattr(agentcast.server.hub.hub, "jitter", lambda: 0.0)
+    monkeypatch.setattr(agentcast.server.hub.catch_up, "jitter", lambda: 0.0)
     monkeypatch.setattr(agentcast.server.hub.outbox, "TAKE_BYTES", 1)
     crowd = Crowd(int(os.environ.get("CROWD_SEED", "0")), feed)
     try:

@@ -13,14 +13,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import agentcast.server.bus.memory
+import agentcast.server.hub.catch_up
 import agentcast.server.hub.hub
 import agentcast.server.hub.outbox
+import agentcast.server.hub.topic
 from tests.model.client import Client, Line
 from tests.model.world import Run, World
 
 QUEUE_FRAMES = 4
 LOG_EVENTS = 8
 MAX_DISTANCE = 12
+RING_BYTES = 600
+"""A few frames."""
 PAGE_EVENTS = 3
 MAX_ASKED = 4
 HELD_AFTER = 300
@@ -51,8 +55,10 @@ class Hub(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(agentcast.server.hub.hub, "MAX_DISTANCE", MAX_DISTANCE)
-        self.patch.setattr(agentcast.server.hub.hub, "_jitter", lambda: 0.0)
+        self.patch.setattr(agentcast.server.hub.topic, "MAX_DISTANCE", MAX_DISTANCE)
+        self.patch.setattr(agentcast.server.hub.hub, "RING_BYTES", RING_BYTES)
+        for module in (agentcast.server.hub.hub, agentcast.server.hub.catch_up):
+            self.patch.setattr(module, "jitter", lambda: 0.0)
         self.patch.setattr(agentcast.server.hub.outbox, "TAKE_BYTES", 1)  # one frame at a time
         self.patch.setattr(agentcast.server.bus.memory, "PAGE_EVENTS", PAGE_EVENTS)
 
@@ -82,8 +88,8 @@ class Hub(RuleBasedStateMachine):
             for client in self.clients:
                 self._cut(client)
             self.world.do(self.world.settle())
-            assert not self.world.hub._topics, "topics are left"
-            assert not self.world.hub._rules, "rules are left"
+            assert not self.world.hub.topics, "topics are left"
+            assert not len(self.world.hub.rules), "rules are left"
             assert not self.world.bus.subscribed, "subscriptions are left"
         finally:
             self.world.close()
@@ -180,7 +186,7 @@ class Hub(RuleBasedStateMachine):
     @rule(client=pick)
     def tick(self, client: int) -> None:
         """What the endpoint does once a second."""
-        self._line(self._connected(client)).connection.outbox.put_feed()
+        self._line(self._connected(client)).connection.outbox.put_notices()
 
     @rule(client=pick)
     def cut(self, client: int) -> None:
@@ -215,7 +221,7 @@ class Hub(RuleBasedStateMachine):
             if not sum(client.read(100) for client in connected):
                 break
         for client in connected:
-            self._line(client).connection.outbox.put_feed()
+            self._line(client).connection.outbox.put_notices()
             client.read(100)
             client.check()
 
@@ -247,7 +253,7 @@ class Hub(RuleBasedStateMachine):
 
     def _cut(self, client: Client) -> None:
         if client.line is not None:
-            self.world.do(client.line.connection.cut())
+            self.world.do(client.line.connection.hang_up())
             client.cut()
 
     def _line(self, client: Client) -> Line:

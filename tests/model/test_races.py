@@ -1,12 +1,10 @@
 """Answers of the bus that come late: what the model test meets by chance, once each on purpose (G1, G2)."""
 
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from typing import Any
 
-import anyio
 import pytest
 
-from agentcast.server.bus.base import RunInfo
 from tests.model.scene import Scene, brief, playing
 from tests.model.world import Run
 
@@ -48,25 +46,11 @@ async def test_snapshot_of_an_epoch_that_is_over_is_not_sent(scene: Scene) -> No
 
 async def test_head_asked_for_before_a_rebase_is_asked_for_again(scene: Scene) -> None:
     connection = await scene.connect()
-    first, topic = anyio.Event(), anyio.Event()
-    ask = scene.bus.info
-
-    async def info(runs: Collection[str]) -> dict[str, RunInfo]:
-        """Hold back the second answer, which is the one that the topic begins with."""
-        answer = await ask(runs)
-        if not first.is_set():
-            first.set()
-        elif not topic.is_set():
-            topic.set()
-            await release.wait()
-        return answer
-
-    release = anyio.Event()
-    scene.bus.info = info  # type: ignore[method-assign]
+    opening = scene.bus.catch("open")
     await scene.subscribe(connection)
-    await topic.wait()
+    await opening.asked.wait()
     await scene.run.rebase(scene.bus, [])
-    release.set()
+    opening.release()
     await scene.frames(connection)
     await scene.run.append(scene.bus, ["status", "end"])
 
@@ -113,7 +97,7 @@ async def test_run_that_ended_on_a_connection_is_not_brought_again_by_its_announ
 
     frames = await scene.frames(connection)
     assert [frame["run"] for frame in frames if "run" in frame] == [scene.run.id]
-    connection.outbox.put_feed()
+    connection.outbox.put_notices()
     assert brief(await scene.frames(connection)) == ["feed"]
 
 
@@ -145,11 +129,11 @@ async def test_feed_does_not_run_ahead_of_a_subscription_that_is_being_made(scen
     await new.create(scene.bus)
     await scene.frames(connection)
 
-    connection.outbox.put_feed()
+    connection.outbox.put_notices()
     assert await scene.frames(connection) == []
     scene.bus.release("list")
     frames = await scene.frames(connection)
-    connection.outbox.put_feed()
+    connection.outbox.put_notices()
     frames += await scene.frames(connection)
 
     assert [frame["type"] for frame in frames][-1] == "feed"

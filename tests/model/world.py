@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import anyio
@@ -24,6 +24,7 @@ from agentcast.server.bus.base import (
     Head,
     Listing,
     NewRun,
+    Opened,
     Page,
     RunInfo,
     Snapshot,
@@ -32,7 +33,7 @@ from agentcast.server.bus.base import (
 )
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.edge.session import Session
-from agentcast.server.errors import Unavailable
+from agentcast.server.errors import CloseReason, Unavailable
 from agentcast.server.hub.hub import Hub
 from agentcast.server.hub.outbox import Outbox
 from agentcast.server.protocol import Start, encode_event
@@ -41,7 +42,7 @@ from agentcast.server.state import RunState
 
 T = TypeVar("T")
 PRINCIPAL = "ann"
-AT_REST_AFTER = 100_000
+AT_REST_AFTER = 400_000
 
 
 class DawdlingBus(MemoryBus):
@@ -110,7 +111,20 @@ class DawdlingBus(MemoryBus):
             raise
         return subscription, position
 
-    async def subscribe(self, run: str, deliver: Deliver) -> Subscription:
+    async def open(self, deliver: Mapping[str, Deliver]) -> dict[str, Opened]:
+        opened: dict[str, Opened] = {}
+        try:
+            for run, take in deliver.items():
+                if run in self._logs:
+                    opened[run] = Opened(self._logs[run].info, await self._subscribe(run, take))
+            infos = await self._ask(super().info(list(opened)))
+        except BaseException:
+            for answer in opened.values():
+                answer.subscription.close()
+            raise
+        return {run: Opened(infos[run], answer.subscription) for run, answer in opened.items() if run in infos}
+
+    async def _subscribe(self, run: str, deliver: Deliver) -> Subscription:
         open = [True]
 
         def post(news: Sequence[Frame] | Head | Gone) -> None:
@@ -276,10 +290,11 @@ class Connection:
 
     def __init__(self, hub: Hub, starter: object, queue_frames: int) -> None:
         self._hub = hub
-        self.outbox = Outbox(_nothing, self._pull, _nothing, queue_frames=queue_frames)
+        self.outbox = Outbox(self, queue_frames=queue_frames)
         self._session = Session("x", PRINCIPAL, hub, cast(Runs, starter), self.outbox)
         self._tasks: TaskGroup | None = None
         self._pulling = False
+        self._taken: deque[bytes] = deque()
         self.closed = anyio.Event()
 
     async def serve(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -297,16 +312,26 @@ class Connection:
 
     async def read(self) -> dict[str, Any] | None:
         """The next frame, if one waits."""
-        taken = self.outbox.take()
+        taken = [] if self._taken else self.outbox.take()
         assert len(taken) <= 1
-        return cast(dict[str, Any], orjson.loads(taken[0])) if taken else None
+        self._taken += [payload for batch in taken for payload in batch.payloads]
+        return cast(dict[str, Any], orjson.loads(self._taken.popleft())) if self._taken else None
 
-    async def cut(self) -> None:
+    async def hang_up(self) -> None:
         assert self._tasks is not None
         self._tasks.cancel_scope.cancel()
         await self.closed.wait()
 
-    def _pull(self) -> None:
+    def wake(self) -> None:
+        """It is read whenever the test likes."""
+
+    def cut(self, reason: CloseReason) -> None:
+        raise AssertionError(reason)
+
+    def fail(self, error: Exception) -> None:
+        raise error
+
+    def pull(self) -> None:
         if not self._pulling and self._tasks is not None:
             self._pulling = True
             self._tasks.start_soon(self._catch_up)
@@ -317,7 +342,7 @@ class Connection:
         finally:
             self._pulling = False
         if self.outbox.is_behind and not self.outbox.full:
-            self._pull()
+            self.pull()
 
 
 class World:

@@ -1,6 +1,6 @@
 """A memory bus whose answers come late, when the test says so."""
 
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import anyio
@@ -13,6 +13,7 @@ from agentcast.server.bus.base import (
     Filter,
     Listing,
     NewRun,
+    Opened,
     Page,
     RunInfo,
     Snapshot,
@@ -104,14 +105,15 @@ class HeldBus(MemoryBus):
 
         return await self._undone_if_it_fails("watch_feed", watch(), made)
 
-    async def subscribe(self, run: str, deliver: Deliver) -> Subscription:
+    async def open(self, deliver: Mapping[str, Deliver]) -> dict[str, Opened]:
         made: list[Subscription] = []
 
-        async def subscribe() -> Subscription:
-            made.append(await MemoryBus.subscribe(self, run, deliver))
-            return made[0]
+        async def opened() -> dict[str, Opened]:
+            answers = await MemoryBus.open(self, deliver)
+            made.extend(answer.subscription for answer in answers.values())
+            return answers
 
-        return await self._undone_if_it_fails("subscribe", subscribe(), made)
+        return await self._undone_if_it_fails("open", opened(), made)
 
     async def _undone_if_it_fails(
         self, question: str, answer: Coroutine[Any, Any, T], made: Sequence[Subscription]

@@ -53,14 +53,20 @@ class Client:
         self._tasks = tasks
         self._news = anyio.Event()
         self._pulling = False
-        self.outbox = Outbox(self._wake, self._pull, self._pull)
+        self.outbox = Outbox(self)
         self.session = Session("x", "ann", hub, runs, self.outbox)
         self._ids = 0
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         self._news.set()
 
-    def _pull(self) -> None:
+    def cut(self, reason: CloseReason) -> None:
+        raise AssertionError(reason)
+
+    def fail(self, error: Exception) -> None:
+        raise error
+
+    def pull(self) -> None:
         if not self._pulling:
             self._pulling = True
             self._tasks.start_soon(self._catch_up)
@@ -74,7 +80,7 @@ class Client:
         seen = 0
         with anyio.fail_after(5):
             while True:
-                self.frames += [orjson.loads(data) for data in self.outbox.take()]
+                self.frames += [orjson.loads(payload) for batch in self.outbox.take() for payload in batch.payloads]
                 for frame in self.frames[seen:]:
                     if frame["type"] == type and fields.items() <= frame.items():
                         return frame
@@ -377,7 +383,7 @@ async def test_malformed_messages_are_answered_then_the_connection_is_closed(cli
     reasons = [await client.session.handle("{") for _ in range(21)]
 
     assert reasons == [None] * 20 + [PROTOCOL_ERROR]
-    replies = [orjson.loads(data) for data in client.outbox.take()]
+    replies = [orjson.loads(payload) for batch in client.outbox.take() for payload in batch.payloads]
     assert [reply["error"]["code"] for reply in replies] == ["bad_request"] * 21
 
 

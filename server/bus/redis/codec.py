@@ -15,7 +15,7 @@ from agentcast.server.bus.base import Announcement, Frame, Head, NewRun, RunInfo
 
 logger = logging.getLogger(__name__)
 
-INFO = ("agent", "principal", "thread", "epoch", "head", "status", "created", "ended")
+INFO = ("agent", "principal", "thread", "epoch", "head", "status", "created", "ended", "oldest")
 """The fields of a run's hash that `info` takes."""
 _HEADER = struct.Struct(">III")
 _PROGRESS, _TERMINAL = 1, 2
@@ -60,7 +60,9 @@ def infos(runs: Sequence[str], answers: Sequence[Any]) -> dict[str, RunInfo]:
 
 
 def info(run: str, answer: Sequence[bytes | None]) -> RunInfo:
-    agent, principal, thread, epoch, head, status, created, ended = (value and value.decode() for value in answer)
+    agent, principal, thread, epoch, head, status, created, ended, oldest = (
+        value and value.decode() for value in answer
+    )
     return RunInfo(
         run=run,
         agent=agent or "",
@@ -71,6 +73,7 @@ def info(run: str, answer: Sequence[bytes | None]) -> RunInfo:
         status=status,  # type: ignore[arg-type]  # only `append` and `rebase` write it
         created=float(created or 0.0),
         ended=None if ended is None else float(ended),
+        oldest=int(oldest or 1),
     )
 
 

@@ -142,7 +142,8 @@ else
   redis.call('PUBLISH', ARGV[18], n .. ' ' .. ARGV[16])
 end
 redis.call('DEL', KEYS[2])
-redis.call('HSET', KEYS[1], 'epoch', ARGV[3], 'head', ARGV[4], 'status', ARGV[6], 'bytes', 0)
+redis.call('HSET', KEYS[1], 'epoch', ARGV[3], 'head', ARGV[4], 'status', ARGV[6], 'bytes', 0,
+  'oldest', string.format('%d', tonumber(ARGV[4]) + 1))
 keep(KEYS[3], KEYS[12], ARGV[3], ARGV[4], ARGV[5], ARGV[19], ARGV[8])
 redis.call('EXPIRE', KEYS[1], ARGV[8])
 if ARGV[7] ~= '' then
@@ -211,7 +212,7 @@ while going and (length > most or bytes > most_bytes) do
 end
 if keep then
   redis.call('XTRIM', KEYS[2], 'MINID', keep)
-  redis.call('HSET', KEYS[1], 'bytes', bytes)
+  redis.call('HSET', KEYS[1], 'bytes', bytes, 'oldest', string.match(keep, '^(%d+)'))
 end
 return {'ok'}
 """
