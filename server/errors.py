@@ -140,6 +140,7 @@ class CloseReason:
 
 
 SHUTTING_DOWN = CloseReason(4001, "shutting_down")
+LIMIT_EXCEEDED = CloseReason(4504, "limit_exceeded")
 PROTOCOL_ERROR = CloseReason(4503, "protocol_error")
 BINARY_MESSAGE = CloseReason(1003, "send JSON as text messages")
 MESSAGE_TOO_BIG = CloseReason(1009, "message over limits.message_bytes")

@@ -17,6 +17,7 @@ from typing import Literal
 from agentcast.server import protocol
 from agentcast.server.bus.base import Frame, Page, Snapshot
 from agentcast.server.errors import TooMany
+from agentcast.server.hub.frames import Batch
 from agentcast.server.protocol import Detail
 
 QUEUE_FRAMES = 512
@@ -102,7 +103,7 @@ class Outbox:
         self._fail = fail
         self._queue_frames = queue_frames
         self._queue_bytes = queue_bytes
-        self._queue: deque[bytes] = deque()
+        self._queue: deque[Batch] = deque()
         self._bytes = 0
         self._behind: dict[Follower, None] = {}
         self._announced: dict[str, _Announced] = {}
@@ -132,18 +133,22 @@ class Outbox:
 
     def put(self, data: bytes) -> None:
         """Queue one frame, whatever the queue holds."""
-        self._queue.append(data)
-        self._bytes += len(data)
+        self.push(_batch(data))
+
+    def push(self, batch: Batch) -> None:
+        """Queue a batch, whatever the queue holds."""
+        self._queue.append(batch)
+        self._bytes += batch.size
         self._wake()
 
-    def take(self) -> list[bytes]:
+    def take(self) -> list[Batch]:
         """The oldest frames, in order, about `TAKE_BYTES` of them; empty if nothing waits."""
-        taken: list[bytes] = []
+        taken: list[Batch] = []
         size = 0
         while self._queue and size < TAKE_BYTES:
-            data = self._queue.popleft()
-            taken.append(data)
-            size += len(data)
+            batch = self._queue.popleft()
+            taken.append(batch)
+            size += batch.size
         self._bytes -= size
         if self._behind and not self.full:
             self._pull()
@@ -341,3 +346,14 @@ class Outbox:
             position = announced
         if position is not None:
             self.put(protocol.feed(position))
+
+
+_last = Batch((b"",))
+"""The batch of the last frame: most of the time the next client is sent the very same."""
+
+
+def _batch(data: bytes) -> Batch:
+    global _last
+    if _last.payloads[0] is not data:
+        _last = Batch((data,))
+    return _last

@@ -7,7 +7,7 @@ from typing import Any
 import anyio
 import pytest
 
-import agentcast.server.edge.endpoint
+import agentcast.server.edge.connections
 from agentcast.agents.base import Emitter
 from agentcast.agents.events import Status
 from agentcast.server.edge.endpoint import Connection
@@ -50,6 +50,21 @@ class Unusable(dict[str, Any]):
         raise RuntimeError("broken on purpose")
 
 
+def replace(connection: Connection, **methods: Any) -> None:
+    """Give this connection other methods. It has slots, so they cannot be set."""
+    connection.__class__ = type("Broken", (Connection,), {"__slots__": (), **methods})
+
+
+class Unwritable:
+    """A socket that cannot be written to."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def __getattr__(self, name: str) -> Any:
+        return broken if name == "write" else getattr(self._writer, name)
+
+
 def break_follower(connection: Connection) -> None:
     follow = connection._outbox.follow
 
@@ -61,11 +76,11 @@ def break_follower(connection: Connection) -> None:
 
 
 FAULTS: dict[str, Callable[[Connection], None]] = {
-    "its tick": lambda connection: setattr(connection, "tick", broken),
+    "its tick": lambda connection: replace(connection, tick=broken),
     "the feed's position": lambda connection: setattr(connection._outbox, "put_feed", broken),
     "news of a run": lambda connection: setattr(connection._outbox, "deliver", broken),
     "what waits for it": lambda connection: setattr(connection._outbox, "take", broken),
-    "a write": lambda connection: setattr(connection._writer, "write", broken),
+    "a write": lambda connection: setattr(connection, "_writer", Unwritable(connection._writer)),
     "whose turn it is": lambda connection: setattr(connection._outbox, "next_behind", broken),
     "a page": lambda connection: setattr(connection._outbox, "add_page", broken),
     "the end of a run": lambda connection: setattr(connection._outbox, "end", broken),
@@ -85,7 +100,7 @@ def connection_of(hub: RunningHub, client: Client) -> Connection:
 
 @pytest.fixture(autouse=True)
 def frequent_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agentcast.server.edge.endpoint, "TICK", 0.05)
+    monkeypatch.setattr(agentcast.server.edge.connections, "TICK", 0.05)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
