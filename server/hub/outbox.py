@@ -348,12 +348,14 @@ class Outbox:
             self.put(protocol.feed(position))
 
 
-_last = Batch((b"",))
-"""The batch of the last frame: most of the time the next client is sent the very same."""
+_batches: dict[int, Batch] = {}
+"""The batches of the newest frames, by the identity of their bytes: other clients are sent the very same."""
 
 
 def _batch(data: bytes) -> Batch:
-    global _last
-    if _last.payloads[0] is not data:
-        _last = Batch((data,))
-    return _last
+    batch = _batches.get(id(data))
+    if batch is None:
+        if len(_batches) >= 256:
+            _batches.clear()
+        batch = _batches[id(data)] = Batch((data,))
+    return batch
