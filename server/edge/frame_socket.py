@@ -187,8 +187,7 @@ class FrameSocket(asyncio.Protocol):
             return
         if self._budget.is_exhausted(now):
             self._refuse(CloseCode.POLICY_VIOLATION, "too much was sent for too long")
-        else:
-            self._take_turn()
+        self._take_turn()
 
     def _pause(self) -> None:
         if not self._transport.is_closing():
@@ -233,8 +232,8 @@ class FrameSocket(asyncio.Protocol):
         data = b"".join(self._parser.data_to_send())
         if data and (self.writable or self._parser.parser_exc is not None):
             self._write_raw(data)
-        if self._parser.parser_exc is not None:
-            self._end()
+        if self._parser.parser_exc is not None and self._phase is _Phase.OPEN:
+            self._break_off()
 
     def _write_raw(self, data: bytes) -> None:
         self._written += len(data)
@@ -281,14 +280,23 @@ class FrameSocket(asyncio.Protocol):
         self._end()
 
     def _refuse(self, code: int, reason: str) -> None:
-        """Close because of what the client has sent; nothing more of it is read."""
+        """Close because of what the client has sent."""
         if self._phase is _Phase.OPEN:
             self._parser.fail(code, reason)
-            self._write_raw(b"".join(self._parser.data_to_send()))
-            self._end()
+            self._break_off()
+
+    def _break_off(self) -> None:
+        """The parser has sent a close frame, and discards what comes. That is read on for a while: a socket that is
+        closed with unread bytes is reset, and the peer might never see the close frame."""
+        if self._phase is _Phase.OPEN:
+            self._enter(_Phase.CLOSING)
+            self._receiver.on_closed()
+        self._send_last()
+        self._expire()
+        self.hold(False)
 
     def _end(self) -> None:
-        """The handshake is complete, or will not be: close the transport, after what it still holds."""
+        """The peer has closed: close the transport, after what it still holds."""
         if self._phase is _Phase.OPEN:
             self._enter(_Phase.CLOSING)
             self._receiver.on_closed()

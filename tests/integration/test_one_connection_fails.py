@@ -19,6 +19,8 @@ from tests.support.log import Log
 from tests.support.process import serve
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.usefixtures("each_server")
+
 BROKE = "something of it broke"
 
 
