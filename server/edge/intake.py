@@ -61,16 +61,17 @@ class FrameParser(Protocol):
 
 
 class _GatedReader(StreamReader):
-    """Lets the parser begin one frame each time the gate is opened."""
+    """Has the parser wait before each frame until the gate is opened. It closes when the parser arrives there, for a
+    parser that was within a frame would go on to the next one otherwise."""
 
     def __init__(self) -> None:
         super().__init__()
         self.open = False
 
     def at_eof(self) -> Generator[None, None, bool]:
+        self.open = False
         while not (self.open and self.buffer):
             yield
-        self.open = False
         return False
 
 
