@@ -13,6 +13,8 @@ from tests.support.agents import Anything, FunctionAgent, agent
 from tests.support.client import Client
 from tests.support.hub import open_hub
 
+pytestmark = pytest.mark.usefixtures("each_server")
+
 
 class Words(BaseModel):
     n: int

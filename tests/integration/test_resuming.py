@@ -16,6 +16,8 @@ from tests.support.hub import RunningHub, open_hub
 from tests.support.log import Log
 from tests.support.work import Seed, Work
 
+pytestmark = pytest.mark.usefixtures("each_server")
+
 RUNS = 50
 FAILURE = "the work could not be finished"
 
