@@ -339,9 +339,11 @@ class RunTopic:
 
     def _forget(self, follower: Follower) -> None:
         self.followers.discard(follower)
-        if follower.outbox.followers.get(self.run) is follower:
-            follower.outbox.remove(follower)
-        self.close_unused()
+        try:
+            if follower.outbox.followers.get(self.run) is follower:
+                follower.outbox.remove(follower)
+        finally:
+            self.close_unused()
 
     # -- Its life --------------------------------------------------------------------------------------------------
 

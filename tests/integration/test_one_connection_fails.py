@@ -174,7 +174,7 @@ async def test_runs_that_have_ended_are_forgotten_though_nothing_is_announced(lo
 async def test_a_connection_that_breaks_while_it_is_closed_holds_up_no_shutdown(log: Log) -> None:
     log.expect(BROKE)
     async with open_hub(talker) as hub, hub.client() as other, hub.client() as victim:
-        connection_of(hub, victim)._outbox.take = broken  # type: ignore[method-assign]
+        breaking(connection_of(hub, victim), take=broken)
         connection_of(hub, victim)._outbox.put(b'{"type":"ping"}')
         await hub.core.stop()
         assert (await victim.closed())[0] == 1011
