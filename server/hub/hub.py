@@ -131,6 +131,8 @@ class Hub:
                     await self._check_heads(topics, since)
                     join = Join(self, outbox, [_placed(topic, outbox, wants, since.get(to.run))])
                     join.result = {"subscription": subscription, "runs": _described(join.followers)}
+                    if to.run not in outbox.followers and outbox.room <= 0:
+                        join.result.update(runs=[], truncated=True)
                     yield join
             else:
                 async with self._joined(Rule(subscription, outbox, principal, to, detail), since, feed) as join:

@@ -104,3 +104,11 @@ class Client:
             frame["seq"] if frame["type"] == "event" else f"={frame['seq']}" if "seq" in frame else frame["type"]
             for frame in self.take()
         ]
+
+    def brief(self) -> list[str]:
+        """What was queued, as `event 3` or `gap`."""
+        return [f"event {item['seq']}" if "type" not in item else str(item["type"]) for item in self.take()]
+
+    def seqs_of(self) -> list[int]:
+        """The seqs of what was queued, where nothing but events may be."""
+        return [item["seq"] for item in self.take()]
