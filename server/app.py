@@ -18,7 +18,7 @@ from agentcast.agents.registry import servers_used
 from agentcast.server.bus.base import Bus
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.config import Settings
-from agentcast.server.edge.endpoint import Connections
+from agentcast.server.edge.connections import Connections
 from agentcast.server.edge.http import Api, Guard, no_route
 from agentcast.server.hub.hub import Hub
 from agentcast.server.runs.runs import Runs
@@ -81,7 +81,7 @@ class AgentCast:
             await tasks.start(self._guarded, "bus", self.bus.run)
             await tasks.start(self._guarded, "hub", self.hub.run)
             await tasks.start(self._guarded, "runs", self.runs.serve)
-            tasks.start_soon(self._guarded, "connections", self.connections.tick)
+            await tasks.start(self._guarded, "connections", self.connections.serve)
             tasks.start_soon(self._guarded, "watchdog", self.watchdog.run)
             tasks.start_soon(self._guarded, "MCP servers", lambda: supervise(self.mcp_servers))
             self._started = True

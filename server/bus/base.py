@@ -2,62 +2,106 @@
 
 A run's log is a sequence of frames without holes, written by one owner. An *epoch* names one incarnation of the log:
 positions of different epochs cannot be compared. A *fence* names one ownership: a newer claim makes the older one
-void. A *snapshot* is the state after one seq, and the log may be trimmed up to the saved one.
+void. A *snapshot* is the state after one seq, and the log may be trimmed up to the saved one. A *summary* is a small
+record of a run for lists: only the newest counts.
 
-Frames carry run, epoch, seq and ready bytes, so routing parses nothing. This module must not know what is inside a
-frame, who follows a run, or how agents work.
+Frames and summaries carry ready bytes, so routing parses nothing. This module must not know what is inside them, who
+follows a run, or how agents work.
 
-- G1, G2: `subscribe` is confirmed when it returns, so who then reads heads and pages misses nothing; a page either
-  continues exactly after the position asked for or is `None`.
-- G5: `append` raises `Unavailable` while the bus cannot take a batch; the same batch may be tried again at will.
+- G1, G2: `open` subscribes before it reads where each log stands, so a caller that then reads pages misses nothing; a
+  page either continues exactly after the position asked for or is `None`.
+- G5: `append` raises `Unavailable` while the bus cannot take a batch; the caller may try the same batch again.
 - G7: `append` checks before it writes: after the terminal event, or from a fenced owner, nothing is written.
 """
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import anyio
 from anyio.abc import TaskStatus
 
-Status = Literal["queued", "running", "cancelling", "done", "failed", "cancelled"]
-ACTIVE: frozenset[Status] = frozenset({"queued", "running", "cancelling"})
+from agentcast.server.bus.types import (
+    ACTIVE,
+    Announce,
+    Announcement,
+    CommandHandler,
+    Created,
+    Deliver,
+    DeliverSummaries,
+    Ends,
+    Filter,
+    Frame,
+    Gone,
+    Head,
+    Listing,
+    NewRun,
+    Opened,
+    Origin,
+    Page,
+    Registration,
+    RunInfo,
+    Snapshot,
+    Status,
+    Subscription,
+    Summary,
+    Update,
+)
+
+__all__ = [
+    "ACTIVE",
+    "Announce",
+    "Announcement",
+    "Bus",
+    "CommandHandler",
+    "Created",
+    "Deliver",
+    "DeliverSummaries",
+    "Ends",
+    "Filter",
+    "Frame",
+    "Gone",
+    "Head",
+    "Listing",
+    "NewRun",
+    "Opened",
+    "Origin",
+    "Page",
+    "Registration",
+    "RunInfo",
+    "Snapshot",
+    "Status",
+    "Subscription",
+    "Summary",
+    "Update",
+]
 
 TTL = 24 * 3600.0
-"""Seconds that an ended run stays, where it is not the number of runs that decides."""
+"""Seconds that a bus keeps an ended run, unless it bounds their number."""
 KEY_TTL = 24 * 3600.0
 """Seconds that an idempotency key holds."""
 LOG_EVENTS = 10_000
 LOG_BYTES = 4 * 1024 * 1024
-"""What a log keeps for replay, at least: it is trimmed to these once a snapshot covers what goes."""
+"""What a log keeps for replay, at least: it is trimmed to these once a snapshot covers the rest."""
 FEED_LENGTH = 10_000
 """Announcements that the feed reaches back."""
 APPEND_BYTES = 1024 * 1024
-"""What one append takes at most, and what is published of it, with all that a bus puts around the frames."""
+"""The most that one append takes, with all that a bus puts around the frames; also the largest published message."""
 PAGE_EVENTS = 200
 PAGE_BYTES = 1024 * 1024
 """A page is never larger, except by its last frame."""
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """One event of a run, encoded. At detail `progress` it is shown only if `progress` is set."""
-
-    run: str
-    epoch: str
-    seq: int
-    data: bytes
-    progress: bool = True
-    terminal: bool = False
+SUMMARY_BYTES = 2 * 1024
+"""The largest `data` of a summary."""
+LIST_EXAMINED = 10_000
+"""Runs that one `list` looks at, at most, however few of them pass the filter."""
 
 
 _AROUND_FRAME, _AROUND_APPEND = 32, 4 * 1024
 
 
 def append_size(frames: Iterable[Frame]) -> int:
-    """The bytes that an append of these frames is taken for."""
+    """The bytes that an append of these frames counts as."""
     return _AROUND_APPEND + sum(len(frame.data) + _AROUND_FRAME for frame in frames)
 
 
@@ -74,161 +118,14 @@ def first_part(frames: Sequence[Frame]) -> Sequence[Frame]:
 def check_append(frames: Sequence[Frame]) -> None:
     """:raises ValueError: the frames are too many for one append. A single frame never is: its event is bounded."""
     if len(frames) > 1 and (size := append_size(frames)) > APPEND_BYTES:
-        raise ValueError(f"an append of {size} bytes; it takes {APPEND_BYTES} at most")
+        raise ValueError(f"an append of {size} bytes; the limit is {APPEND_BYTES}")
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """Where a log stands. Delivered to subscribers instead of frames after a `rebase`, or where some may be missed."""
-
-    run: str
-    epoch: str
-    seq: int
-    ended: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Gone:
-    """The bus has lost a run, and no owner has restored it. Delivered to its subscribers."""
-
-    run: str
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The encoded `RunState` after event `seq` of `epoch`."""
-
-    run: str
-    epoch: str
-    seq: int
-    state: bytes
-    ended: bool = False
-    """Whether `seq` is known to be the last event of all. Told by `load_state`; buses need not keep it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """The frames that follow a position, oldest first; empty at the head. `head` is the newest seq of the log."""
-
-    frames: Sequence[Frame]
-    head: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunInfo:
-    """What the bus knows of a run without looking into its log."""
-
-    run: str
-    agent: str
-    principal: str
-    thread: str | None
-    epoch: str
-    head: int
-    status: Status
-    created: float
-    ended: float | None = None
-    oldest: int = 1
-    """The oldest seq that the log holds; beyond `head` if it holds nothing."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewRun:
-    """A run to create. `first` is its first frame (seq 1). `fingerprint` tells whether a reused `key` means the same
-    start."""
-
-    run: str
-    epoch: str
-    agent: str
-    principal: str
-    thread: str | None
-    created: float
-    first: Frame
-    key: str | None = None
-    fingerprint: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What a run's log began with, and is begun with anew if the bus loses it."""
-
-    agent: str
-    principal: str
-    thread: str | None
-    created: float
-
-
-@dataclass(frozen=True, slots=True)
-class Created:
-    """The run that `create` made, with the fence of its owner; or, with `fence` None, the run that its key names."""
-
-    run: str
-    epoch: str
-    fence: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Announcement:
-    """A run was created. `position` is the feed's after this entry."""
-
-    position: str
-    run: str
-    epoch: str
-    agent: str
-    thread: str | None
-    principal: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Filter:
-    """Which runs `list` is to give: newest first, created before run `before`. None means any."""
-
-    principal: str | None = None
-    agent: str | None = None
-    thread: str | None = None
-    statuses: Collection[Status] | None = None
-    before: str | None = None
-    limit: int = 100
-
-    def fits(self, info: RunInfo) -> bool:
-        """Whether a run fits, its place aside."""
-        return (
-            (self.principal is None or info.principal == self.principal)
-            and (self.agent is None or info.agent == self.agent)
-            and (self.thread is None or info.thread == self.thread)
-            and (self.statuses is None or info.status in self.statuses)
-        )
-
-
-Deliver = Callable[[Sequence[Frame] | Head | Gone], None]
-"""Takes news of one run, in order, on the event loop. Must not block or raise."""
-Announce = Callable[[Announcement | None], None]
-"""Takes one announcement, or None: some may have been missed, which `read_feed` tells. Must not block or raise."""
-CommandHandler = Callable[[str, Mapping[str, Any]], Awaitable[None]]
-"""Handles a command to a run of this process: what a client asked for, or `{"op": "verify"}` when the bus may have lost
-some of the run's log."""
-
-
-class Subscription(Protocol):
-    def close(self) -> None:
-        """No delivery follows. Idempotent; never raises, never waits."""
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A run whose news is delivered."""
-
-    info: RunInfo
-    subscription: Subscription
-
-
-class Registration:
-    """A `Subscription` to anything: closing it takes the entry out again. `remove` may be called twice."""
-
-    def __init__(self, remove: Callable[[], object]) -> None:
-        self._remove = remove
-
-    def close(self) -> None:
-        self._remove()
+def check_summaries(records: Iterable[Summary]) -> None:
+    """:raises ValueError: a record is too large."""
+    for record in records:
+        if (size := len(record.data)) > SUMMARY_BYTES:
+            raise ValueError(f"the summary of run {record.run} has {size} bytes; the limit is {SUMMARY_BYTES}")
 
 
 class Bus(Protocol):
@@ -248,8 +145,8 @@ class Bus(Protocol):
     async def create(self, new: NewRun) -> Created:
         """Create the log with its first frame and announce it in the feed; one wins if several try with one key.
 
-        A run that failed with its second event, and so never began, gives its key back: its `create` may have been
-        carried out after its caller had given up, and a repeated start must not find nothing but that.
+        A run that failed with its second event never started, and releases its key: the bus may have carried out its
+        `create` after the caller had given up, and a repeated start must get a new run then.
 
         :raises Conflict: the key was used with another fingerprint.
         """
@@ -262,7 +159,7 @@ class Bus(Protocol):
 
     async def append(self, run: str, fence: int, frames: Sequence[Frame], status: Status) -> None:
         """Add frames after the head, all or none, and deliver them. A batch wholly at or below the head is a retry
-        and changes nothing. More than `APPEND_BYTES` is to be appended in parts (`first_part`).
+        and changes nothing. Append more than `APPEND_BYTES` in parts (`first_part`).
 
         :raises ValueError: the batch is larger than that, and of more than one frame.
         :raises Fenced: another owner has claimed the run.
@@ -273,18 +170,22 @@ class Bus(Protocol):
     async def rebase(
         self, run: str, fence: int, seq: int, state: bytes, status: Status, origin: Origin | None = None
     ) -> str:
-        """Begin a new epoch, whose log is empty, at `seq` with the owner's state as its snapshot. A run that the bus
-        has lost is created anew from `origin`. Gives the new epoch.
+        """Start a new epoch, whose log is empty, at `seq`, with the owner's state as its snapshot. A run that the bus
+        has lost is created again from `origin`. Returns the new epoch.
 
         :raises Fenced: another owner has claimed the run.
         :raises Ended: the log has its terminal event.
         """
 
     async def info(self, runs: Collection[str]) -> dict[str, RunInfo]:
-        """What is known of each run; unknown ones are left out."""
+        """What the bus knows of each run; unknown ones are left out."""
 
     async def read(self, run: str, epoch: str, after: int) -> Page | None:
         """The page after `after`; None if the log of that epoch does not hold exactly what follows it."""
+
+    async def read_ends(self, runs: Collection[str]) -> dict[str, Ends]:
+        """The first and the last frame of each run; unknown runs are left out. Trimming keeps the first frame, and a
+        `rebase` too. The number of round trips depends on the bytes only, not on the number of runs."""
 
     async def save_snapshot(self, fence: int, snapshot: Snapshot) -> None:
         """Replace the run's snapshot; the log may then be trimmed up to it.
@@ -296,20 +197,44 @@ class Bus(Protocol):
         """The newest saved snapshot, if there is one."""
 
     async def open(self, deliver: Mapping[str, Deliver]) -> dict[str, Opened]:
-        """Deliver all news of these runs from now on, and tell where they stand."""
+        """Subscribe to the updates of many runs, and then read where each stands: no update falls between.
+
+        Unknown runs are left out and not subscribed. When this raises or is cancelled, it leaves no subscription.
+        Any number of runs needs the same few round trips (one more for every few hundred).
+        """
 
     async def subscribe(self, run: str, deliver: Deliver) -> Subscription:
-        """Deliver all news of `run` from now on; confirmed when this returns."""
+        """`open` for one run, without its info."""
 
-    async def list(self, filter: Filter) -> Sequence[RunInfo]:
-        """The runs that fit, newest first."""
+    async def list(self, filter: Filter) -> Listing:
+        """One page of the runs that pass the filter. Looks at `LIST_EXAMINED` runs at most, so a page may be short or
+        empty before the last one: `Listing.next` says where to go on."""
+
+    # Summaries: of each run only the newest counts.
+
+    async def publish_summaries(self, records: Sequence[Summary]) -> None:
+        """Replace the stored summary of each run, and deliver the new ones to all watchers of all processes.
+
+        Silently skips a record whose run is unknown, whose fence or epoch is void, or which is older than the stored
+        one of its epoch. A stored summary lives as long as its run.
+
+        :raises ValueError: the `data` of a record exceeds `SUMMARY_BYTES`.
+        """
+
+    async def watch_summaries(self, deliver: DeliverSummaries) -> Subscription:
+        """Deliver all summaries that are published from now on, in order; confirmed when this returns."""
+
+    async def summaries(self, runs: Collection[str]) -> dict[str, Summary]:
+        """The stored summary of each run; runs without one are left out."""
+
+    # The feed, commands, ownership.
 
     async def watch_feed(self, announce: Announce) -> tuple[Subscription, str]:
-        """Announce every run created from now on; with the feed's position now."""
+        """Announce every run created from now on. Also returns the feed's current position."""
 
     async def read_feed(self, after: str) -> Sequence[Announcement] | None:
-        """The announcements after a position, with all that were made before this was asked; None if the feed does not
-        reach back to it (or never had it)."""
+        """The announcements after a position, including all that were made before this call; None if the feed does not
+        reach back to the position (or never had it)."""
 
     async def send_command(self, run: str, command: Mapping[str, Any]) -> None:
         """Have the run's owner, in whatever process, handle `command`; returns when it has.
@@ -321,19 +246,18 @@ class Bus(Protocol):
         """Handle the commands to runs that this process owns."""
 
     async def orphans(self, mine: Collection[str]) -> Sequence[str]:
-        """Active runs that nobody executes: their process is gone, or is this one and they are not `mine`. To be asked
-        about once a second; a process is taken for gone only after several askings."""
+        """Active runs that no process executes: their process has died, or is this one and they are not `mine`. Call
+        this once a second; a process counts as dead only after several calls."""
 
     async def fenced(self, fences: Mapping[str, int]) -> Collection[str]:
-        """Which of these runs another owner has claimed, each given with the fence that it was owned under. Runs that
-        the bus has lost are not among them. To be asked about once a second.
-        """
+        """Which of these runs another owner has claimed; `fences` has the fence that this process owned each under.
+        Leaves out runs that the bus has lost. Call this once a second."""
 
     async def check(self) -> None:
-        """Send a probe through the real path and see it arrive."""
+        """Send a probe through the real path and wait for its arrival."""
 
     async def aclose(self) -> None:
-        """Let go of everything."""
+        """Release everything."""
 
 
 _ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -341,7 +265,7 @@ _last_stamp = 0
 
 
 def stamp(micros: int) -> str:
-    """How the ids of runs begin that were created at a Unix time, in microseconds."""
+    """The first characters of the ids of runs that were created at a Unix time, in microseconds."""
     digits = ""
     while micros:
         micros, digit = divmod(micros, 36)
@@ -350,8 +274,8 @@ def stamp(micros: int) -> str:
 
 
 def new_run_id() -> str:
-    """Sortable by creation (microseconds first, never twice the same in one process), and unguessable: 100 random
-    bits follow."""
+    """A new id: sortable by creation (microseconds come first, and one process never repeats them), and unguessable
+    (100 random bits follow)."""
     global _last_stamp
     _last_stamp = micros = max(_last_stamp + 1, time.time_ns() // 1_000)
     return stamp(micros) + "".join(secrets.choice(_ALPHABET) for _ in range(20))

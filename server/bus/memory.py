@@ -1,14 +1,14 @@
 """The bus of a single process, and the reference for what any bus must do.
 
-Nothing here awaits inside an operation, so each is atomic on its loop. What ended runs take is bounded: the last
-`MAX_ENDED` of them, or `MAX_ENDED_BYTES`, whichever is less; so are the idempotency keys.
+Nothing here awaits inside an operation, so each is atomic on its loop. It keeps the last `MAX_ENDED` ended runs, fewer
+if they exceed `MAX_ENDED_BYTES`, and `MAX_KEYS` idempotency keys.
 """
 
 import bisect
 import time
 from collections import OrderedDict, deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -19,6 +19,7 @@ from agentcast.server.bus.base import (
     ACTIVE,
     FEED_LENGTH,
     KEY_TTL,
+    LIST_EXAMINED,
     LOG_BYTES,
     LOG_EVENTS,
     PAGE_BYTES,
@@ -28,9 +29,12 @@ from agentcast.server.bus.base import (
     CommandHandler,
     Created,
     Deliver,
+    DeliverSummaries,
+    Ends,
     Filter,
     Frame,
     Head,
+    Listing,
     NewRun,
     Opened,
     Origin,
@@ -40,37 +44,17 @@ from agentcast.server.bus.base import (
     Snapshot,
     Status,
     Subscription,
+    Summary,
     check_append,
+    check_summaries,
     new_epoch,
 )
+from agentcast.server.bus.memory_log import Log
 from agentcast.server.errors import Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
 
 MAX_ENDED = 1_000
 MAX_ENDED_BYTES = 256 * 1024 * 1024
 MAX_KEYS = 100_000
-
-
-@dataclass(slots=True)
-class _Log:
-    info: RunInfo
-    fence: int = 1
-    frames: list[Frame] = field(default_factory=list)
-    bytes: int = 0
-    snapshot: Snapshot | None = None
-    subscribers: dict[object, Deliver] = field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        return self.bytes + (len(self.snapshot.state) if self.snapshot else 0)
-
-    @property
-    def ended(self) -> bool:
-        return self.info.ended is not None
-
-    def deliver(self, news: Sequence[Frame] | Head) -> None:
-        for token, deliver in list(self.subscribers.items()):
-            if token in self.subscribers:  # one delivery may close another's subscription
-                deliver(news)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +65,7 @@ class _Key:
 
 
 class MemoryBus:
-    """A `Bus` whose runs live and die with the process."""
+    """A `Bus` whose runs end with the process."""
 
     def __init__(
         self,
@@ -96,7 +80,9 @@ class MemoryBus:
         self._log_bytes = log_bytes
         self._max_ended = max_ended
         self._max_ended_bytes = max_ended_bytes
-        self._logs: dict[str, _Log] = {}
+        self._logs: dict[str, Log] = {}
+        self._ids: list[str] = []
+        """The ids of all runs, sorted: by creation; those of one microsecond in any order, but always the same."""
         self._ended: OrderedDict[str, int] = OrderedDict()
         self._ended_bytes = 0
         self._keys: OrderedDict[tuple[str, str], _Key] = OrderedDict()
@@ -104,6 +90,7 @@ class MemoryBus:
         self._feed_id = new_epoch()
         self._announced = 0
         self._watchers: dict[object, Announce] = {}
+        self._summary_watchers: dict[object, DeliverSummaries] = {}
         self._handler: CommandHandler | None = None
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -112,7 +99,7 @@ class MemoryBus:
 
     @property
     def degraded(self) -> None:
-        """It always works."""
+        """Never."""
 
     @property
     def counters(self) -> Mapping[str, int]:
@@ -131,12 +118,12 @@ class MemoryBus:
             self._keys[new.principal, new.key] = _Key(new.run, new.fingerprint, time.time() + KEY_TTL)
             if len(self._keys) > MAX_KEYS:
                 self._keys.popitem(last=False)
-        log = self._begin(new.run, new.epoch, Origin(new.agent, new.principal, new.thread, new.created), fence=1)
+        log = self._begin_log(new.run, new.epoch, Origin(new.agent, new.principal, new.thread, new.created), fence=1)
         log.info = replace(log.info, head=1)
-        log.frames, log.bytes = [new.first], len(new.first.data)
+        log.frames, log.stored = [new.first], len(new.first.data)
         return Created(new.run, new.epoch, 1)
 
-    def _begin(self, run: str, epoch: str, origin: Origin, fence: int) -> _Log:
+    def _begin_log(self, run: str, epoch: str, origin: Origin, fence: int) -> Log:
         """An empty log, announced."""
         info = RunInfo(
             run=run,
@@ -148,7 +135,9 @@ class MemoryBus:
             status="queued",
             created=origin.created,
         )
-        log = self._logs[run] = _Log(info, fence)
+        if run not in self._logs:
+            bisect.insort(self._ids, run)
+        log = self._logs[run] = Log(info, fence)
         self._announced += 1
         position = f"{self._feed_id}:{self._announced}"
         announcement = Announcement(position, run, epoch, origin.agent, origin.thread, origin.principal)
@@ -176,7 +165,7 @@ class MemoryBus:
         if frames[0].epoch != log.info.epoch or frames[0].seq != head + 1:
             raise HeadMismatch(run, log.info.epoch, head)
         log.frames.extend(frames)
-        log.bytes += sum(len(frame.data) for frame in frames)
+        log.stored += sum(len(frame.data) for frame in frames)
         ended = time.time() if frames[-1].terminal else None
         log.info = replace(log.info, head=frames[-1].seq, status=status, ended=ended)
         log.deliver(frames)
@@ -188,7 +177,7 @@ class MemoryBus:
     ) -> str:
         epoch = new_epoch()
         if run not in self._logs and origin is not None:
-            self._begin(run, epoch, origin, fence)
+            self._begin_log(run, epoch, origin, fence)
         log = self._owned(run, fence)
         if log.info.ended is not None:
             raise Ended(run)
@@ -196,7 +185,7 @@ class MemoryBus:
             raise Fenced(run)
         ended = None if status in ACTIVE else time.time()
         log.info = replace(log.info, epoch=epoch, head=seq, status=status, ended=ended, oldest=seq + 1)
-        log.frames, log.bytes = [], 0
+        log.empty()
         log.snapshot = Snapshot(run, epoch, seq, state)
         log.deliver(Head(run, epoch, seq, ended=log.ended))
         if log.ended:
@@ -222,13 +211,16 @@ class MemoryBus:
                 break
         return Page(frames, head)
 
+    async def read_ends(self, runs: Collection[str]) -> dict[str, Ends]:
+        return {run: self._logs[run].ends for run in runs if run in self._logs}
+
     async def save_snapshot(self, fence: int, snapshot: Snapshot) -> None:
         log = self._owned(snapshot.run, fence)
         saved = log.snapshot
         if snapshot.epoch != log.info.epoch or (saved is not None and snapshot.seq < saved.seq):
             return
         log.snapshot = snapshot
-        self._trim(log, snapshot.seq)
+        log.trim(snapshot.seq, self._log_events, self._log_bytes)
         if log.ended:
             self._retire(snapshot.run, log)
 
@@ -236,23 +228,52 @@ class MemoryBus:
         return self._log(run).snapshot
 
     async def open(self, deliver: Mapping[str, Deliver]) -> dict[str, Opened]:
-        return {
-            run: Opened(self._logs[run].info, await self.subscribe(run, take))
-            for run, take in deliver.items()
-            if run in self._logs
-        }
+        known = {run: self._logs[run] for run in deliver if run in self._logs}
+        return {run: Opened(log.info, log.subscribe(deliver[run])) for run, log in known.items()}
 
     async def subscribe(self, run: str, deliver: Deliver) -> Subscription:
-        log = self._log(run)
-        token = object()
-        log.subscribers[token] = deliver
-        return Registration(lambda: log.subscribers.pop(token, None))
+        return self._log(run).subscribe(deliver)
 
-    async def list(self, filter: Filter) -> Sequence[RunInfo]:
-        ids = sorted(self._logs)  # by creation; within a millisecond in any order, but always the same
-        end = len(ids) if filter.before is None else bisect.bisect_left(ids, filter.before)
-        fitting = (info for run in reversed(ids[:end]) if filter.fits(info := self._logs[run].info))
-        return list(islice(fitting, filter.limit))
+    async def list(self, filter: Filter) -> Listing:
+        found: list[RunInfo] = []
+        places = _listed(self._ids, filter)
+        for place in places[:LIST_EXAMINED]:
+            run = self._ids[place]
+            info = self._logs[run].info
+            if filter.fits(info):
+                found.append(info)
+                if len(found) == filter.limit:
+                    break
+        return Listing(found, run if places and place != places[-1] else None)
+
+    # -- Summaries -------------------------------------------------------------------------------------------------
+
+    async def publish_summaries(self, records: Sequence[Summary]) -> None:
+        check_summaries(records)
+        kept = [record for record in records if self._keep_summary(record)]
+        for token, deliver in list(self._summary_watchers.items()) if kept else ():
+            if token in self._summary_watchers:
+                deliver(kept)
+
+    def _keep_summary(self, record: Summary) -> bool:
+        log = self._logs.get(record.run)
+        if log is None or (record.fence, record.epoch) != (log.fence, log.info.epoch):
+            return False
+        if not record.replaces(log.summary):
+            return False
+        log.summary = record
+        if log.ended:
+            self._retire(record.run, log)
+        return True
+
+    async def watch_summaries(self, deliver: DeliverSummaries) -> Subscription:
+        token = object()
+        self._summary_watchers[token] = deliver
+        return Registration(lambda: self._summary_watchers.pop(token, None))
+
+    async def summaries(self, runs: Collection[str]) -> dict[str, Summary]:
+        logs = {run: self._logs[run] for run in runs if run in self._logs}
+        return {run: log.summary for run, log in logs.items() if log.summary is not None}
 
     # -- The feed --------------------------------------------------------------------------------------------------
 
@@ -286,27 +307,29 @@ class MemoryBus:
         return Registration(remove)
 
     async def orphans(self, mine: Collection[str]) -> Sequence[str]:
-        return ()  # no process but this one could have any
+        return ()  # there is no other process that could have left any
 
     async def fenced(self, fences: Mapping[str, int]) -> Collection[str]:
         return [run for run, fence in fences.items() if run in self._logs and self._logs[run].fence != fence]
 
     async def check(self) -> None:
-        """Always well: there is no path that could fail."""
+        """Does nothing: there is no path that could fail."""
 
     async def aclose(self) -> None:
         self._logs.clear()
+        self._ids.clear()
         self._watchers.clear()
+        self._summary_watchers.clear()
 
     # -- Inside ----------------------------------------------------------------------------------------------------
 
-    def _log(self, run: str) -> _Log:
+    def _log(self, run: str) -> Log:
         try:
             return self._logs[run]
         except KeyError:
             raise NotFound(f"there is no run {run[:64]!r}") from None
 
-    def _owned(self, run: str, fence: int) -> _Log:
+    def _owned(self, run: str, fence: int) -> Log:
         log = self._log(run)
         if fence != log.fence:
             raise Fenced(run)
@@ -322,21 +345,9 @@ class MemoryBus:
         info = self._logs[known.run].info
         return None if info.status == "failed" and info.head == 2 else known
 
-    def _trim(self, log: _Log, covered: int) -> None:
-        """Drop the oldest frames that a snapshot covers, down to what a log keeps."""
-        drop = 0
-        for frame in log.frames:
-            over = len(log.frames) - drop > self._log_events or log.bytes > self._log_bytes
-            if not over or frame.seq > covered:
-                break
-            drop += 1
-            log.bytes -= len(frame.data)
-        del log.frames[:drop]
-        log.info = replace(log.info, oldest=log.info.oldest + drop)
-
-    def _retire(self, run: str, log: _Log) -> None:
-        """Account for an ended run, and forget the oldest ended ones past the bounds; never the newest, which those who
-        follow it have yet to read."""
+    def _retire(self, run: str, log: Log) -> None:
+        """Account for an ended run, and forget the oldest ended ones past the bounds; never the newest, whose followers
+        have yet to read its end."""
         self._ended_bytes += log.size - self._ended.get(run, 0)
         self._ended[run] = log.size
         while len(self._ended) > 1 and (
@@ -345,3 +356,12 @@ class MemoryBus:
             oldest, size = self._ended.popitem(last=False)
             self._ended_bytes -= size
             del self._logs[oldest]
+            del self._ids[bisect.bisect_left(self._ids, oldest)]
+
+
+def _listed(ids: Sequence[str], filter: Filter) -> range:
+    """The indices of the `ids` that a listing goes through, in its order."""
+    if filter.order == "newest":
+        end = len(ids) if filter.before is None else bisect.bisect_left(ids, filter.before)
+        return range(end - 1, -1, -1)
+    return range(0 if filter.before is None else bisect.bisect_right(ids, filter.before), len(ids))

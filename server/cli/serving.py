@@ -26,6 +26,7 @@ from agentcast.agents.mcp import McpConfigError, load_servers, tried
 from agentcast.agents.registry import RegistryError, add_assistant, load
 from agentcast.server.app import AgentCast
 from agentcast.server.config import Settings
+from agentcast.server.edge.http_protocol import HttpProtocol
 from agentcast.server.edge.websocket import FrameProtocol
 from agentcast.server.errors import BusError
 from agentcast.server.protocol import MESSAGE_BYTES
@@ -137,6 +138,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 hub.app,
+                http=HttpProtocol,
                 ws=FrameProtocol,
                 ws_max_size=MESSAGE_BYTES,
                 ws_ping_interval=None,

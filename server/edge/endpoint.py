@@ -1,39 +1,33 @@
-"""The WebSocket endpoint: the only place where a client's socket, outbox and session meet (G4).
+"""One client's end: the only place where its socket, outbox and session meet (G4).
 
-Each connection costs one task, its reader. Writing needs none: what is queued in one turn of the loop goes out in one
-write at the end of it, and goes on when the transport has room again. Pulling for followers that are behind happens
-in a task that lives only while there are any. One ticker serves the heartbeats, feed positions and slow clients of all
-connections.
+What is queued in one turn of the loop goes out in one write at the end of it, and goes on when the socket has room
+again. Commands, and pulling for followers that are behind, run in tasks that live only as long as they take.
 
 What breaks on behalf of one connection, in its tasks, in the ticker, in a callback of the loop or in the hub, ends that
 connection with 1011 and nothing else.
 """
 
 import asyncio
-import contextvars
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from enum import Enum, auto
 from time import monotonic
-from typing import TypeVarTuple
+from typing import Protocol, TypeVarTuple
 
 import anyio
 from anyio.abc import TaskGroup
-from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from agentcast import __version__
 from agentcast.server import protocol
 from agentcast.server.config import Settings
+from agentcast.server.edge.frame_socket import CLOSE_TIMEOUT, FrameWriter
 from agentcast.server.edge.session import ANONYMOUS, Session
-from agentcast.server.edge.websocket import EXTENSION, FrameWriter
 from agentcast.server.errors import BINARY_MESSAGE, INTERNAL_ERROR, SHUTTING_DOWN, CloseReason
 from agentcast.server.hub.hub import Hub
 from agentcast.server.hub.outbox import Outbox
 from agentcast.server.runs.runs import Runs
 
-TICK = 1.0
-CLOSE_TIMEOUT = 2.0
 DEGRADED_EVERY = 5.0
 """Seconds between two pings that say that the bus is away."""
 
@@ -42,145 +36,184 @@ logger = logging.getLogger(__name__)
 Args = TypeVarTuple("Args")
 
 
-class Connections:
-    """The open connections of this process."""
+class Phase(Enum):
+    OPEN = auto()
+    LEAVING = auto()
+    """It is to close, after what is queued. Nothing of the client is read any more."""
+    CLOSED = auto()
 
-    def __init__(
-        self, hub: Hub, runs: Runs, settings: Settings, degraded: Callable[[], str | None] = lambda: None
-    ) -> None:
-        """`degraded` says why the bus does not work at the moment, if so."""
-        self._degraded = degraded
-        self.hub = hub
-        self.runs = runs
-        self.settings = settings
-        self._open: set[Connection] = set()
-        self._closing = False
-        self._gone = anyio.Event()
 
-    def __len__(self) -> int:
-        return len(self._open)
+_AFTER = {
+    Phase.OPEN: (Phase.LEAVING, Phase.CLOSED),
+    Phase.LEAVING: (Phase.CLOSED,),
+    Phase.CLOSED: (),
+}
 
-    async def endpoint(self, websocket: WebSocket) -> None:
-        """`GET /ws`."""
-        writer = websocket.scope["extensions"].get(EXTENSION)
-        if writer is None:
-            logger.error("this server cannot write frames; start it with `agentcast serve` (or see edge/websocket.py)")
-            await websocket.close(INTERNAL_ERROR.code)
-            return
-        offered = websocket.scope["subprotocols"]
-        await websocket.accept(protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None)
-        connection = Connection(websocket, writer, self.hub, self.runs, self.settings)
-        self._open.add(connection)
-        try:
-            await connection.serve(SHUTTING_DOWN if self._closing else None)
-        finally:
-            self._open.discard(connection)
-            self._gone.set()
 
-    async def tick(self) -> None:
-        """Call `tick` of every connection once a second, until cancelled."""
-        while True:
-            await anyio.sleep(TICK)
-            now, degraded = monotonic(), self._degraded()
-            self.hub.wake()  # a read of the feed lets connections forget runs that have ended
-            for connection in list(self._open):
-                try:
-                    connection.tick(now, degraded)
-                except Exception as error:  # noqa: BLE001 -- the connection logs it
-                    connection.fail(error)
+class Flushing(Protocol):
+    """What flushes connections at the end of the loop's turn."""
 
-    async def close(self) -> None:
-        """Close all connections, and those still to come, as `shutting_down`. Returns once all have been told."""
-        self._closing = True
-        for connection in list(self._open):
-            connection.close(SHUTTING_DOWN)
-        with anyio.move_on_after(CLOSE_TIMEOUT + 0.5):
-            while self._open:
-                self._gone = anyio.Event()
-                await self._gone.wait()
+    def add(self, connection: "Connection") -> None: ...
+
+
+class Process(Protocol):
+    """What all connections of the process share: see `Connections`."""
+
+    hub: Hub
+    runs: Runs
+    settings: Settings
+
+    @property
+    def flusher(self) -> Flushing: ...
+
+    @property
+    def tasks(self) -> TaskGroup: ...
+
+    def discard(self, connection: "Connection") -> None: ...
 
 
 class Connection:
-    """One client."""
+    """One client: the `Receiver` of its socket and the `Link` of its outbox."""
 
-    def __init__(self, websocket: WebSocket, writer: FrameWriter, hub: Hub, runs: Runs, settings: Settings) -> None:
-        self._websocket = websocket
-        self._writer = writer
-        self._hub = hub
-        self._settings = settings
-        self._loop = asyncio.get_running_loop()
+    __slots__ = (
+        "_commands",
+        "_deadline",
+        "_degraded_told_at",
+        "_outbox",
+        "_phase",
+        "_process",
+        "_pulling",
+        "_reason",
+        "_scopes",
+        "_sent_at",
+        "_session",
+        "_taken",
+        "_taken_at",
+        "_woken",
+        "_writer",
+    )
+
+    _writer: FrameWriter
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
         self._outbox = Outbox(self)
-        self._session = Session(secrets.token_hex(8), ANONYMOUS, hub, runs, self._outbox)
-        self._commands = anyio.Semaphore(protocol.MAX_COMMANDS)
-        self._room = anyio.Event()
-        self._reading_paused = False
-        self._reading = anyio.CancelScope()
-        self._moved: anyio.Event | None = None
-        """Set, while the goodbye waits for it, when frames were written or pulled."""
-        self._flush_scheduled = False
-        self._pulling = False
-        self._sent_at = monotonic()
-        self._degraded_told_at: float | None = None
-        self._taken = 0
-        self._taken_at = monotonic()
-        self._tasks: TaskGroup | None = None
+        self._session = Session(secrets.token_hex(8), ANONYMOUS, process.hub, process.runs, self._outbox)
+        self._phase = Phase.OPEN
         self._reason: CloseReason | None = None
-        # The transport calls back outside of any task, where anyio does not know its backend.
-        context = contextvars.copy_context()
-        writer.on_writable = lambda: context.run(self._flush)
+        self._woken = True  # until there is a socket, nothing can be flushed
+        self._commands = 0
+        """Commands in progress."""
+        self._pulling = False
+        self._scopes: set[anyio.CancelScope] | None = None
+        """Of the tasks that work for this connection."""
+        self._deadline: asyncio.TimerHandle | None = None
+        self._sent_at = self._taken_at = monotonic()
+        self._taken = 0
+        self._degraded_told_at: float | None = None
 
-    async def serve(self, reason: CloseReason | None) -> None:
-        """Serve the client until it goes; with a reason, only say goodbye."""
-        self._outbox.put(protocol.hello(self._session.id, f"agentcast/{__version__}", self._settings.heartbeat))
-        if reason is not None:
-            self.close(reason)
+    def open(self, writer: FrameWriter) -> None:
+        """Greet the client that is at the other end of `writer`."""
+        self._writer = writer
+        self._outbox.put(protocol.hello(self._session.id, f"agentcast/{__version__}", self._process.settings.heartbeat))
+        self.flush()
+
+    # -- Writing ---------------------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Something was queued."""
+        if not self._woken:
+            self._woken = True
+            self._process.flusher.add(self)
+
+    def flush(self) -> None:
+        """Write what is queued, as far as the socket takes it."""
+        self._woken = False
+        writer, outbox = self._writer, self._outbox
         try:
-            async with anyio.create_task_group() as self._tasks:
-                with self._reading:
-                    await self._guarded(self._read, self._tasks)
-                if self._reason is not None:
-                    await self._say_goodbye()
-                self._tasks.cancel_scope.cancel()
+            while writer.writable and outbox:
+                writer.write(outbox.take())
+                self._sent_at = monotonic()
+        except Exception as error:  # noqa: BLE001 -- `fail` logs it; frames were lost, so none may follow
+            self.fail(error)
+        if writer.held:
+            self._pace()
+        if self._phase is Phase.LEAVING:
+            self._say_goodbye()
+
+    on_writable = flush
+
+    def pull(self) -> None:
+        """A follower is behind, and there is room."""
+        if not self._pulling and self._phase is not Phase.CLOSED:
+            self._pulling = True
+            self._spawn(self._catch_up)
+
+    async def _catch_up(self) -> None:
+        try:
+            await self._process.hub.catch_up(self._outbox)
         finally:
-            self._hub.disconnect(self._outbox)
-            self._writer.on_writable = _nothing
+            self._pulling = False
+        if self._outbox.is_behind and not self._outbox.full:
+            self.pull()
+        if self._phase is Phase.LEAVING:
+            self._say_goodbye()
 
-    def close(self, reason: CloseReason) -> None:
-        """Close the connection, after what is queued."""
-        if self._reason is None:
-            self._reason = reason
-            self._reading.cancel()
+    # -- Reading ---------------------------------------------------------------------------------------------------
 
-    def cut(self, reason: CloseReason) -> None:
-        """The connection cannot go on."""
-        self.close(reason)
+    def on_text(self, text: str) -> None:
+        if self._phase is Phase.OPEN:
+            self._commands += 1
+            self._pace()
+            self._spawn(self._handle, text)
 
-    def fail(self, error: Exception) -> None:
-        """Something of this connection broke: log it, and close the connection without sending what is queued."""
-        if self._reason is INTERNAL_ERROR:
-            return
-        logger.error("session %s is closed: something of it broke", self._session.id, exc_info=error)
-        self._reason = INTERNAL_ERROR
-        self._reading.cancel()
-        if self._moved is not None:
-            self._moved.set()
+    def on_binary(self) -> None:
+        self.leave(BINARY_MESSAGE)
+
+    async def _handle(self, text: str) -> None:
+        try:
+            reason = await self._session.handle(text)
+        finally:
+            self._commands -= 1
+            self._pace()
+        if reason is not None:
+            self.leave(reason)
+
+    def _pace(self) -> None:
+        """Read on only while there is room for the replies."""
+        self._writer.hold(self._commands >= protocol.MAX_COMMANDS or self._outbox.full)
+
+    def _spawn(self, work: Callable[[*Args], Awaitable[None]], *args: *Args) -> None:
+        self._process.tasks.start_soon(self._guarded, work, *args)
 
     async def _guarded(self, work: Callable[[*Args], Awaitable[None]], *args: *Args) -> None:
-        try:
-            await work(*args)
-        except Exception as error:  # noqa: BLE001 -- `fail` logs it
-            self.fail(error)
+        """Work in a task, for as long as the connection lasts."""
+        if self._phase is Phase.CLOSED:
+            return
+        if self._scopes is None:
+            self._scopes = set()
+        with anyio.CancelScope() as scope:
+            self._scopes.add(scope)
+            try:
+                await work(*args)
+            except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 -- `fail` logs it
+                self.fail(error)
+            finally:
+                self._scopes.discard(scope)
+
+    # -- Every second ----------------------------------------------------------------------------------------------
 
     def tick(self, now: float, degraded: str | None = None) -> None:
         """Once a second: tell the feed's position, keep the connection alive, cut it if the client takes nothing."""
+        settings = self._process.settings
         self._outbox.put_notices()
         self._tell_degraded(now, degraded)
-        if not self._outbox and now - self._sent_at >= self._settings.heartbeat:
+        if not self._outbox and now - self._sent_at >= settings.heartbeat:
             self._outbox.put(protocol.PING)
         taken = self._writer.taken
         if taken != self._taken or not (self._outbox or self._writer.pending):
             self._taken, self._taken_at = taken, now
-        elif now - self._taken_at >= self._settings.slow_client:
+        elif now - self._taken_at >= settings.slow_client:
             logger.warning("session %s took nothing for %.0f s: cut", self._session.id, now - self._taken_at)
             self._writer.abort()
 
@@ -193,91 +226,61 @@ class Connection:
             self._degraded_told_at = now
             self._outbox.put(protocol.degraded_ping(degraded))
 
-    # -- Reading ---------------------------------------------------------------------------------------------------
+    # -- Closing ---------------------------------------------------------------------------------------------------
 
-    async def _read(self, tasks: TaskGroup) -> None:
-        """Take messages while there is room for their replies; past that the socket is not read."""
-        while True:
-            while self._outbox.full and not self._writer.closed:
-                self._room = anyio.Event()
-                self._reading_paused = True
-                await self._room.wait()
-                self._reading_paused = False
-            message = await self._websocket.receive()
-            if message["type"] == "websocket.disconnect":
-                return
-            text = message.get("text")
-            if text is None:
-                self._reason = BINARY_MESSAGE
-                return
-            await self._commands.acquire()
-            tasks.start_soon(self._guarded, self._handle, text)
+    def leave(self, reason: CloseReason) -> None:
+        """Close the connection, after what is queued; on a shutdown, which has ended all runs, after what is still to
+        be pulled as well. The client gets `CLOSE_TIMEOUT` seconds for that."""
+        if self._phase is Phase.OPEN:
+            self._enter(Phase.LEAVING)
+            self._reason = reason
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._stop_following)  # not now: the hub may be in the midst of its followers
+            self._deadline = loop.call_later(CLOSE_TIMEOUT, self._give_up)
 
-    async def _handle(self, text: str) -> None:
-        try:
-            reason = await self._session.handle(text)
-        finally:
-            self._commands.release()
-        if reason is not None:
-            self.close(reason)
+    def cut(self, reason: CloseReason) -> None:
+        """The connection is past saving: close it, after what is queued."""
+        self.leave(reason)
 
-    # -- Writing ---------------------------------------------------------------------------------------------------
+    def fail(self, error: BaseException) -> None:
+        """Something of this connection broke: log it, and close the connection without sending what is queued."""
+        if self._phase is not Phase.CLOSED:
+            logger.error("session %s is closed: something of it broke", self._session.id, exc_info=error)
+            self._enter(Phase.CLOSED)
+            self._writer.close(INTERNAL_ERROR.code, INTERNAL_ERROR.reason)
+            asyncio.get_running_loop().call_soon(self._end)  # not now: as above
 
-    def wake(self) -> None:
-        if not self._flush_scheduled:
-            self._flush_scheduled = True
-            self._loop.call_soon(self._flush)
+    def on_closed(self) -> None:
+        if self._phase is not Phase.CLOSED:
+            self._enter(Phase.CLOSED)
+            self._end()
 
-    def _flush(self) -> None:
-        self._flush_scheduled = False
-        try:
-            while self._outbox and self._writer.writable and self._reason is not INTERNAL_ERROR:
-                self._writer.write(self._outbox.take())
-                self._sent_at = monotonic()
-        except Exception as error:  # noqa: BLE001 -- `fail` logs it; frames were lost, so none may follow
-            self.fail(error)
-        if self._reading_paused and (self._writer.closed or not self._outbox.full):
-            self._room.set()
-        if self._moved is not None:
-            self._moved.set()
-
-    def pull(self) -> None:
-        if not self._pulling and self._tasks is not None:
-            self._tasks.start_soon(self._guarded, self._catch_up)
-            self._pulling = True
-
-    async def _catch_up(self) -> None:
-        try:
-            await self._hub.catch_up(self._outbox)
-        finally:
-            self._pulling = False
-            if self._moved is not None:
-                self._moved.set()
-        if self._outbox.is_behind and not self._outbox.full:
-            self.pull()
-
-    async def _say_goodbye(self) -> None:
-        """Close, after what is queued; on a shutdown, which has ended all runs, after what was still to be pulled."""
+    def _stop_following(self) -> None:
         if self._reason is not SHUTTING_DOWN:
-            self._hub.disconnect(self._outbox)
-        with anyio.move_on_after(CLOSE_TIMEOUT):
-            self._flush()
-            while self._has_more:
-                self._moved = anyio.Event()
-                await self._moved.wait()
-            if self._reason is not None:
-                with suppress(WebSocketDisconnect):  # the client was faster
-                    await self._websocket.close(self._reason.code, self._reason.reason)
-            return
+            self._process.hub.disconnect(self._outbox)
+        self.flush()
+
+    def _say_goodbye(self) -> None:
+        """Close the connection if nothing is left to be sent."""
+        if not self._outbox and not self._outbox.is_behind and self._reason is not None:
+            self._enter(Phase.CLOSED)
+            self._writer.close(self._reason.code, self._reason.reason)
+            self._end()
+
+    def _give_up(self) -> None:
         self._writer.abort()
+        self.on_closed()
 
-    @property
-    def _has_more(self) -> bool:
-        """Whether something is to be sent before the connection closes, and can be."""
-        if self._reason is INTERNAL_ERROR or self._writer.closed:
-            return False
-        return bool(self._outbox) or self._outbox.is_behind
+    def _end(self) -> None:
+        """Nothing more is to be done for the client: leave nothing behind."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        for scope in list(self._scopes or ()):
+            scope.cancel()
+        self._process.hub.disconnect(self._outbox)
+        self._process.discard(self)
 
-
-def _nothing() -> None:
-    pass
+    def _enter(self, phase: Phase) -> None:
+        if phase not in _AFTER[self._phase]:
+            raise RuntimeError(f"a connection that is {self._phase.name} cannot become {phase.name}")
+        self._phase = phase

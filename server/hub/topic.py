@@ -17,7 +17,7 @@ from agentcast.server import protocol
 from agentcast.server.bus.base import Frame, Gone, Head, RunInfo, Snapshot, Subscription
 from agentcast.server.errors import RUN_LOST
 from agentcast.server.hub.follower import NEXT, Follower, GapReason, IllegalTransition, ResyncReason, State
-from agentcast.server.hub.frames import Segment
+from agentcast.server.hub.frames import Batch, Segment
 from agentcast.server.hub.single_flight import SingleFlight
 from agentcast.server.protocol import Position
 
@@ -51,6 +51,7 @@ class RunTopic:
         self.opened = anyio.Event()
         self.snapshot: Snapshot | None = None
         """The newest state that was read from the bus, while the ring reaches back to it."""
+        self._snapshot_batch: tuple[Snapshot, Batch] | None = None
         self.pages: SingleFlight[tuple[str, int], list[Segment] | None] = SingleFlight()
         self.states: SingleFlight[str, Snapshot] = SingleFlight()
         self._oldest = 1
@@ -258,13 +259,20 @@ class RunTopic:
         if follower.resync is not None and follower.resync != "asked":
             first = min(follower.cursor, snapshot.seq) + 1
             follower.outbox.put(protocol.gap(self.run, first, max(first, snapshot.seq), follower.resync))
-        follower.outbox.put(protocol.snapshot(self.run, snapshot.epoch, snapshot.seq, snapshot.state))
+        follower.outbox.push(self._framed(snapshot))
         follower.epoch, follower.cursor, follower.resync, follower.shown = snapshot.epoch, snapshot.seq, None, True
         self._move(follower, State.BEHIND)
         if snapshot.ended:
             self._end(follower)
         else:
             self.rest(follower)
+
+    def _framed(self, snapshot: Snapshot) -> Batch:
+        """The frame of a snapshot: the same object for all who are sent it in a row."""
+        if self._snapshot_batch is None or self._snapshot_batch[0] is not snapshot:
+            frame = protocol.snapshot(self.run, snapshot.epoch, snapshot.seq, snapshot.state)
+            self._snapshot_batch = (snapshot, Batch((frame,)))
+        return self._snapshot_batch[1]
 
     def rest(self, follower: Follower) -> None:
         """Behind → live, or done, if it has everything."""
@@ -332,9 +340,11 @@ class RunTopic:
 
     def _forget(self, follower: Follower) -> None:
         self.followers.pop(follower, None)
-        if follower.outbox.followers.get(self.run) is follower:
-            follower.outbox.remove(follower)
-        self.close_unused()
+        try:
+            if follower.outbox.followers.get(self.run) is follower:
+                follower.outbox.remove(follower)
+        finally:
+            self.close_unused()
 
     # -- Its life --------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import anyio
 
@@ -10,15 +10,20 @@ from agentcast.server.bus.base import (
     Announcement,
     Bus,
     Created,
+    Deliver,
     Frame,
     Gone,
     Head,
     NewRun,
     Snapshot,
     Status,
+    Subscription,
+    Summary,
+    Update,
     new_epoch,
     new_run_id,
 )
+from agentcast.server.errors import NotFound
 
 PATIENCE = 15.0
 T = TypeVar("T")
@@ -101,22 +106,50 @@ class Log:
         return found
 
 
+async def follow(bus: Bus, run: str, deliver: Deliver) -> Subscription:
+    """Open one run.
+
+    :raises NotFound: there is no such run.
+    """
+    opened = await bus.open({run: deliver})
+    if run not in opened:
+        raise NotFound(run)
+    return opened[run].subscription
+
+
+def summary(log: Log, seq: int | None = None, **fields: Any) -> Summary:
+    """A summary of a run after event `seq`, by its owner."""
+    known: dict[str, Any] = {
+        "run": log.run,
+        "epoch": log.epoch,
+        "seq": log.head if seq is None else seq,
+        "fence": log.fence,
+        "principal": "ann",
+        "agent": "echo",
+        "thread": None,
+        "status": "running",
+        "created": 1_000.0,
+        "data": b'{"at":%d}' % (log.head if seq is None else seq),
+    }
+    return Summary(**known | fields)
+
+
 class Inbox(Generic[T]):
     """Keeps what is put into it and lets a test wait for it."""
 
     def __init__(self) -> None:
         self.items: list[T] = []
-        self._news = anyio.Event()
+        self._arrived = anyio.Event()
 
     def put(self, item: T) -> None:
         self.items.append(item)
-        self._news.set()
+        self._arrived.set()
 
     async def until(self, ready: Callable[[list[T]], bool]) -> list[T]:
         with anyio.fail_after(PATIENCE):
             while not ready(self.items):
-                self._news = anyio.Event()
-                await self._news.wait()
+                self._arrived = anyio.Event()
+                await self._arrived.wait()
         return self.items
 
     async def take(self, count: int) -> list[T]:
@@ -125,17 +158,25 @@ class Inbox(Generic[T]):
 
 
 class Mail(Inbox[Frame | Head]):
-    """An inbox for the news of a run."""
+    """An inbox for the updates of a run."""
 
-    def deliver(self, news: Sequence[Frame] | Head | Gone) -> None:
-        assert not isinstance(news, Gone)
-        for item in [news] if isinstance(news, Head) else news:
+    def deliver(self, update: Update) -> None:
+        assert not isinstance(update, Gone)
+        for item in [update] if isinstance(update, Head) else update:
+            self.put(item)
+
+
+class Summaries(Inbox[Summary | None]):
+    """An inbox for summaries. None stands for some that may have been missed."""
+
+    def deliver(self, records: Sequence[Summary] | None) -> None:
+        for item in [None] if records is None else records:
             self.put(item)
 
 
 class Heard(Inbox[Announcement]):
-    """An inbox for what the feed announces."""
+    """An inbox for announcements."""
 
-    def announce(self, news: Announcement | None) -> None:
-        if news is not None:
-            self.put(news)
+    def announce(self, announcement: Announcement | None) -> None:
+        if announcement is not None:
+            self.put(announcement)

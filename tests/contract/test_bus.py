@@ -25,7 +25,7 @@ from agentcast.server.bus.base import (
 )
 from agentcast.server.errors import AlreadyFinished, Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
 from tests.contract.conftest import MakeBus
-from tests.contract.support import PATIENCE, Heard, Log, Mail, frames, new_run
+from tests.contract.support import PATIENCE, Heard, Log, Mail, follow, frames, new_run
 
 # -- Creating ------------------------------------------------------------------------------------------------------
 
@@ -232,7 +232,7 @@ async def test_two_owners_racing_to_end_a_run_leave_one_terminal_frame(bus: Bus)
 async def test_appended_frames_are_in_the_log_and_delivered_in_order(bus: Bus) -> None:
     log = await Log.create(bus)
     mail = Mail()
-    subscription = await bus.subscribe(log.run, mail.deliver)
+    subscription = await follow(bus, log.run, mail.deliver)
 
     appended = [*await log.append(3), *await log.append(1), *await log.append(5)]
 
@@ -246,7 +246,7 @@ async def test_appended_frames_are_in_the_log_and_delivered_in_order(bus: Bus) -
 async def test_frames_keep_every_field(bus: Bus) -> None:
     log = await Log.create(bus)
     mail = Mail()
-    subscription = await bus.subscribe(log.run, mail.deliver)
+    subscription = await follow(bus, log.run, mail.deliver)
     batch = [
         Frame(log.run, log.epoch, 2, b'{"text":"\xc3\xa9\xe2\x98\x83"}', progress=False),
         Frame(log.run, log.epoch, 3, b"{}", progress=True),
@@ -265,7 +265,7 @@ async def test_retried_batch_changes_nothing_and_is_not_delivered_again(bus: Bus
     log = await Log.create(bus)
     batches = {2: await log.append(2), 4: await log.append(2)}
     mail = Mail()
-    subscription = await bus.subscribe(log.run, mail.deliver)
+    subscription = await follow(bus, log.run, mail.deliver)
 
     await bus.append(log.run, log.fence, batches[first], "cancelling")
 
@@ -308,7 +308,7 @@ async def test_batch_that_does_not_follow_the_head_is_refused_whole(bus: Bus, fi
     log = await Log.create(bus)
     appended = await log.append(2)
     mail = Mail()
-    subscription = await bus.subscribe(log.run, mail.deliver)
+    subscription = await follow(bus, log.run, mail.deliver)
 
     with pytest.raises(HeadMismatch) as refusal:
         await bus.append(log.run, log.fence, frames(log.run, log.epoch, first, count, end=True), "done")
@@ -348,7 +348,7 @@ async def test_batch_over_the_bytes_of_an_append_is_refused_whole(bus: Bus, coun
 async def test_any_batch_can_be_appended_in_parts(bus: Bus, size: int) -> None:
     log = await Log.create(bus)
     mail = Mail()
-    subscription = await bus.subscribe(log.run, mail.deliver)
+    subscription = await follow(bus, log.run, mail.deliver)
     batch = log.next(40, size=size)
     waiting = list(batch)
 
@@ -370,7 +370,7 @@ async def test_unknown_run_is_not_found(bus: Bus) -> None:
         bus.append(run, 1, frames(run, "e", 1), "running"),
         bus.read(run, "e", 0),
         bus.load_snapshot(run),
-        bus.subscribe(run, Mail().deliver),
+        follow(bus, run, Mail().deliver),
         bus.send_command(run, {"op": "cancel"}),
     ):
         with pytest.raises(NotFound):
@@ -416,7 +416,7 @@ async def test_rebase_makes_every_older_position_unreadable(bus: Bus) -> None:
 async def test_log_goes_on_after_a_rebase(bus: Bus) -> None:
     log = await Log.create(bus)
     mail = Mail()
-    subscription = await bus.subscribe(log.run, mail.deliver)
+    subscription = await follow(bus, log.run, mail.deliver)
     before = await log.append()
     await log.rebase(5)
     after = await log.append(2)
@@ -440,7 +440,7 @@ async def test_frames_of_the_old_epoch_are_refused_after_a_rebase(bus: Bus) -> N
 async def test_rebase_to_an_ended_state_ends_the_run(bus: Bus) -> None:
     log = await Log.create(bus)
     mail = Mail()
-    subscription = await bus.subscribe(log.run, mail.deliver)
+    subscription = await follow(bus, log.run, mail.deliver)
 
     await log.rebase(4, status="failed")
 
@@ -608,7 +608,7 @@ async def test_subscription_is_confirmed_when_it_returns(bus: Bus) -> None:
     log = await Log.create(bus)
     for _ in range(10):
         mail = Mail()
-        subscription = await bus.subscribe(log.run, mail.deliver)
+        subscription = await follow(bus, log.run, mail.deliver)
         batch = await log.append(2)
         assert (await mail.take(2)) == batch
         subscription.close()
@@ -618,7 +618,7 @@ async def test_subscriber_gets_nothing_from_before(bus: Bus) -> None:
     log = await Log.create(bus)
     await log.append(3)
     mail = Mail()
-    subscription = await bus.subscribe(log.run, mail.deliver)
+    subscription = await follow(bus, log.run, mail.deliver)
 
     later = await log.append()
 
@@ -631,7 +631,7 @@ async def test_every_subscriber_gets_all_and_only_its_run(bus: Bus) -> None:
     one, other = await Log.create(bus), await Log.create(bus)
     mails = [Mail(), Mail(), Mail()]
     subscriptions = [
-        await bus.subscribe(log.run, mail.deliver) for log, mail in zip((one, one, other), mails, strict=True)
+        await follow(bus, log.run, mail.deliver) for log, mail in zip((one, one, other), mails, strict=True)
     ]
 
     first, second = await one.append(2), await other.append(3)
@@ -647,8 +647,8 @@ async def test_every_subscriber_gets_all_and_only_its_run(bus: Bus) -> None:
 async def test_no_delivery_follows_a_close(bus: Bus) -> None:
     log = await Log.create(bus)
     closed, open = Mail(), Mail()
-    subscription = await bus.subscribe(log.run, closed.deliver)
-    other = await bus.subscribe(log.run, open.deliver)
+    subscription = await follow(bus, log.run, closed.deliver)
+    other = await follow(bus, log.run, open.deliver)
     subscription.close()
     subscription.close()
 
@@ -671,8 +671,8 @@ async def test_no_delivery_follows_a_close_from_inside_a_delivery(bus: Bus) -> N
         done.set()
 
     subscriptions = {
-        "one": await bus.subscribe(log.run, lambda _: only("one", "other")),
-        "other": await bus.subscribe(log.run, lambda _: only("other", "one")),
+        "one": await follow(bus, log.run, lambda _: only("one", "other")),
+        "other": await follow(bus, log.run, lambda _: only("other", "one")),
     }
     await log.append()
     with anyio.fail_after(PATIENCE):
@@ -695,7 +695,7 @@ async def test_subscriptions_to_a_busy_run_miss_nothing(bus: Bus) -> None:
 
     async def follow() -> None:
         mail = Mail()
-        subscription = await bus.subscribe(log.run, mail.deliver)
+        subscription = await follow(bus, log.run, mail.deliver)
         page = await bus.read(log.run, log.epoch, 0)
         assert page is not None
         await mail.until(lambda items: any(isinstance(item, Frame) and item.terminal for item in items))

@@ -12,7 +12,7 @@ from agentcast.server.bus.base import Bus
 from agentcast.server.hub.hub import Hub
 from agentcast.server.hub.outbox import Outbox
 from agentcast.server.protocol import Position, To
-from tests.contract.support import Log, Mail
+from tests.contract.support import Log, Mail, follow
 from tests.support.link import Link
 
 
@@ -35,9 +35,9 @@ async def test_closing_an_old_command_handler_leaves_the_new_one(bus: Bus) -> No
 
 async def test_closing_an_old_subscription_twice_leaves_the_new_one(bus: Bus) -> None:
     log, old, new = await Log.create(bus), Mail(), Mail()
-    first = await bus.subscribe(log.run, old.deliver)
+    first = await follow(bus, log.run, old.deliver)
     first.close()
-    await bus.subscribe(log.run, new.deliver)
+    await follow(bus, log.run, new.deliver)
     first.close()
     sent = await log.append()
     assert await new.take(1) == sent
@@ -48,7 +48,7 @@ async def test_a_run_that_is_left_and_followed_again_many_times_misses_nothing(b
     log = await Log.create(bus)
     for _ in range(20):
         mail = Mail()
-        subscription = await bus.subscribe(log.run, mail.deliver)
+        subscription = await follow(bus, log.run, mail.deliver)
         sent = await log.append()
         assert await mail.take(1) == sent
         subscription.close()

@@ -8,7 +8,7 @@ from agentcast.server.bus import memory
 from agentcast.server.bus.base import KEY_TTL, Filter
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.errors import NotFound
-from tests.contract.support import Log, Mail, new_run
+from tests.contract.support import Log, Mail, follow, new_run
 
 
 async def known(bus: MemoryBus) -> set[str]:
@@ -119,7 +119,7 @@ async def test_oldest_keys_go_past_their_number(monkeypatch: pytest.MonkeyPatch)
 async def test_closed_bus_holds_nothing() -> None:
     bus = MemoryBus()
     log = await Log.create(bus)
-    await bus.subscribe(log.run, Mail().deliver)
+    await follow(bus, log.run, Mail().deliver)
 
     await bus.aclose()
 

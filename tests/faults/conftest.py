@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.hub import each_server
 from tests.support.log import log
 
-__all__ = ["anyio_backend", "log"]
+__all__ = ["anyio_backend", "each_server", "log"]
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ async def test_a_client_behind_on_a_run_that_is_forgotten_comes_back_and_is_told
             kept = await other.start("wordy")
             await other.end(kept)
             slow.ws.transport.resume_reading()
-            assert (await slow.closed())[0] == 1006
+            assert (await slow.closed())[0] == 4003
             assert not slow.memory.view(forgotten).ended
         async with hub.client(memory=slow.memory) as slow:
             assert (await slow.follow_all())["missing"] == [forgotten]

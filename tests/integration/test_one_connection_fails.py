@@ -7,17 +7,21 @@ from typing import Any
 import anyio
 import pytest
 
-import agentcast.server.edge.endpoint
+import agentcast.server.edge.connections
 from agentcast.agents.base import Emitter
 from agentcast.agents.events import Status
 from agentcast.server.edge.endpoint import Connection
-from agentcast.server.hub.outbox import Follower
+from agentcast.server.hub.feed_place import FeedPlace
+from agentcast.server.hub.follower import Follower
+from agentcast.server.hub.outbox import Outbox
 from tests.support.agents import Anything, agent
 from tests.support.client import Client
 from tests.support.hub import RunningHub, open_hub
 from tests.support.log import Log
 from tests.support.process import serve
 from tests.support.waiting import until
+
+pytestmark = pytest.mark.usefixtures("each_server")
 
 BROKE = "something of it broke"
 
@@ -50,31 +54,59 @@ class Unusable(dict[str, Any]):
         raise RuntimeError("broken on purpose")
 
 
+def replace(connection: Connection, **methods: Any) -> None:
+    """Give this connection other methods. It has slots, so they cannot be set."""
+    connection.__class__ = type("Broken", (Connection,), {"__slots__": (), **methods})
+
+
+class Unwritable:
+    """A socket that cannot be written to."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def __getattr__(self, name: str) -> Any:
+        return broken if name == "write" else getattr(self._writer, name)
+
+
 def break_follower(connection: Connection) -> None:
-    follow = connection._outbox.follow
+    add = connection._outbox.add
 
-    def following(new: Follower) -> Follower:
+    def adding(new: Follower) -> None:
         new.wants = Unusable(new.wants)
-        return follow(new)
+        add(new)
 
-    connection._outbox.follow = following  # type: ignore[method-assign]
+    breaking(connection, add=adding)
+
+
+def breaking(connection: Connection, **methods: Any) -> None:
+    """Replace methods of a connection's outbox."""
+    outbox = connection._outbox
+    outbox.__class__ = type(
+        "Breaking", (Outbox,), {"__slots__": (), **{name: staticmethod(it) for name, it in methods.items()}}
+    )
+
+
+def breaking_feed(connection: Connection, name: str) -> None:
+    place = connection._outbox.feed
+    place.__class__ = type("Breaking", (FeedPlace,), {"__slots__": (), name: staticmethod(broken)})
 
 
 FAULTS: dict[str, Callable[[Connection], None]] = {
-    "its tick": lambda connection: setattr(connection, "tick", broken),
-    "the feed's position": lambda connection: setattr(connection._outbox, "put_notices", broken),
-    "news of a run": lambda connection: setattr(connection._outbox, "deliver", broken),
-    "what waits for it": lambda connection: setattr(connection._outbox, "take", broken),
-    "a write": lambda connection: setattr(connection._writer, "write", broken),
-    "whose turn it is": lambda connection: setattr(connection._outbox, "next_behind", broken),
-    "a page": lambda connection: setattr(connection._outbox, "add_page", broken),
-    "the end of a run": lambda connection: setattr(connection._outbox, "end", broken),
-    "what is announced": lambda connection: setattr(connection._outbox, "expect", broken),
-    "that it was told": lambda connection: setattr(connection._outbox, "announce", broken),
-    "what has ended": lambda connection: setattr(connection._outbox, "forget_past", broken),
-    "a new follower": lambda connection: setattr(connection._outbox, "follow", broken),
+    "its tick": lambda connection: replace(connection, tick=broken),
+    "what is said once a second": lambda connection: breaking(connection, put_notices=broken),
+    "news of a run": lambda connection: breaking(connection, push=broken),
+    "what waits for it": lambda connection: breaking(connection, take=broken),
+    "a write": lambda connection: setattr(connection, "_writer", Unwritable(connection._writer)),
+    "whose turn it is": lambda connection: breaking(connection, claim=broken),
+    "a page": lambda connection: breaking(connection, offer=broken),
+    "the end of a run": lambda connection: breaking(connection, remove=broken),
+    "what is announced": lambda connection: breaking_feed(connection, "expect"),
+    "that it was told": lambda connection: breaking_feed(connection, "told"),
+    "what has ended": lambda connection: breaking_feed(connection, "remember"),
+    "a new follower": lambda connection: breaking(connection, add=broken),
     "its follower": break_follower,
-    "the queue": lambda connection: setattr(connection._outbox, "put", broken),
+    "the queue": lambda connection: breaking(connection, put=broken),
 }
 
 
@@ -85,7 +117,7 @@ def connection_of(hub: RunningHub, client: Client) -> Connection:
 
 @pytest.fixture(autouse=True)
 def frequent_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agentcast.server.edge.endpoint, "TICK", 0.05)
+    monkeypatch.setattr(agentcast.server.edge.connections, "TICK", 0.05)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -105,8 +137,8 @@ async def test_what_breaks_for_one_connection_ends_that_one_only(fault: str, log
             assert await victim.closed() == (1011, "internal error")
         await hub.left(lambda: len(hub.core.connections) == 1)
         assert list(hub.core.hub.topics) == [held]
-        assert len(hub.core.hub.topics[held].followers) == len(hub.core.hub._followed) == 1
-        assert len(hub.core.hub._rules) == 1
+        assert len(hub.core.hub.topics[held].followers) == 1
+        assert len(hub.core.hub.rules) == 1
         await other.ask("cancel", run=held)
         assert (await other.view(held)).document["status"] == "cancelled"
         await other.start("talker")
@@ -142,7 +174,7 @@ async def test_runs_that_have_ended_are_forgotten_though_nothing_is_announced(lo
 async def test_a_connection_that_breaks_while_it_is_closed_holds_up_no_shutdown(log: Log) -> None:
     log.expect(BROKE)
     async with open_hub(talker) as hub, hub.client() as other, hub.client() as victim:
-        connection_of(hub, victim)._outbox.take = broken  # type: ignore[method-assign]
+        breaking(connection_of(hub, victim), take=broken)
         connection_of(hub, victim)._outbox.put(b'{"type":"ping"}')
         await hub.core.stop()
         assert (await victim.closed())[0] == 1011
@@ -153,7 +185,7 @@ async def test_after_one_part_has_crashed_the_hub_is_not_ready(log: Log) -> None
     log.expect("hub crashed; this hub is going down")
     async with open_hub(talker) as hub, hub.http() as http:
         assert (await http.get("/readyz")).status_code == 200
-        hub.core.hub._feed.read = broken_task  # type: ignore[method-assign]
+        hub.core.hub.feed.read = broken_task  # type: ignore[method-assign]
         hub.core.hub.wake()
         await until(lambda: hub.core.crashed is not None)
         assert (await http.get("/readyz")).status_code == 503

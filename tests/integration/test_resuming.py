@@ -16,6 +16,8 @@ from tests.support.hub import RunningHub, open_hub
 from tests.support.log import Log
 from tests.support.work import Seed, Work
 
+pytestmark = pytest.mark.usefixtures("each_server")
+
 RUNS = 50
 FAILURE = "the work could not be finished"
 
@@ -124,7 +126,7 @@ async def test_nothing_is_left_of_runs_that_had_ended_where_the_client_already_w
             assert [told["recovered"] for told in result["runs"]] == [True, True]
             assert await again.quiet() == []
             assert (await again.refused("unsubscribe", subscription=one["subscription"]))["code"] == "not_found"
-            assert not hub.core.hub._topics
+            assert not hub.core.hub.topics
 
 
 async def test_a_client_cut_between_the_reply_and_the_runs_it_names_still_gets_them() -> None:

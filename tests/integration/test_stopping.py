@@ -1,6 +1,7 @@
 """Stopping, seen from inside: the last events reach even a client that is far behind (G2, G6, G7)."""
 
 import anyio
+import pytest
 
 from agentcast.agents.base import Emitter
 from agentcast.agents.events import Status
@@ -16,6 +17,7 @@ async def holding(input: Anything, emit: Emitter) -> None:
     await anyio.sleep_forever()
 
 
+@pytest.mark.usefixtures("each_server")
 async def test_a_client_that_is_behind_gets_the_end_of_each_run_before_the_close() -> None:
     async with open_hub(holding) as hub, hub.client() as client, hub.client() as other:
         await client.follow_all()
@@ -47,6 +49,7 @@ async def test_a_client_that_never_reads_does_not_hold_up_the_stop() -> None:
         assert len(hub.core.connections) == 0
 
 
+@pytest.mark.usefixtures("each_server")
 async def test_queued_runs_end_at_once_and_running_ones_get_the_grace() -> None:
     gate = anyio.Event()
 

@@ -22,6 +22,7 @@ from agentcast.server.bus.base import (
     Frame,
     Gone,
     Head,
+    Listing,
     NewRun,
     Opened,
     Page,
@@ -95,7 +96,7 @@ class DawdlingBus(MemoryBus):
     async def load_snapshot(self, run: str) -> Snapshot | None:
         return await self._ask(super().load_snapshot(run))
 
-    async def list(self, filter: Filter) -> Sequence[RunInfo]:
+    async def list(self, filter: Filter) -> Listing:
         return await self._ask(super().list(filter))
 
     async def read_feed(self, after: str) -> Sequence[Announcement] | None:

@@ -11,6 +11,7 @@ from agentcast.server.bus.base import (
     Created,
     Deliver,
     Filter,
+    Listing,
     NewRun,
     Opened,
     Page,
@@ -88,7 +89,7 @@ class HeldBus(MemoryBus):
     async def load_snapshot(self, run: str) -> Snapshot | None:
         return await self._answer("load_snapshot", super().load_snapshot(run))
 
-    async def list(self, filter: Filter) -> Sequence[RunInfo]:
+    async def list(self, filter: Filter) -> Listing:
         return await self._answer("list", super().list(filter))
 
     async def read_feed(self, after: str) -> Sequence[Announcement] | None:

@@ -8,16 +8,27 @@ from typing import Any
 
 import anyio
 import httpx
+import pytest
 import uvicorn
 
 from agentcast.server.app import AgentCast
 from agentcast.server.bus.base import Bus
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.config import Settings
+from agentcast.server.edge.http_protocol import HttpProtocol
 from agentcast.server.edge.websocket import FrameProtocol
 from agentcast.server.protocol import MESSAGE_BYTES
 from tests.support.agents import OFFLINE, FunctionAgent
 from tests.support.client import Client, connect
+
+ws_protocol: Any = FrameProtocol
+
+
+@pytest.fixture(params=["handed over", "plain"])
+def each_server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test twice: with sockets that are handed over, and on uvicorn as it is."""
+    if request.param == "plain":
+        monkeypatch.setattr("tests.support.hub.ws_protocol", "websockets-sansio")
 
 
 @dataclass
@@ -71,8 +82,8 @@ class RunningHub:
     async def idle(self) -> None:
         """Wait until every connection is gone, and see that nothing is left of what they followed."""
         await self.left(lambda: len(self.core.connections) == 0)
-        assert not self.core.hub._topics
-        assert not self.core.hub._rules
+        assert not self.core.hub.topics
+        assert not len(self.core.hub.rules)
 
 
 class _Server(uvicorn.Server):
@@ -109,7 +120,8 @@ async def open_hub(*agents: FunctionAgent, bus: Bus | None = None, **settings: A
         uvicorn.Config(
             core.app,
             port=0,
-            ws=FrameProtocol,
+            http=HttpProtocol,
+            ws=ws_protocol,
             ws_max_size=MESSAGE_BYTES,
             ws_ping_interval=None,
             ws_per_message_deflate=False,

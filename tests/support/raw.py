@@ -3,7 +3,7 @@
 import socket
 import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import anyio
@@ -29,6 +29,11 @@ async def exchange(port: int, *lines: str) -> Response:
                 data += await stream.receive()
     head, _, body = data.partition(b"\r\n\r\n")
     return Response(int(head.split(maxsplit=2)[1]), head.decode("latin-1"), body)
+
+
+def frame(opcode: int, payload: bytes = b"", *, fin: bool = True) -> bytes:
+    """A frame of a client with a short payload, masked with zeros."""
+    return bytes((opcode | (0x80 if fin else 0), 0x80 | len(payload), 0, 0, 0, 0)) + payload
 
 
 @asynccontextmanager
@@ -70,6 +75,20 @@ class Deaf:
         for _ in range(times):
             self._protocol.send_ping(b"x" * 125)
         await self._flush()
+
+    async def send_raw(self, data: bytes) -> None:
+        """Bytes as they are."""
+        await self._stream.send(data)
+
+    async def receive_raw(self) -> bytes:
+        return await self._stream.receive()
+
+    async def close_code(self) -> int:
+        """Read until the hub has closed the connection; the code of its close frame, 1006 if there was none."""
+        with suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+            while self._protocol.close_rcvd is None:
+                self._protocol.receive_data(await self._stream.receive())
+        return 1006 if self._protocol.close_rcvd is None else self._protocol.close_rcvd.code
 
     async def cut_off(self) -> None:
         """Read all that was sent, until the hub has cut the connection."""

@@ -19,7 +19,7 @@ from agentcast.server.config import Settings
 from agentcast.server.errors import Ended, Fenced, HeadMismatch, NotFound, Unavailable
 from agentcast.server.runs.runs import Runs
 from agentcast.server.state import RunState
-from tests.contract.support import Log, Mail, new_run
+from tests.contract.support import Log, Mail, follow, new_run
 from tests.support.redis import Redis, running_redis
 from tests.support.waiting import PATIENCE, until
 
@@ -58,11 +58,11 @@ async def test_a_subscription_that_fails_leaves_the_others_to_the_same_run_alone
     async with running(bus):
         log = await Log.create(bus)
         mail = Mail()
-        await bus.subscribe(log.run, mail.deliver)
+        await follow(bus, log.run, mail.deliver)
         redis.pause()
-        bus._listener._confirmed[bus._keys.news(log.run)] = anyio.Event()  # as on a new connection
+        bus._listener._confirmed[bus._keys.updates(log.run)] = anyio.Event()  # as on a new connection
         with pytest.raises(Unavailable):
-            await bus.subscribe(log.run, Mail().deliver)
+            await follow(bus, log.run, Mail().deliver)
         redis.resume()
         await back(bus)
         sent = await log.append(3)
@@ -84,7 +84,7 @@ async def test_a_subscription_that_has_gone_deaf_is_found_out_and_what_it_missed
     async with running(here, there):
         log = await Log.create(here)
         mail = Mail()
-        await there.subscribe(log.run, mail.deliver)
+        await follow(there, log.run, mail.deliver)
         await log.append()
         await mail.take(1)
         await _make_deaf(there)
@@ -103,7 +103,7 @@ async def test_the_head_of_a_quiet_run_is_asked_for_now_and_then(redis: Redis, m
     async with running(bus):
         log = await Log.create(bus)
         mail = Mail()
-        await bus.subscribe(log.run, mail.deliver)
+        await follow(bus, log.run, mail.deliver)
         redis.do("HSET", f"agentcast:run:{log.run}", "head", 7)  # as by an append of which no news came
         await mail.until(lambda items: Head(log.run, log.epoch, 7) in items)
 
@@ -112,8 +112,8 @@ async def test_a_message_that_cannot_be_read_hurts_nobody(redis: Redis) -> None:
     bus = RedisBus(redis.url, "one")
     async with running(bus):
         log, mail = await Log.create(bus), Mail()
-        await bus.subscribe(log.run, mail.deliver)
-        for channel in (bus._keys.feed_channel, bus._keys.commands("one"), bus._keys.news(log.run)):
+        await follow(bus, log.run, mail.deliver)
+        for channel in (bus._keys.feed_channel, bus._keys.commands("one"), bus._keys.updates(log.run)):
             redis.do("PUBLISH", channel, "garbage")
         sent = await log.append()
         assert await mail.take(1) == sent
@@ -133,7 +133,7 @@ async def test_a_channel_that_is_left_and_wanted_again_while_all_are_resubscribe
             if command[0] == "SUBSCRIBE" and not again:
                 again.append("run")
                 listener.unsubscribe("run")
-                tasks.start_soon(listener.subscribe, "run", print)
+                tasks.start_soon(listener.subscribe, {"run": print})
 
         connection.send_command = send_command  # type: ignore[method-assign]
         return connection
@@ -201,7 +201,7 @@ async def test_a_run_that_nobody_restores_is_told_to_be_gone(redis: Redis, monke
     async with running(bus):
         log = await Log.create(bus)
         news: list[Any] = []
-        await bus.subscribe(log.run, news.append)
+        await follow(bus, log.run, news.append)
         redis.kill()
         redis.start()
         await until(lambda: Gone(log.run) in news)
@@ -354,7 +354,7 @@ async def test_an_orphan_whose_log_cannot_be_read_takes_no_hub_down(
     async with running(bus), anyio.create_task_group() as tasks:
         bus._workers._settled_at = 0.0
         mail = Mail()
-        await bus.subscribe(left.run, mail.deliver)
+        await follow(bus, left.run, mail.deliver)
         await tasks.start(Runs(bus, {}, Settings(), "one").serve)
         await mail.until(lambda items: any(isinstance(item, Frame) and item.terminal for item in items))
         await until(lambda: f"run {unreadable.run} was left without a process, and cannot be ended" in caplog.messages)

@@ -22,7 +22,7 @@ KEYS = Keys("agentcast", 0)
 
 
 def info(epoch: str, head: int) -> list[bytes | None]:
-    return [b"a", b"ann", None, epoch.encode(), b"%d" % head, b"running", b"1.0", None]
+    return [b"a", b"ann", None, epoch.encode(), b"%d" % head, b"running", b"1.0", None, None]
 
 
 class Answers:
@@ -48,15 +48,11 @@ class Channels:
     def __init__(self) -> None:
         self.receivers: dict[str, Callable[[bytes], None]] = {}
 
-    async def subscribe(self, channel: str, receive: Callable[[bytes], None]) -> None:
-        self.receivers[channel] = receive
+    async def subscribe(self, receivers: Mapping[str, Callable[[bytes], None]]) -> None:
+        self.receivers.update(receivers)
 
     def unsubscribe(self, channel: str) -> None:
         del self.receivers[channel]
-
-
-async def known(run: str) -> None:
-    pass
 
 
 @pytest.mark.parametrize(
@@ -64,37 +60,37 @@ async def known(run: str) -> None:
     [(b"H2 8", Head("r", "2", 8)), (b"H1 8", Head("r", "1", 8))],
     ids=["of a new log", "of the same log"],
 )
-async def test_heads_that_were_asked_for_before_news_came_are_not_delivered_after_them(
+async def test_heads_that_were_asked_for_before_an_update_came_are_not_delivered_after_them(
     message: bytes, delivered: Head
 ) -> None:
-    """A hub that has just begun to follow the run would take the old log for the newer one."""
+    """A hub that follows the run only since then would take the old log for the newer one."""
     connection, channels, got = Answers([info("1", 7)]), Channels(), list[Any]()
-    news = HeadTracker(cast(Listener, channels), cast(PipelinedConnection, connection), KEYS)
-    await news.subscribe("r", got.append, known)
+    tracker = HeadTracker(cast(Listener, channels), cast(PipelinedConnection, connection), KEYS)
+    await tracker.subscribe({"r": got.append})
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(news.compare_all)
+        tasks.start_soon(tracker.compare_all)
         await connection.asked.wait()
-        channels.receivers[KEYS.news("r")](message)
+        channels.receivers[KEYS.updates("r")](message)
         connection.released.set()
     assert got == [delivered]
 
 
 async def test_a_head_that_nothing_has_overtaken_is_delivered() -> None:
     connection, got = Answers([info("1", 7)]), list[Sequence[Frame] | Head | Gone]()
-    news = HeadTracker(cast(Listener, Channels()), cast(PipelinedConnection, connection), KEYS)
-    await news.subscribe("r", got.append, known)
+    tracker = HeadTracker(cast(Listener, Channels()), cast(PipelinedConnection, connection), KEYS)
+    await tracker.subscribe({"r": got.append})
     connection.released.set()
-    await news.compare_all()
+    await tracker.compare_all()
     assert got == [Head("r", "1", 7)]
 
 
 async def test_watching_a_feed_that_cannot_be_read_leaves_no_watcher() -> None:
     feed = Feed(cast(PipelinedConnection, Answers()), KEYS, 10)
-    told: list[object] = []
+    delivered: list[object] = []
     with pytest.raises(Unavailable):
-        await feed.watch(told.append)
+        await feed.watch(delivered.append)
     feed.hint()
-    assert told == []
+    assert delivered == []
 
 
 def test_an_announcement_or_a_run_that_cannot_be_read_hides_no_other(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from agentcast.agents.base import AgentSpec, Emitter, Task, ToolError
 from agentcast.agents.events import TERMINAL_EVENTS, Status, StepLimit
-from agentcast.server.bus.base import Bus, Filter, Frame, RunInfo, Snapshot
+from agentcast.server.bus.base import Bus, Filter, Frame, Listing, RunInfo, Snapshot
 from agentcast.server.bus.base import Status as RunStatus
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.config import Settings
@@ -604,7 +604,7 @@ class AwayBus(MemoryBus):
             raise Unavailable("away")
         await super().append(run, fence, frames, status)
 
-    async def list(self, filter: Filter) -> Sequence[RunInfo]:
+    async def list(self, filter: Filter) -> Listing:
         if self.no_list:
             self.refused.set()
             raise Unavailable("away")

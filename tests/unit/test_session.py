@@ -251,7 +251,7 @@ async def test_subscription_to_a_run_whose_end_is_known_ends_by_itself(client: C
 
 
 async def test_client_far_behind_is_brought_up_by_a_snapshot(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentcast.server.hub.hub.MAX_DISTANCE", 1)
+    monkeypatch.setattr("agentcast.server.hub.topic.MAX_DISTANCE", 1)
     started = await client.result("start", agent="echo", input={})
     run, epoch = started["run"], started["epoch"]
     await client.next("event", event="status")
@@ -268,7 +268,7 @@ async def test_client_far_behind_is_brought_up_by_a_snapshot(client: Client, mon
 async def test_whole_log_is_sent_to_who_asks_for_it_however_long_it_is(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agentcast.server.hub.hub.MAX_DISTANCE", 1)
+    monkeypatch.setattr("agentcast.server.hub.topic.MAX_DISTANCE", 1)
     run = (await client.result("start", agent="echo", input={}, subscribe=False))["run"]
     while (await client.bus.info([run]))[run].head < 3:
         await anyio.lowlevel.checkpoint()
@@ -368,7 +368,7 @@ async def test_cancel_replies_once_the_request_is_logged(client: Client) -> None
 async def test_ping_is_answered(client: Client) -> None:
     assert await client.result("ping") == {}
     await client.send("ping")
-    assert orjson.loads(client.outbox.take()[0]) == {"type": "reply", "ok": True, "result": {}}
+    assert orjson.loads(client.outbox.take()[0].payloads[0]) == {"type": "reply", "ok": True, "result": {}}
 
 
 async def test_op_of_later_is_unknown(client: Client) -> None:
@@ -437,5 +437,10 @@ async def test_commands_at_the_same_time_each_get_their_reply(client: Client) ->
             command = op | {"to": {"all": True}, "agent": "echo", "input": {}, "run": "nowhere", "subscribe": False}
             tasks.start_soon(client.session.handle, orjson.dumps(command).decode())
 
-    ids = [frame["id"] for data in client.outbox.take() if (frame := orjson.loads(data))["type"] == "reply"]
+    ids = [
+        frame["id"]
+        for batch in client.outbox.take()
+        for data in batch.payloads
+        if (frame := orjson.loads(data))["type"] == "reply"
+    ]
     assert sorted(ids) == list(range(60))

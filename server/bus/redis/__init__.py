@@ -1,8 +1,8 @@
 """The bus of several hubs over one Redis. The only place that knows redis-py.
 
 `pipelined` is a connection for calls, `listener` the subscription, `scripts` what happens inside Redis. `heads`,
-`feed`, `pieces`, `commands` and `workers` build on them; `bus` puts all together.
-`check` refuses servers that will not do.
+`summaries`, `queries`, `feed`, `pieces`, `commands` and `workers` build on them; `bus` puts all together.
+`check` refuses unsuitable servers.
 """
 
 from agentcast.server.bus.redis.bus import RedisBus

@@ -1,11 +1,11 @@
 """The bus of several hub processes over one Redis primary (6.2 or newer, or Valkey; no cluster).
 
-Every write is one script, so it happens wholly or not at all, and may be repeated. After each reconnect `news` and
-`feed` find out what was missed (G2). A Redis that came back empty, or older than it was, is told what it lost by the
-owners of the runs: they are asked to verify after each reconnect, too.
+Every write is one script, so it happens wholly or not at all, and may be repeated. After each reconnect `heads` and
+`feed` find out what was missed (G2). The owners of runs are asked to verify them then, and restore what Redis has lost
+if it came back empty, or older than it was.
 
-Calls go by three connections, so that none waits for what it has nothing to do with: control (heartbeat, probe, claims,
-commands), which carries nothing large; appends; and reads, which the states of runs share, in pieces.
+Calls use three connections, so that none waits for unrelated ones: control (heartbeat, probe, claims, commands), which
+carries nothing large; appends; and reads, which share theirs with summaries and, in pieces, the states of runs.
 """
 
 import logging
@@ -31,21 +31,27 @@ from agentcast.server.bus.base import (
     CommandHandler,
     Created,
     Deliver,
+    DeliverSummaries,
+    Ends,
     Filter,
     Frame,
+    Listing,
     NewRun,
+    Opened,
     Origin,
     Page,
     RunInfo,
     Snapshot,
     Status,
     Subscription,
+    Summary,
     check_append,
+    check_summaries,
     new_epoch,
     stamp,
 )
 from agentcast.server.bus.redis import scripts
-from agentcast.server.bus.redis.codec import INFO, announcement, flags, infos, unpack
+from agentcast.server.bus.redis.codec import announcement, flags, unpack
 from agentcast.server.bus.redis.commands import Commands
 from agentcast.server.bus.redis.feed import Feed
 from agentcast.server.bus.redis.heads import HeadTracker, Position
@@ -53,15 +59,16 @@ from agentcast.server.bus.redis.keys import Keys
 from agentcast.server.bus.redis.listener import Listener
 from agentcast.server.bus.redis.pieces import Pieces
 from agentcast.server.bus.redis.pipelined import PipelinedConnection, Script, connections
+from agentcast.server.bus.redis.queries import Queries
+from agentcast.server.bus.redis.summaries import Summaries
 from agentcast.server.bus.redis.workers import Workers
 from agentcast.server.errors import Conflict, Ended, Fenced, HeadMismatch, NotFound, Unavailable
 
 RECHECK_TICK = 5.0
 RESTORING = 5.0
-"""Seconds that owners get to restore their runs in a Redis that has lost some; until then none is called unknown."""
+"""Seconds that owners get to restore their runs in a Redis that has lost some; until then no run counts as unknown."""
 INDEXED = 3 * 24 * 3600.0
 """Seconds that a run's id stays in the indices; none lives that much longer than its creation."""
-LIST_CHUNK = 200
 
 CREATE, CLAIM, APPEND, REBASE, READ, SAVE_SNAPSHOT = map(
     Script,
@@ -97,7 +104,9 @@ class RedisBus:
         self._commands = Commands(self._publish, keys, worker)
         receivers = {keys.commands(worker): self._commands.take, keys.feed_channel: self._feed.take}
         self._listener = Listener(connect, self._publish, keys.probe(worker), receivers, self._catch_up)
-        self._news = HeadTracker(self._listener, self._reads, keys)
+        self._heads = HeadTracker(self._listener, self._reads, keys)
+        self._summaries = Summaries(self._listener, self._reads, keys)
+        self._queries = Queries(self._reads, keys, lambda: self._restoring)
         self._workers = Workers(self._control, keys, worker)
         self._owned: dict[str, Position] = {}
         self._restoring_until = 0.0
@@ -113,8 +122,8 @@ class RedisBus:
             task_status.started()
             while True:
                 await anyio.sleep(RECHECK_TICK)
-                with suppress(Unavailable):  # the listener says so
-                    await self._news.compare_quiet()
+                with suppress(Unavailable):  # the listener reports it
+                    await self._heads.compare_quiet()
                     self._feed.hint()
 
     @property
@@ -128,8 +137,8 @@ class RedisBus:
             "probes": self._listener.probes,
             "probes_lost": self._listener.probes_lost,
             "resubscribed": self._listener.resubscribed,
-            "heads_compared": self._news.compared,
-            "heads_missed": self._news.missed,
+            "heads_compared": self._heads.compared,
+            "heads_missed": self._heads.missed,
             "losses": self._losses,
             "verified": self._verified,
         }
@@ -177,26 +186,26 @@ class RedisBus:
             APPEND,
             [*keys.log(run), keys.active, keys.owned(self._worker)],
             *(run, fence, last.epoch, frames[0].seq, status, time.time() if last.terminal else "", int(TTL)),
-            keys.news(run),
+            keys.updates(run),
             *content,
         )
         if answer[0] == b"lost":
             raise NotFound(f"Redis has lost run {run}")
         self._check(run, answer)
-        self._own(run, (last.epoch, last.seq), status)
+        self._note_owned(run, (last.epoch, last.seq), status)
 
     async def rebase(
         self, run: str, fence: int, seq: int, state: bytes, status: Status, origin: Origin | None = None
     ) -> str:
         keys, epoch = self._keys, new_epoch()
-        who = origin or Origin("", "", None, 0.0)
+        source = origin or Origin("", "", None, 0.0)
         announced = NewRun(
             run=run,
             epoch=epoch,
-            agent=who.agent,
-            principal=who.principal,
-            thread=who.thread,
-            created=who.created,
+            agent=source.agent,
+            principal=source.principal,
+            thread=source.thread,
+            created=source.created,
             first=Frame(run, epoch, seq, b""),
         )
         run_key, log, feed, counter = keys.log_and_feed(run)
@@ -204,23 +213,21 @@ class RedisBus:
         answer = await self._appends.script(
             REBASE,
             [
-                *(run_key, log, keys.snapshot(run), *keys.indices(who.agent, who.thread)),
+                *(run_key, log, keys.snapshot(run), *keys.indices(source.agent, source.thread)),
                 *(keys.active, keys.owned(self._worker), keys.workers, feed, counter, staged),
             ],
             *(run, fence, epoch, seq, piece, status, "" if status in ACTIVE else time.time(), int(TTL)),
-            *(keys.news(run), self._worker, int(origin is not None)),
-            *(who.agent, who.principal, who.thread or "", who.created),
+            *(keys.updates(run), self._worker, int(origin is not None)),
+            *(source.agent, source.principal, source.thread or "", source.created),
             *(announcement(announced), self._feed.entries, keys.feed_channel, pieces),
         )
         self._check(run, answer)
-        self._own(run, (epoch, seq), status)
+        self._note_owned(run, (epoch, seq), status)
         return epoch
 
     async def info(self, runs: Collection[str]) -> dict[str, RunInfo]:
-        wanted = list(runs)
-        found = await self._infos(wanted)
-        if len(found) < len(wanted) and self._restoring:
-            raise Unavailable("Redis has lost runs, which are being restored; try again in a moment")
+        found = await self._queries.infos(list(runs))
+        self._check_known(runs, found)
         return found
 
     async def read(self, run: str, epoch: str, after: int) -> Page | None:
@@ -239,7 +246,7 @@ class RedisBus:
             [*self._keys.log(run), staged],
             *(fence, epoch, seq, piece, self._log_events, self._log_bytes, int(TTL), pieces),
         )
-        if answer[0] != b"lost":  # the next append will find out, and restore it
+        if answer[0] != b"lost":  # the next append notices, and restores it
             self._check(run, answer)
 
     async def load_snapshot(self, run: str) -> Snapshot | None:
@@ -248,10 +255,38 @@ class RedisBus:
             await self._known(run)
         return snapshot
 
-    # -- News ----------------------------------------------------------------------------------------------------------
+    async def read_ends(self, runs: Collection[str]) -> dict[str, Ends]:
+        found = await self._queries.ends(list(runs))
+        self._check_known(runs, found)
+        return found
+
+    # -- Updates ---------------------------------------------------------------------------------------------------
+
+    async def open(self, deliver: Mapping[str, Deliver]) -> dict[str, Opened]:
+        subscriptions = await self._heads.subscribe(deliver)
+        unused = dict(subscriptions)
+        try:
+            infos = await self.info(deliver)
+            return {run: Opened(info, unused.pop(run)) for run, info in infos.items()}
+        finally:
+            for subscription in unused.values():
+                subscription.close()
 
     async def subscribe(self, run: str, deliver: Deliver) -> Subscription:
-        return await self._news.subscribe(run, deliver, self._known)
+        opened = await self.open({run: deliver})
+        if run not in opened:
+            raise NotFound(f"there is no run {run[:64]!r}")
+        return opened[run].subscription
+
+    async def publish_summaries(self, records: Sequence[Summary]) -> None:
+        check_summaries(records)
+        await self._summaries.publish(records)
+
+    async def watch_summaries(self, deliver: DeliverSummaries) -> Subscription:
+        return await self._summaries.watch(deliver)
+
+    async def summaries(self, runs: Collection[str]) -> dict[str, Summary]:
+        return await self._summaries.read(runs)
 
     async def watch_feed(self, announce: Announce) -> tuple[Subscription, str]:
         return await self._feed.watch(announce)
@@ -260,16 +295,17 @@ class RedisBus:
         return await self._feed.read(after)
 
     async def _catch_up(self) -> None:
-        """After a (re)connection: news may have been missed, and Redis may be another than it was."""
+        """After a (re)connection: updates may have been missed, and Redis may have lost data."""
         if not await self._feed.catch_up():
             logger.warning("Redis has lost what it held, or the newest of it; runs are restored by their owners")
             self._losses += 1
             self._restoring_until = anyio.current_time() + RESTORING
-        await self._news.compare_all()
+        self._summaries.report_gap()
+        await self._heads.compare_all()
         await self._check_owned()
 
     async def _check_owned(self) -> None:
-        """Have the owner, in this process, verify each run of which Redis knows something else."""
+        """Have the owner, in this process, verify each run whose head differs in Redis."""
         owned = dict(self._owned)
         answers = await self._reads.calls([("HMGET", self._keys.run(run), "epoch", "head") for run in owned])
         for (run, (epoch, seq)), (now_epoch, head) in zip(owned.items(), answers, strict=True):
@@ -279,24 +315,8 @@ class RedisBus:
 
     # -- Listing ----------------------------------------------------------------------------------------------------
 
-    async def list(self, filter: Filter) -> Sequence[RunInfo]:
-        index, end = self._keys.index(filter), "+" if filter.before is None else f"({filter.before}"
-        found: list[RunInfo] = []
-        while len(found) < filter.limit:
-            ids = await self._reads.call("ZREVRANGEBYLEX", index, end, "-", "LIMIT", 0, LIST_CHUNK)
-            if not ids:
-                break
-            runs = [id.decode() for id in ids]
-            known = await self._infos(runs)
-            found += [info for info in known.values() if filter.fits(info)]
-            await self._forget(index, [run for run in runs if run not in known])
-            end = f"({runs[-1]}"
-        return found[: filter.limit]
-
-    async def _forget(self, index: str, runs: Sequence[str]) -> None:
-        """Take runs out of an index that Redis has let go of, unless they may be restored."""
-        if runs and not self._restoring:
-            await self._reads.call("ZREM", index, *runs)
+    async def list(self, filter: Filter) -> Listing:
+        return await self._queries.page(filter)
 
     # -- Commands, workers, health ---------------------------------------------------------------------------------
 
@@ -317,32 +337,33 @@ class RedisBus:
 
     async def check(self) -> None:
         await self._listener.probe()
-        if self._workers.problem is not None:  # Redis may deliver, and yet take no writes
+        if self._workers.problem is not None:  # Redis may deliver, and yet refuse writes
             raise Unavailable(self._workers.problem)
 
     async def aclose(self) -> None:
-        """Nothing is left: `run` has let go of the connections when it ends."""
+        """Does nothing: `run` closes the connections when it ends."""
 
     # -- Inside ----------------------------------------------------------------------------------------------------
 
     @property
     def _restoring(self) -> bool:
-        """Whether what Redis does not have may be restored: it has lost some, or has not yet been asked whether."""
+        """Whether a run that Redis does not have may be restored: Redis has lost some, or that is not known yet."""
         return self._listener.problem is not None or anyio.current_time() < self._restoring_until
 
     async def _publish(self, channel: str, message: bytes) -> int:
         receivers: int = await self._control.call("PUBLISH", channel, message)
         return receivers
 
-    def _own(self, run: str, position: Position, status: Status) -> None:
+    def _note_owned(self, run: str, position: Position, status: Status) -> None:
         if status in ACTIVE:
             self._owned[run] = position
         else:
             self._owned.pop(run, None)
 
-    async def _infos(self, runs: Sequence[str]) -> dict[str, RunInfo]:
-        answers = await self._reads.calls([("HMGET", self._keys.run(run), *INFO) for run in runs])
-        return infos(runs, answers)
+    def _check_known(self, runs: Collection[str], found: Collection[str]) -> None:
+        """:raises Unavailable: runs are missing that may be restored."""
+        if self._restoring and any(run not in found for run in runs):
+            raise Unavailable("Redis has lost runs, which are being restored; try again in a moment")
 
     async def _known(self, run: str) -> None:
         """:raises NotFound: Redis does not have the run."""
@@ -350,7 +371,7 @@ class RedisBus:
             raise NotFound(f"there is no run {run[:64]!r}")
 
     def _check(self, run: str, answer: Sequence[Any]) -> None:
-        """Raise what a script's answer means."""
+        """Raise the error that a script's answer stands for."""
         match answer[0]:
             case b"lost":
                 if self._restoring:
@@ -362,8 +383,8 @@ class RedisBus:
             case b"ended":
                 self._owned.pop(run, None)
                 raise Ended(run)
-            case b"torn":
-                raise Unavailable("Redis has let go of a state before it was whole; try again")
+            case b"incomplete":
+                raise Unavailable("Redis has lost a part of the state; try again")
             case b"mismatch":
                 raise HeadMismatch(run, answer[1].decode(), int(answer[2]))
             case _:

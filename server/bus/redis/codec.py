@@ -1,22 +1,24 @@
-"""What Redis holds and delivers, as the bus speaks of it.
+"""The bus's types, as Redis stores and publishes them.
 
-A frame is its seq, flags and length (12 bytes, big endian), then its bytes; the scripts write the same form. News are
-`F<epoch> <frames>`, or `H<epoch> <seq>[ ended]` after a rebase.
+A frame is its seq, flags and length (12 bytes, big endian), then its bytes; the scripts write the same form. An update
+of a run is `F<epoch> <frames>`, or `H<epoch> <seq>[ ended]` after a rebase. A summary is a line of JSON (all fields but
+`data`), then its data; a message has several, each after its length (4 bytes, big endian).
 """
 
 import logging
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import orjson
 
-from agentcast.server.bus.base import Announcement, Frame, Head, NewRun, RunInfo
+from agentcast.server.bus.base import Announcement, Frame, Head, NewRun, RunInfo, Summary
 
 logger = logging.getLogger(__name__)
 
 INFO = ("agent", "principal", "thread", "epoch", "head", "status", "created", "ended", "oldest")
-"""The fields of a run's hash that `info` takes."""
+"""The fields of a run's hash that make its `RunInfo`."""
+_LENGTH = struct.Struct(">I")
 _HEADER = struct.Struct(">III")
 _PROGRESS, _TERMINAL = 1, 2
 
@@ -37,8 +39,8 @@ def unpack(run: str, epoch: str, packed: bytes) -> list[Frame]:
     return frames
 
 
-def news(run: str, message: bytes) -> Sequence[Frame] | Head:
-    """What a message on the channel of `run` says."""
+def update(run: str, message: bytes) -> Sequence[Frame] | Head:
+    """The update in a message on the channel of `run`."""
     head, _, rest = message.partition(b" ")
     epoch = head[1:].decode()
     if head[:1] == b"F":
@@ -48,7 +50,7 @@ def news(run: str, message: bytes) -> Sequence[Frame] | Head:
 
 
 def infos(runs: Sequence[str], answers: Sequence[Any]) -> dict[str, RunInfo]:
-    """What is known of each run by the answer to `HMGET … INFO`; unknown ones are left out, and unreadable ones."""
+    """The info of each run, from the answers to `HMGET … INFO`; leaves out unknown and unreadable ones."""
     known = {}
     for run, answer in zip(runs, answers, strict=True):
         if answer[3] is not None:
@@ -75,6 +77,55 @@ def info(run: str, answer: Sequence[bytes | None]) -> RunInfo:
         ended=None if ended is None else float(ended),
         oldest=int(oldest or 1),
     )
+
+
+def pack_summary(record: Summary) -> bytes:
+    fields = (record.run, record.epoch, record.seq, record.fence, record.principal, record.agent, record.thread)
+    return orjson.dumps((*fields, record.status, record.created)) + b"\n" + record.data
+
+
+def unpack_summary(packed: bytes) -> Summary:
+    """:raises ValueError: it is none."""
+    head, _, data = packed.partition(b"\n")
+    run, epoch, seq, fence, principal, agent, thread, status, created = orjson.loads(head)
+    return Summary(
+        run=run,
+        epoch=epoch,
+        seq=seq,
+        fence=fence,
+        principal=principal,
+        agent=agent,
+        thread=thread,
+        status=status,
+        created=created,
+        data=data,
+    )
+
+
+def published_summaries(message: bytes) -> list[Summary]:
+    """The summaries in a message, without those that cannot be read."""
+    return summaries(_split(message))
+
+
+def _split(message: bytes) -> Iterator[bytes]:
+    start = 0
+    while start < len(message):
+        (size,) = _LENGTH.unpack_from(message, start)
+        start += _LENGTH.size
+        yield message[start : start + size]
+        start += size
+
+
+def summaries(stored: Iterable[bytes | None]) -> list[Summary]:
+    """The stored summaries, without those that are missing or cannot be read."""
+    readable = []
+    for packed in stored:
+        try:
+            if packed is not None:
+                readable.append(unpack_summary(packed))
+        except (ValueError, TypeError):
+            logger.exception("a summary cannot be read")
+    return readable
 
 
 def announcement(new: NewRun) -> bytes:

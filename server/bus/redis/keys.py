@@ -15,6 +15,7 @@ class Keys:
         self.active = f"{prefix}:active"
         self.workers = f"{prefix}:workers"
         self.feed_channel = f"{self._channels}:feed"
+        self.summaries_channel = f"{self._channels}:summaries"
 
     def run(self, run: str) -> str:
         return f"{self._prefix}:run:{run}"
@@ -26,7 +27,7 @@ class Keys:
         return f"{self._prefix}:snap:{run}"
 
     def staged(self, run: str, epoch: str, seq: int) -> str:
-        """Where a large snapshot is put together."""
+        """Where the pieces of a large snapshot are collected."""
         return f"{self._prefix}:snap:{run}:{epoch}:{seq}"
 
     def log(self, run: str) -> tuple[str, str, str]:
@@ -58,7 +59,7 @@ class Keys:
         """The active runs of a worker."""
         return f"{self._prefix}:owned:{worker}"
 
-    def news(self, run: str) -> str:
+    def updates(self, run: str) -> str:
         return f"{self._channels}:run:{run}"
 
     def commands(self, worker: str) -> str:

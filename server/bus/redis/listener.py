@@ -2,29 +2,31 @@
 
 Pub/sub delivers at most once, and a subscriber can be deaf while TCP looks well. So a probe travels the real path every
 second, into Redis and back by the subscription; if it does not arrive, the connection is thrown away and a new one
-subscribes to everything again. What was missed meanwhile cannot be told from here: `on_connect` is called after each
-connection, for whoever can compare.
+subscribes to everything again. This module cannot know what was missed meanwhile: it calls `on_connect` after each
+connection, so that others compare.
 
 Nothing here knows what the messages mean.
 """
 
 import logging
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from itertools import islice
 
 import anyio
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisError
+from redis.exceptions import ConnectionError, RedisError
 
-from agentcast.server.bus.redis.pipelined import EXCHANGE_TIMEOUT, Connect, reason
+from agentcast.server.bus.redis.pipelined import EXCHANGE_TIMEOUT, SLOWEST, Connect, reason
 from agentcast.server.errors import Unavailable
 
 PROBE_EVERY = 1.0
 DEAF_AFTER = 2.5
-"""Seconds without a probe, after which the connection is taken for deaf."""
+"""Seconds without a probe after which the connection counts as deaf."""
 SUBSCRIBE_BATCH = 500
+"""Channels of one command."""
 _RETRY_FIRST, _RETRY_MOST = 0.1, 1.5
 
 logger = logging.getLogger(__name__)
@@ -38,9 +40,9 @@ class Deaf(RedisError):
 
 
 class Listener:
-    """Delivers the messages of channels, in order. `run` must be running meanwhile.
+    """Delivers the messages of channels, in order. `run` must be running while the rest is used.
 
-    `connect` makes a connection, `publish` sends to a channel by another one; `receivers` stay for good.
+    `connect` makes a connection, `publish` sends to a channel by another one; `receivers` stay for ever.
     """
 
     def __init__(
@@ -52,13 +54,13 @@ class Listener:
         on_connect: Callable[[], Awaitable[None]],
     ) -> None:
         self.problem: str | None = "not connected yet"
-        """Why nothing may be delivered at the moment, if so."""
+        """Why deliveries may fail at the moment; None if they do not."""
         self.connected = anyio.Event()
-        """Set when the first connection stands."""
+        """Set once the first connection is ready."""
         self.attempts = 0
-        """Connections that failed, or could not be had."""
+        """Connections that failed, or could not be made."""
         self.resubscribed = 0
-        """Channels that were subscribed to anew."""
+        """Channels that were subscribed to again."""
         self.probes = 0
         self.probes_lost = 0
         self._connect = connect
@@ -67,6 +69,8 @@ class Listener:
         self._on_connect = on_connect
         self._receivers: dict[str, Receive] = {probe_channel: self._take_probe, **receivers}
         self._confirmed: dict[str, anyio.Event] = {}
+        self._unanswered: Counter[str] = Counter()
+        """SUBSCRIBEs on this connection that Redis has not confirmed yet."""
         self._connection: AbstractConnection | None = None
         self._stale: set[str] = set()
         self._heard = 0
@@ -81,39 +85,41 @@ class Listener:
             try:
                 await self._listen(connection)
             except* (RedisError, OSError, TimeoutError, Unavailable) as group:
-                was_well = self.problem is None
+                was_connected = self.problem is None
                 self.problem = f"Redis is away ({reason(group)})"
-                level = logging.WARNING if was_well or not self.attempts else logging.DEBUG
+                level = logging.WARNING if was_connected or not self.attempts else logging.DEBUG
                 logger.log(level, "the subscription to Redis is lost: %s", reason(group))
             finally:
                 self._connection = None
                 with anyio.CancelScope(shield=True):
                     await connection.disconnect(nowait=True)
             self.attempts += 1
-            delay = _RETRY_FIRST if was_well else min(delay * 2, _RETRY_MOST)
+            delay = _RETRY_FIRST if was_connected else min(delay * 2, _RETRY_MOST)
             await anyio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 -- jitter, not a secret
 
-    async def subscribe(self, channel: str, receive: Receive) -> None:
-        """Deliver what is published to `channel` from now on; Redis has confirmed it when this returns. A channel has
-        one receiver.
+    async def subscribe(self, receivers: Mapping[str, Receive]) -> None:
+        """Deliver what is published to these channels from now on; Redis has confirmed it when this returns. A channel
+        has one receiver. Channels that are subscribed to already cost nothing, all others together one round trip.
 
-        :raises Unavailable: Redis does not confirm in time. The channel is wanted all the same, until `unsubscribe`.
+        :raises Unavailable: Redis does not confirm in time. The receivers stay all the same, until `unsubscribe`.
         """
-        self._receivers[channel] = receive
-        self._stale.discard(channel)
-        confirmed = self._confirmed.setdefault(channel, anyio.Event())
+        self._receivers.update(receivers)
+        self._stale.difference_update(receivers)
+        new = {channel: anyio.Event() for channel in receivers if channel not in self._confirmed}
+        self._confirmed.update(new)
+        waiting = [event for channel in receivers if not (event := self._confirmed[channel]).is_set()]
         try:
-            with anyio.fail_after(EXCHANGE_TIMEOUT):
+            with anyio.fail_after(EXCHANGE_TIMEOUT + _transfer(new)):
                 if self._connection is None:
                     raise Unavailable(f"{self.problem}; try again")
-                if not confirmed.is_set():
-                    await self._connection.send_command("SUBSCRIBE", channel, check_health=False)
+                await self._send(self._connection, "SUBSCRIBE", new)
+                for confirmed in waiting:
                     await confirmed.wait()
         except (RedisError, OSError, TimeoutError):
             raise Unavailable("Redis did not confirm a subscription in time; try again") from None
 
     def unsubscribe(self, channel: str) -> None:
-        """Nothing of `channel` is delivered any more. Redis is told with the next probe."""
+        """Stop delivering from `channel`, at once. The UNSUBSCRIBE goes to Redis with the next probe."""
         if self._receivers.pop(channel, None) is not None:
             self._stale.add(channel)
         confirmed = self._confirmed.pop(channel, None)
@@ -143,6 +149,7 @@ class Listener:
             await connection.send_command("PING", check_health=False)
             await connection.read_response()
         self._confirmed = {channel: anyio.Event() for channel in self._receivers}
+        self._unanswered.clear()
         self._stale.clear()
         self._connection = connection
         async with anyio.create_task_group() as tasks:
@@ -156,15 +163,24 @@ class Listener:
 
     async def _resubscribe(self, connection: AbstractConnection) -> None:
         waiting = dict(self._confirmed)
-        channels = list(waiting)
-        self.resubscribed += len(channels)
+        self.resubscribed += len(waiting)
         with anyio.fail_after(DEAF_AFTER):
-            for start in range(0, len(channels), SUBSCRIBE_BATCH):
-                batch = channels[start : start + SUBSCRIBE_BATCH]
-                await connection.send_command("SUBSCRIBE", *batch, check_health=False)
+            await self._send(connection, "SUBSCRIBE", waiting)
             for channel, confirmed in waiting.items():
                 if channel in self._receivers:
                     await confirmed.wait()
+
+    async def _send(self, connection: AbstractConnection, command: str, channels: Collection[str]) -> None:
+        """Send a command for all channels. A caller that is cancelled meanwhile must not leave half a command behind:
+        redis-py would close the connection, which everybody shares."""
+        if not connection.is_connected:  # redis-py would connect again
+            raise ConnectionError("the connection was lost")
+        if command == "SUBSCRIBE":
+            self._unanswered.update(iter(channels))  # a mapping would be taken for counts
+        names = iter(channels)
+        with anyio.CancelScope(shield=True), anyio.fail_after(EXCHANGE_TIMEOUT + _transfer(channels)):
+            while batch := list(islice(names, SUBSCRIBE_BATCH)):
+                await connection.send_command(command, *batch, check_health=False)
 
     async def _read(self, connection: AbstractConnection) -> None:
         while True:
@@ -172,26 +188,34 @@ class Listener:
             name = channel.decode()
             if kind == b"message":
                 self._take(name, data)
-            elif kind == b"subscribe" and (confirmed := self._confirmed.get(name)) is not None:
-                confirmed.set()
+            elif kind == b"subscribe":
+                self._take_confirmation(name)
+
+    def _take_confirmation(self, channel: str) -> None:
+        """The last SUBSCRIBE counts: between two of them, the channel may have been unsubscribed."""
+        self._unanswered[channel] -= 1
+        if self._unanswered[channel] <= 0:
+            del self._unanswered[channel]
+            if channel in self._confirmed:
+                self._confirmed[channel].set()
 
     def _take(self, channel: str, data: bytes) -> None:
         receive = self._receivers.get(channel)
         if receive is not None:
             try:
                 receive(data)
-            except Exception:  # whoever can publish here, a hub of another version too, must not bring this one down
+            except Exception:  # a hub of another version may publish here, and must not bring this one down
                 logger.exception("a message on %s could not be taken", channel)
 
     async def _keep_probing(self, connection: AbstractConnection) -> None:
         while True:
             self.probes += 1
-            with suppress(Unavailable):  # late, perhaps: whether probes arrive is watched
+            with suppress(Unavailable):  # perhaps only late: `_watch` finds out whether probes arrive
                 await self._publish(self._probe_channel, b"%d" % self.probes)
             stale = list(islice(self._stale, SUBSCRIBE_BATCH))
             if stale:
                 self._stale.difference_update(stale)
-                await connection.send_command("UNSUBSCRIBE", *stale, check_health=False)
+                await self._send(connection, "UNSUBSCRIBE", stale)
             await anyio.sleep(PROBE_EVERY)
 
     async def _watch(self) -> None:
@@ -206,3 +230,8 @@ class Listener:
             self._patience.deadline = anyio.current_time() + DEAF_AFTER
         self._echo.set()
         self._echo = anyio.Event()
+
+
+def _transfer(channels: Collection[str]) -> float:
+    """Seconds that a slow link takes to carry the names of channels."""
+    return sum(map(len, channels)) / SLOWEST

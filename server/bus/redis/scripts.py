@@ -1,9 +1,12 @@
 """The Lua scripts of the Redis bus. Each checks everything before it writes anything: a script that fails half way
 leaves what it has written. None needs more than Redis 6.2.
 
-A run takes three keys: `run:<id>`, a hash (what `RunInfo` says, and fence, owner, bytes of the log); `log:<id>`, a
-stream whose ids are `<seq>-0`, so that Redis itself refuses to repeat a seq; and `snap:<id>`, a hash. They live until
-`TTL` seconds after the last append. The sorted sets (all with score 0, so by id, which is by creation) index them.
+A run takes three keys: `run:<id>`, a hash; `log:<id>`, a stream whose ids are `<seq>-0`, so that Redis itself refuses
+to repeat a seq; and `snap:<id>`, a hash. They live until `TTL` seconds after the last append. The sorted sets (all with
+score 0, so by id, which is by creation) index them.
+
+The hash of a run has the fields of `RunInfo`, and `fence`, `owner`, `bytes` of the log, `first` (the first frame's data
+once the log has lost it), `summary` with its `summary_epoch` and `summary_seq`.
 
 A snapshot is `epoch`, `seq`, the first piece of the state as `state`, and the others by their number; there are
 `pieces` of them. All but the first are staged, one by one, in a key of their own, which then becomes the snapshot.
@@ -27,8 +30,8 @@ if ARGV[11] == '1' then
   if known then
     local run, fingerprint = string.match(known, '^(%S+) (%S*)$')
     local meta = redis.call('HMGET', ARGV[17] .. run, 'epoch', 'status', 'head')
-    local never_began = meta[2] == 'failed' and meta[3] == '2'
-    if meta[1] and not never_began then
+    local never_started = meta[2] == 'failed' and meta[3] == '2'
+    if meta[1] and not never_started then
       if fingerprint ~= ARGV[12] then return {'conflict'} end
       return {'known', run, meta[1]}
     end
@@ -76,11 +79,11 @@ local last = first + (#ARGV - 8) / 2 - 1
 if meta[2] == ARGV[3] and last <= head then return {'ok'} end
 if meta[4] then return {'ended'} end
 if meta[2] ~= ARGV[3] or first ~= head + 1 then return {'mismatch', meta[2], head} end
-local news, bytes = {}, 0
+local packed, bytes = {}, 0
 for i = 9, #ARGV, 2 do
   local seq = first + (i - 9) / 2
   redis.call('XADD', KEYS[2], string.format('%d-0', seq), 'f', ARGV[i], 'd', ARGV[i + 1])
-  news[#news + 1] = pack(seq, tonumber(ARGV[i]), ARGV[i + 1])
+  packed[#packed + 1] = pack(seq, tonumber(ARGV[i]), ARGV[i + 1])
   bytes = bytes + #ARGV[i + 1]
 end
 redis.call('HSET', KEYS[1], 'head', string.format('%d', last), 'status', ARGV[5])
@@ -91,16 +94,16 @@ if ARGV[6] ~= '' then
   redis.call('ZREM', KEYS[5], ARGV[1])
 end
 for i = 1, 3 do redis.call('EXPIRE', KEYS[i], ARGV[7]) end
-redis.call('PUBLISH', ARGV[8], 'F' .. meta[2] .. ' ' .. table.concat(news))
+redis.call('PUBLISH', ARGV[8], 'F' .. meta[2] .. ' ' .. table.concat(packed))
 return {'ok'}
 """
 )
 
-_KEEP = """
-local function torn(staged, pieces)
+_STORE = """
+local function incomplete(staged, pieces)
   return tonumber(pieces) > 1 and redis.call('HLEN', staged) ~= tonumber(pieces) - 1
 end
-local function keep(snap, staged, epoch, seq, state, pieces, ttl)
+local function store(snap, staged, epoch, seq, state, pieces, ttl)
   local former = tonumber(redis.call('HGET', snap, 'pieces') or 1)
   if tonumber(pieces) > 1 then redis.call('RENAME', staged, snap) end
   redis.call('HSET', snap, 'epoch', epoch, 'seq', seq, 'state', state, 'pieces', pieces)  -- a full Redis refuses this
@@ -119,12 +122,12 @@ return {'ok'}
 """
 
 REBASE = (
-    _KEEP
+    _STORE
     + """
 -- KEYS: run, log, snap, runs, runs of the agent, runs of the thread, active, owned, workers, feed, feed counter, staged
 -- ARGV: run, fence, new epoch, seq, state, status, ended or '', ttl, channel, owner, may create,
 --       agent, principal, thread, created, announcement, feed length, feed channel, pieces
-if torn(KEYS[12], ARGV[19]) then return {'torn'} end
+if incomplete(KEYS[12], ARGV[19]) then return {'incomplete'} end
 local meta = redis.call('HMGET', KEYS[1], 'fence', 'ended', 'head')
 if meta[1] then
   if meta[1] ~= ARGV[2] then return {'fenced'} end
@@ -141,10 +144,12 @@ else
   redis.call('XADD', KEYS[10], 'MAXLEN', ARGV[17], n .. '-0', 'run', ARGV[1], 'a', ARGV[16])
   redis.call('PUBLISH', ARGV[18], n .. ' ' .. ARGV[16])
 end
+local first = redis.call('XRANGE', KEYS[2], '1-0', '1-0')[1]
+if first then redis.call('HSET', KEYS[1], 'first', first[2][4]) end
 redis.call('DEL', KEYS[2])
 redis.call('HSET', KEYS[1], 'epoch', ARGV[3], 'head', ARGV[4], 'status', ARGV[6], 'bytes', 0,
   'oldest', string.format('%d', tonumber(ARGV[4]) + 1))
-keep(KEYS[3], KEYS[12], ARGV[3], ARGV[4], ARGV[5], ARGV[19], ARGV[8])
+store(KEYS[3], KEYS[12], ARGV[3], ARGV[4], ARGV[5], ARGV[19], ARGV[8])
 redis.call('EXPIRE', KEYS[1], ARGV[8])
 if ARGV[7] ~= '' then
   redis.call('HSET', KEYS[1], 'ended', ARGV[7])
@@ -181,8 +186,46 @@ return {'page', head, table.concat(page)}
 """
 )
 
+READ_ENDS = """
+-- ARGV: prefix of run keys, prefix of log keys, most bytes, then runs
+-- Gives the first and the last frame's data of each run, or nothing of an unknown one, up to that many bytes.
+local function data(log, seq)
+  local entry = redis.call('XRANGE', log, seq .. '-0', seq .. '-0')[1]
+  return entry and entry[2][4] or false
+end
+local found, bytes = {}, 0
+for i = 4, #ARGV do
+  local run = redis.call('HMGET', ARGV[1] .. ARGV[i], 'head', 'first')
+  local ends = {}
+  if run[1] then
+    local log = ARGV[2] .. ARGV[i]
+    ends = {run[2] or data(log, '1'), data(log, run[1])}
+    bytes = bytes + #(ends[1] or '') + #(ends[2] or '')
+    if #found > 0 and bytes > tonumber(ARGV[3]) then break end
+  end
+  found[#found + 1] = ends
+end
+return found
+"""
+
+STORE_SUMMARIES = """
+-- ARGV: prefix of run keys, channel, then run, fence, epoch, seq and packed summary of each
+local stored = {}
+for i = 3, #ARGV, 5 do
+  local key, epoch, seq, summary = ARGV[1] .. ARGV[i], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
+  local run = redis.call('HMGET', key, 'fence', 'epoch', 'summary_epoch', 'summary_seq')
+  local older = run[3] == epoch and tonumber(run[4]) > tonumber(seq)
+  if run[1] == ARGV[i + 1] and run[2] == epoch and not older then
+    redis.call('HSET', key, 'summary', summary, 'summary_epoch', epoch, 'summary_seq', seq)
+    stored[#stored + 1] = struct.pack('>I4', #summary) .. summary
+  end
+end
+if #stored > 0 then redis.call('PUBLISH', ARGV[2], table.concat(stored)) end
+return #stored
+"""
+
 SAVE_SNAPSHOT = (
-    _KEEP
+    _STORE
     + """
 -- KEYS: run, log, snap, staged. ARGV: fence, epoch, seq, state, most events, most bytes, ttl, pieces
 local meta = redis.call('HMGET', KEYS[1], 'fence', 'epoch', 'bytes')
@@ -191,11 +234,11 @@ if meta[1] ~= ARGV[1] then return {'fenced'} end
 if meta[2] ~= ARGV[2] then return {'ok'} end
 local saved = redis.call('HMGET', KEYS[3], 'epoch', 'seq')
 if saved[1] == ARGV[2] and tonumber(saved[2]) > tonumber(ARGV[3]) then return {'ok'} end
-if torn(KEYS[4], ARGV[8]) then return {'torn'} end
-keep(KEYS[3], KEYS[4], ARGV[2], ARGV[3], ARGV[4], ARGV[8], ARGV[7])
+if incomplete(KEYS[4], ARGV[8]) then return {'incomplete'} end
+store(KEYS[3], KEYS[4], ARGV[2], ARGV[3], ARGV[4], ARGV[8], ARGV[7])
 local covered, most, most_bytes = tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local length, bytes, start, keep = redis.call('XLEN', KEYS[2]), tonumber(meta[3]), '-', nil
-local going = true
+local going, first = true, nil
 while going and (length > most or bytes > most_bytes) do
   local entries = redis.call('XRANGE', KEYS[2], start, '+', 'COUNT', 20)
   going = #entries > 0
@@ -206,11 +249,13 @@ while going and (length > most or bytes > most_bytes) do
       break
     end
     length, bytes = length - 1, bytes - #entry[2][4]
+    if seq == 1 then first = entry[2][4] end
     keep = string.format('%d-0', seq + 1)
     start = keep
   end
 end
 if keep then
+  if first then redis.call('HSET', KEYS[1], 'first', first) end
   redis.call('XTRIM', KEYS[2], 'MINID', keep)
   redis.call('HSET', KEYS[1], 'bytes', bytes, 'oldest', string.match(keep, '^(%d+)'))
 end
