@@ -30,11 +30,14 @@ async def memory_bus(
 
 @asynccontextmanager
 async def redis_bus(
-    url: str, *, log_events: int = LOG_EVENTS, log_bytes: int = LOG_BYTES, feed_length: int = FEED_LENGTH
+    redis: Redis, *, log_events: int = LOG_EVENTS, log_bytes: int = LOG_BYTES, feed_length: int = FEED_LENGTH
 ) -> AsyncIterator[Bus]:
-    bus = RedisBus(
-        url, new_epoch(), prefix=new_epoch(), log_events=log_events, log_bytes=log_bytes, feed_length=feed_length
-    )
+    """A bus whose user may do what the documentation says is enough, and no more."""
+    prefix = new_epoch()
+    rules = (f"~{prefix}:*", f"&{prefix}@*", "+@all", "-@admin", "-@dangerous", "+info")
+    redis.do("ACL", "SETUSER", prefix, "on", ">secret", *rules)
+    url = f"redis://{prefix}:secret@127.0.0.1:{redis.port}/0"
+    bus = RedisBus(url, new_epoch(), prefix=prefix, log_events=log_events, log_bytes=log_bytes, feed_length=feed_length)
     async with anyio.create_task_group() as tasks:
         with anyio.fail_after(PATIENCE):
             await tasks.start(bus.run)
@@ -56,8 +59,7 @@ def redis() -> Iterator[Redis]:
 def make_bus(request: pytest.FixtureRequest) -> MakeBus:
     if request.param == "memory":
         return memory_bus
-    url = request.getfixturevalue("redis").url
-    return functools.partial(redis_bus, url)
+    return functools.partial(redis_bus, request.getfixturevalue("redis"))
 
 
 @pytest.fixture

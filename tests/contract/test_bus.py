@@ -693,7 +693,7 @@ async def test_subscriptions_to_a_busy_run_miss_nothing(bus: Bus) -> None:
             await anyio.lowlevel.checkpoint()
         await log.append(end=True)
 
-    async def follow() -> None:
+    async def read_and_follow() -> None:
         mail = Mail()
         subscription = await follow(bus, log.run, mail.deliver)
         page = await bus.read(log.run, log.epoch, 0)
@@ -708,7 +708,7 @@ async def test_subscriptions_to_a_busy_run_miss_nothing(bus: Bus) -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(write)
             for _ in range(10):
-                tasks.start_soon(follow)
+                tasks.start_soon(read_and_follow)
                 await anyio.lowlevel.checkpoint()
 
     assert seen == [list(range(1, 63))] * 10

@@ -19,7 +19,7 @@ from agentcast.server.config import Settings
 from agentcast.server.errors import Ended, Fenced, HeadMismatch, NotFound, Unavailable
 from agentcast.server.runs.runs import Runs
 from agentcast.server.state import RunState
-from tests.contract.support import Log, Mail, follow, new_run
+from tests.contract.support import Log, Mail, follow, new_run, summary
 from tests.support.redis import Redis, running_redis
 from tests.support.waiting import PATIENCE, until
 
@@ -402,7 +402,7 @@ async def test_a_connection_says_within_its_patience_that_redis_is_away_and_work
         tasks.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize("name", ["CREATE", "CLAIM", "APPEND", "SAVE_SNAPSHOT"])
+@pytest.mark.parametrize("name", ["CREATE", "CLAIM", "APPEND", "SAVE_SNAPSHOT", "STORE_SUMMARIES"])
 async def test_a_script_that_a_full_redis_refuses_has_written_nothing(redis: Redis, name: str) -> None:
     bus = RedisBus(redis.url, "one")
     async with running(bus):
@@ -415,6 +415,7 @@ async def test_a_script_that_a_full_redis_refuses_has_written_nothing(redis: Red
             "CLAIM": lambda: bus.claim(log.run),
             "APPEND": lambda: bus.append(log.run, log.fence, log.next(2), "running"),
             "SAVE_SNAPSHOT": lambda: bus.save_snapshot(log.fence, _snapshot(log)),
+            "STORE_SUMMARIES": lambda: bus.publish_summaries([summary(log)]),
         }[name]
         with pytest.raises(Unavailable, match="maxmemory"):
             await write()

@@ -131,11 +131,12 @@ class PipelinedConnection:
     async def calls(self, commands: Sequence[tuple[Argument, ...]], expects: int = 0) -> list[Any]:
         """The answers to any number of commands, of which each may take `expects` bytes. The calls of each round trip
         have a patience of their own. Raises as `call`."""
+        calls = [_Call(command, expects=expects) for command in commands]
+        heaviest = max((call.weight for call in calls), default=1)
+        chunk = max(1, min(BATCH_CALLS, BATCH_BYTES // max(1, heaviest)))
         answers: list[Any] = []
-        chunk = min(BATCH_CALLS, BATCH_BYTES // expects) if expects else BATCH_CALLS
-        for start in range(0, len(commands), chunk):
-            calls = [_Call(command, expects=expects) for command in commands[start : start + chunk]]
-            answers += await self._answers(calls)
+        for start in range(0, len(calls), chunk):
+            answers += await self._answers(calls[start : start + chunk])
         return answers
 
     async def script(self, script: Script, keys: Sequence[str], *args: Argument, expects: int = 0) -> Any:
