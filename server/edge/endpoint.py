@@ -188,8 +188,6 @@ class Connection:
 
     async def _guarded(self, work: Callable[[*Args], Awaitable[None]], *args: *Args) -> None:
         """Work in a task, for as long as the connection lasts."""
-        if self._phase is Phase.CLOSED:
-            return
         if self._scopes is None:
             self._scopes = set()
         with anyio.CancelScope() as scope:
@@ -248,12 +246,12 @@ class Connection:
             logger.error("session %s is closed: something of it broke", self._session.id, exc_info=error)
             self._enter(Phase.CLOSED)
             self._writer.close(INTERNAL_ERROR.code, INTERNAL_ERROR.reason)
-            asyncio.get_running_loop().call_soon(self._end)  # not now: as above
+            self._end_soon()
 
     def on_closed(self) -> None:
         if self._phase is not Phase.CLOSED:
             self._enter(Phase.CLOSED)
-            self._end()
+            self._end_soon()
 
     def _stop_following(self) -> None:
         if self._reason is not SHUTTING_DOWN:
@@ -265,11 +263,16 @@ class Connection:
         if not self._outbox and not self._outbox.is_behind and self._reason is not None:
             self._enter(Phase.CLOSED)
             self._writer.close(self._reason.code, self._reason.reason)
-            self._end()
+            self._end_soon()
 
     def _give_up(self) -> None:
         self._writer.abort()
         self.on_closed()
+
+    def _end_soon(self) -> None:
+        """Not now: the hub may be in the midst of its followers, and a command that came before the close, such as a
+        start, is to begin."""
+        asyncio.get_running_loop().call_soon(self._end)
 
     def _end(self) -> None:
         """Nothing more is to be done for the client: leave nothing behind."""
