@@ -60,7 +60,11 @@ class CatchUp:
             topic.lose(follower, reason)
         if follower.state is State.RESYNC:
             await self._pull_snapshot(topic, follower)
-        elif segments := topic.recent(follower):
+            return
+        topic.rest(follower)
+        if follower.state is not State.BEHIND:
+            return
+        if segments := topic.recent(follower):
             for segment in segments:
                 if topic.supply(follower, segment):
                     break

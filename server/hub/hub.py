@@ -21,8 +21,9 @@ from agentcast.server.errors import NotFound, Unavailable
 from agentcast.server.hub.catch_up import CatchUp, jitter
 from agentcast.server.hub.follower import Follower
 from agentcast.server.hub.outbox import Outbox
+from agentcast.server.hub.ring import Rings
 from agentcast.server.hub.rules import MAX_LISTED, Arrival, FeedReader, Rule, Rules
-from agentcast.server.hub.topic import RING_BYTES, RINGS_BYTES, RunTopic
+from agentcast.server.hub.topic import RunTopic
 from agentcast.server.protocol import Detail, Position, To
 
 BRINGING = 16
@@ -64,6 +65,7 @@ class Hub:
         self.rules = Rules()
         self.feed = FeedReader(bus, self.rules)
         self._catch_up = CatchUp(bus)
+        self._rings = Rings()
         self._announced = anyio.Event()
         self._tasks: TaskGroup | None = None
         self._bringing = anyio.Semaphore(BRINGING)
@@ -240,7 +242,7 @@ class Hub:
         for run in runs:
             topic = self.topics.get(run)
             if topic is None:
-                topic = self.topics[run] = RunTopic(run, self._close, self._ring_bytes)
+                topic = self.topics[run] = RunTopic(run, self._close, self._rings)
             topic.pins += 1
             topics.append(topic)
         pinned += topics
@@ -281,11 +283,7 @@ class Hub:
         if self.topics.get(topic.run) is topic:
             del self.topics[topic.run]
         self._catch_up.forget(topic)
-        if topic.subscription is not None:
-            topic.subscription.close()
-
-    def _ring_bytes(self) -> int:
-        return min(RING_BYTES, RINGS_BYTES // (len(self.topics) or 1))
+        topic.close()
 
     # -- Leaving ---------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ Live followers all stand at the head. So a segment that is delivered is framed o
 them as it is.
 """
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,21 +17,18 @@ from agentcast.server.bus.base import Frame, Gone, Head, RunInfo, Snapshot, Subs
 from agentcast.server.errors import RUN_LOST
 from agentcast.server.hub.follower import NEXT, Follower, GapReason, IllegalTransition, ResyncReason, State
 from agentcast.server.hub.frames import Batch, Segment
+from agentcast.server.hub.ring import Ring, Rings
 from agentcast.server.hub.single_flight import SingleFlight
 from agentcast.server.protocol import Position
 
 MAX_DISTANCE = 1_000
 """Events behind the head from which on a snapshot is sent instead of the log."""
-RING_BYTES = 256 * 1024
-"""What a topic keeps of its newest frames."""
-RINGS_BYTES = 64 * 1024 * 1024
-"""What all topics of a process keep of them."""
 
 
 class RunTopic:
     """A run that this process follows. `unused` is called when its last follower and its last pin are gone."""
 
-    def __init__(self, run: str, unused: Callable[["RunTopic"], None], ring_bytes: Callable[[], int]) -> None:
+    def __init__(self, run: str, unused: Callable[["RunTopic"], None], rings: Rings) -> None:
         self.run = run
         self.info: RunInfo | None = None
         """What the bus knew of the run when the topic was opened."""
@@ -59,9 +55,7 @@ class RunTopic:
         self._live: dict[Follower, None] = {}
         self._ahead: dict[Follower, None] = {}
         """Followers that are behind, and yet have more than was delivered: a snapshot was newer."""
-        self._ring: deque[Segment] = deque()
-        self._ring_size = 0
-        self._ring_bytes = ring_bytes
+        self._ring = Ring(rings)
         self._former: set[str] = set()
         """Epochs that are over, of which something may still come."""
         self._unused = unused
@@ -163,35 +157,26 @@ class RunTopic:
     # -- The ring --------------------------------------------------------------------------------------------------
 
     def _keep(self, segment: Segment) -> None:
-        self._ring.append(segment)
-        self._ring_size += segment.size
-        while self._ring_size > self._ring_bytes():
-            self._ring_size -= self._ring.popleft().size
+        self._ring.extend(segment)
         if self.snapshot is not None and self.snapshot.seq < self.head - self._kept:
             self.snapshot = None  # nothing here could go on from it
 
     def _forget_ring(self) -> None:
         self._ring.clear()
-        self._ring_size = 0
         if self.snapshot is not None and self.snapshot.seq < self.head:
             self.snapshot = None
 
     @property
     def _kept(self) -> int:
         """Events, up to the head, that the ring holds."""
-        return self.head - self._ring[0].first + 1 if self._ring and self._ring[-1].last == self.head else 0
+        first = self._ring.first
+        return 0 if first is None else self.head - first + 1
 
     def recent(self, follower: Follower) -> list[Segment]:
         """What follows its cursor, if the ring reaches back to it; else nothing."""
         if follower.epoch != self.epoch or self.head - follower.cursor > self._kept:
             return []
-        segments: list[Segment] = []
-        for segment in reversed(self._ring):
-            part = segment.after(follower.cursor)
-            if part is None:
-                break
-            segments.append(part)
-        return segments[::-1]
+        return self._ring.after(follower.cursor)
 
     # -- Followers: every change of a state ------------------------------------------------------------------------
 
@@ -364,6 +349,12 @@ class RunTopic:
     @property
     def used(self) -> bool:
         return bool(self.followers) or self.pins > 0
+
+    def close(self) -> None:
+        """Nothing of the run is to be delivered any more."""
+        self._ring.clear()
+        if self.subscription is not None:
+            self.subscription.close()
 
     def close_unused(self) -> None:
         if not self.used:

@@ -17,6 +17,7 @@ import agentcast.server.hub.catch_up
 import agentcast.server.hub.hub
 import agentcast.server.hub.outbox
 import agentcast.server.hub.topic
+from agentcast.server.hub.ring import Rings
 from tests.model.client import Client, Line
 from tests.model.world import Run, World
 
@@ -56,7 +57,7 @@ class Hub(RuleBasedStateMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(agentcast.server.hub.topic, "MAX_DISTANCE", MAX_DISTANCE)
-        self.patch.setattr(agentcast.server.hub.hub, "RING_BYTES", RING_BYTES)
+        self.patch.setattr(agentcast.server.hub.hub, "Rings", lambda: Rings(each=RING_BYTES))
         for module in (agentcast.server.hub.hub, agentcast.server.hub.catch_up):
             self.patch.setattr(module, "jitter", lambda: 0.0)
         self.patch.setattr(agentcast.server.hub.outbox, "TAKE_BYTES", 1)  # one frame at a time

@@ -8,7 +8,8 @@ from agentcast.server.bus.base import Frame, RunInfo, Snapshot
 from agentcast.server.hub.follower import Follower
 from agentcast.server.hub.frames import Segment
 from agentcast.server.hub.outbox import Outbox
-from agentcast.server.hub.topic import RING_BYTES, RunTopic
+from agentcast.server.hub.ring import RING_BYTES, Rings
+from agentcast.server.hub.topic import RunTopic
 from agentcast.server.protocol import Detail, Position
 from tests.support.link import Link
 
@@ -40,7 +41,7 @@ def topic_at(
     closed: list[RunTopic] | None = None,
 ) -> RunTopic:
     """An open topic, whose log is held from `oldest` on."""
-    topic = RunTopic(run, (closed if closed is not None else []).append, lambda: ring_bytes)
+    topic = RunTopic(run, (closed if closed is not None else []).append, Rings(each=ring_bytes))
     topic.open(info(head, run=run, ended=ended, oldest=oldest))
     return topic
 

@@ -15,6 +15,7 @@ from agentcast.server.hub import hub as module
 from agentcast.server.hub.follower import State
 from agentcast.server.hub.frames import Segment
 from agentcast.server.hub.hub import Hub
+from agentcast.server.hub.ring import Rings
 from agentcast.server.protocol import Detail, Position, To
 from tests.contract.support import Log, new_run
 from tests.support.buses import HeldBus
@@ -334,6 +335,29 @@ async def test_what_the_ring_holds_is_not_read(stage: Stage) -> None:
     assert "read" not in stage.bus.questions
 
 
+async def test_a_follower_that_has_everything_reads_nothing(stage: Stage) -> None:
+    log, client = await Log.create(stage.bus), Client()
+    await log.append(2)
+    await stage.join(client, run=log.run, since={log.run: Position(seq=3, epoch=log.epoch)})
+    stage.bus.questions.clear()
+
+    await stage.hub.catch_up(client.outbox)
+
+    assert client.outbox.followers[log.run].state is State.LIVE
+    assert "read" not in stage.bus.questions
+
+
+async def test_a_run_that_nobody_follows_any_more_leaves_nothing_in_the_rings(stage: Stage) -> None:
+    log, client = await Log.create(stage.bus), Client()
+    await stage.join(client, run=log.run)
+    await log.append(1, size=500)
+    assert len(stage.hub._rings) == 500
+
+    stage.hub.disconnect(client.outbox)
+
+    assert len(stage.hub._rings) == 0
+
+
 @pytest.mark.parametrize("meantime", ["left", "lost", "pulled"])
 async def test_a_page_that_comes_late_is_applied_only_where_it_is_still_asked_for(stage: Stage, meantime: str) -> None:
     log, client = await Log.create(stage.bus), Client()
@@ -518,27 +542,27 @@ async def test_followers_of_one_connection_that_are_pulled_for_at_once_are_bound
 
 
 def rings(hub: Hub) -> list[int]:
-    return [sum(part.size for part in one._ring) for one in hub.topics.values()]
+    return [one._ring.size for one in hub.topics.values()]
 
 
 async def test_what_is_kept_of_the_newest_frames_is_bounded_for_each_run_and_for_all(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "RING_BYTES", 2_000)
-    monkeypatch.setattr(module, "RINGS_BYTES", 6_000)
+    monkeypatch.setattr(stage.hub, "_rings", Rings(each=2_000, total=6_000))
     logs = [await Log.create(stage.bus)]
     await stage.join(Client(), name="all")
     for _ in range(10):
         await logs[0].append(1, size=500)
     assert rings(stage.hub) == [2_000]
 
-    logs += [await Log.create(stage.bus) for _ in range(5)]
+    logs += [await Log.create(stage.bus) for _ in range(3)]
     await stage.turns()
-    for _ in range(10):
-        for log in logs:
+    for log in logs[1:]:
+        for _ in range(10):
             await log.append(1, size=500)
 
-    assert rings(stage.hub) == [1_000] * 6
+    assert rings(stage.hub) == [0, 2_000, 2_000, 2_000], "the one that was extended longest ago is emptied"
+    assert len(stage.hub._rings) == 6_000
 
 
 def kept(hub: Hub) -> int:

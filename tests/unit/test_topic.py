@@ -12,6 +12,7 @@ from agentcast.server.hub import topic as module
 from agentcast.server.hub.follower import State
 from agentcast.server.hub.frames import Segment
 from agentcast.server.hub.outbox import Outbox
+from agentcast.server.hub.ring import Rings
 from agentcast.server.hub.topic import RunTopic
 from agentcast.server.protocol import Detail, Position
 from tests.support.following import EPOCH, RUN, Client, frame, frames, info, segment, snapshot, topic_at
@@ -56,7 +57,7 @@ def test_a_log_never_gets_shorter_within_an_epoch() -> None:
 
 
 def test_what_was_delivered_while_the_topic_was_being_opened_stands() -> None:
-    topic = RunTopic(RUN, lambda _: None, lambda: 1_000)
+    topic = RunTopic(RUN, lambda _: None, Rings())
     topic.deliver(frames(3, 4))
 
     topic.open(info(2))
@@ -65,7 +66,7 @@ def test_what_was_delivered_while_the_topic_was_being_opened_stands() -> None:
 
 
 def test_an_answer_of_an_epoch_that_was_replaced_meanwhile_does_not_bring_it_back() -> None:
-    topic = RunTopic(RUN, lambda _: None, lambda: 1_000)
+    topic = RunTopic(RUN, lambda _: None, Rings())
     topic.deliver(frames(3, 4))
     topic.deliver(Head(RUN, "two", 1))
 
@@ -675,12 +676,12 @@ def test_what_the_ring_keeps_is_bounded_by_bytes() -> None:
     topic = topic_at(0, ring_bytes=250)
     for seq in range(1, 21):
         topic.deliver([frame(seq, size=100)])
-        assert topic._ring_size == sum(part.size for part in topic._ring) <= 250
+        assert sum(one.size for one in topic._ring.after(0)) == topic._ring.size <= 250
 
     assert recent(topic, 18) == [19, 20]
     assert recent(topic, 17) == []
     topic.deliver([frame(21, size=300)])
-    assert not topic._ring, "one that is larger than the ring is not kept either"
+    assert not topic._ring.size, "one that is larger than the ring is not kept either"
 
 
 @pytest.mark.parametrize("news", [Head(RUN, EPOCH, 9), Head(RUN, "two", 7), frames(9, 9)])
