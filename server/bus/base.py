@@ -203,9 +203,6 @@ class Bus(Protocol):
         Any number of runs needs the same few round trips (one more for every few hundred).
         """
 
-    async def subscribe(self, run: str, deliver: Deliver) -> Subscription:
-        """`open` for one run, without its info."""
-
     async def list(self, filter: Filter) -> Listing:
         """One page of the runs that pass the filter. Looks at `LIST_EXAMINED` runs at most, so a page may be short or
         empty before the last one: `Listing.next` says where to go on."""

@@ -231,9 +231,6 @@ class MemoryBus:
         known = {run: self._logs[run] for run in deliver if run in self._logs}
         return {run: Opened(log.info, log.subscribe(deliver[run])) for run, log in known.items()}
 
-    async def subscribe(self, run: str, deliver: Deliver) -> Subscription:
-        return self._log(run).subscribe(deliver)
-
     async def list(self, filter: Filter) -> Listing:
         found: list[RunInfo] = []
         places = _listed(self._ids, filter)

@@ -134,7 +134,7 @@ class DawdlingBus(MemoryBus):
             else:
                 deliver(news)
 
-        inner = await super().subscribe(run, post)
+        inner = (await super().open({run: post}))[run].subscription
         try:
             await self._ask(_nothing_async())
         except BaseException:

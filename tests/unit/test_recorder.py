@@ -106,7 +106,7 @@ class Case:
             NewRun(run="r", epoch="e", agent="echo", principal="ann", thread=None, created=1.0, first=first)
         )
         case = cls(bus, recorder, snapshots)
-        await bus.subscribe("r", case.mail.deliver)
+        await bus.open({"r": case.mail.deliver})
         return case
 
     @asynccontextmanager

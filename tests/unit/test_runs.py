@@ -101,7 +101,7 @@ class Host:
 
     async def until(self, run: str, ready: Callable[[RunInfo], bool]) -> None:
         mail = Mail()
-        subscription = await self.bus.subscribe(run, mail.deliver)
+        subscription = (await self.bus.open({run: mail.deliver}))[run].subscription
         while not ready(await self.info(run)):
             heard = len(mail.items)
             await mail.until(lambda items, heard=heard: len(items) > heard)  # type: ignore[misc]

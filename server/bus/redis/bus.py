@@ -272,12 +272,6 @@ class RedisBus:
             for subscription in unused.values():
                 subscription.close()
 
-    async def subscribe(self, run: str, deliver: Deliver) -> Subscription:
-        opened = await self.open({run: deliver})
-        if run not in opened:
-            raise NotFound(f"there is no run {run[:64]!r}")
-        return opened[run].subscription
-
     async def publish_summaries(self, records: Sequence[Summary]) -> None:
         check_summaries(records)
         await self._summaries.publish(records)
