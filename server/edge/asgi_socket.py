@@ -5,7 +5,6 @@ seen: a client counts as slow while a send waits.
 """
 
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
 
 import anyio
@@ -22,7 +21,7 @@ class AsgiSocket:
         self._websocket = websocket
         self._receiver = receiver
         self._queue: deque[bytes] = deque()
-        """What is written but not sent. The receiver writes when all was sent, so it holds one write."""
+        """What is written but not sent. The receiver writes again when all was sent."""
         self._news = anyio.Event()
         """Set when something was written, or the connection is to be closed."""
         self._released = anyio.Event()
@@ -35,10 +34,9 @@ class AsgiSocket:
         self.pending = 0
         self.taken = 0
 
-    def write(self, batches: Sequence[Batch]) -> None:
-        for batch in batches:
-            self._queue.extend(batch.payloads)
-            self.pending += batch.size
+    def write(self, batch: Batch) -> None:
+        self._queue.extend(batch.payloads)
+        self.pending += batch.size
         self.writable = False
         self._news.set()
 

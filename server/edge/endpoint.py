@@ -1,7 +1,7 @@
 """One client's end: the only place where its socket, outbox and session meet (G4).
 
-What is queued in one turn of the loop goes out in one write at the end of it, and goes on when the socket has room
-again. Commands, and pulling for followers that are behind, run in tasks that live only as long as they take.
+What is sent goes to the socket at once while it takes more, and waits in the outbox otherwise. Commands, and pulling
+for followers that are behind, run in tasks that live only as long as they take.
 
 What breaks on behalf of one connection, in its tasks, in the ticker, in a callback of the loop or in the hub, ends that
 connection with 1011 and nothing else.
@@ -24,6 +24,7 @@ from agentcast.server.config import Settings
 from agentcast.server.edge.frame_socket import CLOSE_TIMEOUT, FrameWriter
 from agentcast.server.edge.session import ANONYMOUS, Session
 from agentcast.server.errors import BINARY_MESSAGE, INTERNAL_ERROR, SHUTTING_DOWN, CloseReason
+from agentcast.server.hub.frames import Batch
 from agentcast.server.hub.hub import Hub
 from agentcast.server.hub.outbox import Outbox
 from agentcast.server.runs.runs import Runs
@@ -85,6 +86,7 @@ class Connection:
         "_pulling",
         "_reason",
         "_scopes",
+        "_sent",
         "_sent_at",
         "_session",
         "_taken",
@@ -109,7 +111,8 @@ class Connection:
         """Of the tasks that work for this connection."""
         self._deadline: asyncio.TimerHandle | None = None
         self._sent_at = self._taken_at = monotonic()
-        self._taken = 0
+        self._sent = self._taken = 0
+        """Bytes, at the last tick."""
         self._degraded_told_at: float | None = None
 
     def open(self, writer: FrameWriter) -> None:
@@ -119,6 +122,14 @@ class Connection:
         self.flush()
 
     # -- Writing ---------------------------------------------------------------------------------------------------
+
+    def write(self, batch: Batch) -> bool:
+        """Write to the socket, if it takes more. The hot path: uvloop gathers what is written in one turn of the loop
+        into one system call."""
+        writer = self._writer
+        if writable := writer.writable:
+            writer.write(batch)
+        return writable
 
     def wake(self) -> None:
         """Something was queued."""
@@ -132,8 +143,8 @@ class Connection:
         writer, outbox = self._writer, self._outbox
         try:
             while writer.writable and outbox:
-                writer.write(outbox.take())
-                self._sent_at = monotonic()
+                for batch in outbox.take():
+                    writer.write(batch)
         except Exception as error:  # noqa: BLE001 -- `fail` logs it; frames were lost, so none may follow
             self.fail(error)
         if writer.held:
@@ -206,10 +217,12 @@ class Connection:
         settings = self._process.settings
         self._outbox.put_notices()
         self._tell_degraded(now, degraded)
-        if not self._outbox and now - self._sent_at >= settings.heartbeat:
+        taken, pending = self._writer.taken, self._writer.pending
+        if taken + pending != self._sent:
+            self._sent, self._sent_at = taken + pending, now
+        elif not self._outbox and now - self._sent_at >= settings.heartbeat:
             self._outbox.put(protocol.PING)
-        taken = self._writer.taken
-        if taken != self._taken or not (self._outbox or self._writer.pending):
+        if taken != self._taken or not (self._outbox or pending):
             self._taken, self._taken_at = taken, now
         elif now - self._taken_at >= settings.slow_client:
             logger.warning("session %s took nothing for %.0f s: cut", self._session.id, now - self._taken_at)

@@ -9,7 +9,6 @@ An object for each connection, of a few hundred bytes: no task, no queue. This m
 """
 
 import asyncio
-from collections.abc import Sequence
 from enum import Enum, auto
 from typing import Protocol, Self
 
@@ -55,7 +54,7 @@ class FrameWriter(Protocol):
     def taken(self) -> int:
         """Bytes that the client, or the kernel for it, has taken so far."""
 
-    def write(self, batches: Sequence[Batch]) -> None:
+    def write(self, batch: Batch) -> None:
         """Send frames. Never waits; for nothing once the connection is closing."""
 
     def hold(self, held: bool) -> None:
@@ -124,8 +123,8 @@ class FrameSocket(asyncio.Protocol):
 
     # -- Writing ---------------------------------------------------------------------------------------------------
 
-    def write(self, batches: Sequence[Batch]) -> None:
-        data = batches[0].framed if len(batches) == 1 else _joined(batches)
+    def write(self, batch: Batch) -> None:
+        data = batch.framed
         self._written += len(data)
         self._transport.write(data)
 
@@ -319,14 +318,3 @@ class FrameSocket(asyncio.Protocol):
             raise RuntimeError(f"a socket that is {self._phase.name} cannot become {phase.name}")
         self._phase = phase
         self.writable = False
-
-
-_last: tuple[Sequence[Batch], bytes] = ((), b"")
-"""What was joined last: most of the time the next client is sent the very same."""
-
-
-def _joined(batches: Sequence[Batch]) -> bytes:
-    global _last
-    if _last[0] != batches:  # cheap: the same batches are the same objects
-        _last = (batches, b"".join([batch.framed for batch in batches]))
-    return _last[1]

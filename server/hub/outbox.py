@@ -1,8 +1,8 @@
 """What one connection still has to be sent, and which runs it follows (G1, G2, G4).
 
-The *queue* holds batches of encoded frames for the writer. Once it is full, run events are refused, while replies are
-always taken (they are bounded by the commands in progress). Nothing that was queued is dropped. The *line* holds the
-followers that something must be pulled for, as soon as there is room.
+Frames go to the socket at once while it takes more, and wait in the *queue* otherwise. Once that is full, run events
+are refused, while replies are always taken (they are bounded by the commands in progress). Nothing that was queued is
+dropped. The *line* holds the followers that something must be pulled for, as soon as there is room.
 
 Without I/O. This module must not know the bus, sockets, commands, or when a follower changes its state: its topic does
 that.
@@ -26,6 +26,10 @@ MAX_FOLLOWED = 5_000
 
 class Link(Protocol):
     """The connection that an outbox belongs to. Every method returns at once."""
+
+    def write(self, batch: Batch) -> bool:
+        """Write to the socket at once, where it takes more; False: it does not, and nothing was written. Called only
+        while nothing is queued."""
 
     def wake(self) -> None:
         """Something was queued."""
@@ -89,11 +93,24 @@ class Outbox:
         return self._frames >= self._queue_frames or self._bytes >= self._queue_bytes
 
     def put(self, payload: bytes) -> None:
-        """Queue one frame, whatever the queue holds."""
+        """Send one frame, or queue it, whatever the queue holds."""
         self.push(Batch((payload,)))
 
+    def send(self, batch: Batch) -> bool:
+        """Send frames, or queue them; False: there is no room for them. The hot path."""
+        if not self._queue and self.link.write(batch):
+            return True
+        fits = self.fits(batch)
+        if fits:
+            self._append(batch)
+        return fits
+
     def push(self, batch: Batch) -> None:
-        """Queue frames, whatever the queue holds."""
+        """Send frames, or queue them, whatever the queue holds."""
+        if self._queue or not self.link.write(batch):
+            self._append(batch)
+
+    def _append(self, batch: Batch) -> None:
         self._queue.append(batch)
         self._frames += len(batch.payloads)
         self._bytes += batch.size

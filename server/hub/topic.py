@@ -123,15 +123,16 @@ class RunTopic:
         full, progress = segment.batch(full=True), segment.batch(full=False)
         behind: list[Follower] = []
         for follower in self._live:
-            outbox, batch = follower.outbox, full if follower.full else progress
+            batch = full if follower.full else progress
+            if not batch.payloads:
+                continue
             try:
-                if not outbox.fits(batch):
-                    behind.append(follower)
-                elif batch.payloads:
-                    outbox.push(batch)
+                if follower.outbox.send(batch):
                     follower.shown = True
+                else:
+                    behind.append(follower)
             except Exception as error:  # noqa: BLE001 -- the connection logs it
-                outbox.fail(error)
+                follower.outbox.fail(error)
         for follower in behind:
             self._guarded(follower, self._fall_behind)
         self.head = segment.last

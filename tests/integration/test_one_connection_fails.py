@@ -69,6 +69,12 @@ class Unwritable:
         return broken if name == "write" else getattr(self._writer, name)
 
 
+def break_queue(connection: Connection) -> None:
+    """Everything waits, as if the socket took nothing at the moment, and cannot be taken."""
+    replace(connection, write=lambda self, batch: False)
+    breaking(connection, take=broken)
+
+
 def break_follower(connection: Connection) -> None:
     add = connection._outbox.add
 
@@ -95,8 +101,8 @@ def breaking_feed(connection: Connection, name: str) -> None:
 FAULTS: dict[str, Callable[[Connection], None]] = {
     "its tick": lambda connection: replace(connection, tick=broken),
     "what is said once a second": lambda connection: breaking(connection, put_notices=broken),
-    "news of a run": lambda connection: breaking(connection, push=broken),
-    "what waits for it": lambda connection: breaking(connection, take=broken),
+    "news of a run": lambda connection: breaking(connection, send=broken),
+    "what waits for it": break_queue,
     "a write": lambda connection: setattr(connection, "_writer", Unwritable(connection._writer)),
     "whose turn it is": lambda connection: breaking(connection, claim=broken),
     "a page": lambda connection: breaking(connection, offer=broken),
@@ -174,7 +180,7 @@ async def test_runs_that_have_ended_are_forgotten_though_nothing_is_announced(lo
 async def test_a_connection_that_breaks_while_it_is_closed_holds_up_no_shutdown(log: Log) -> None:
     log.expect(BROKE)
     async with open_hub(talker) as hub, hub.client() as other, hub.client() as victim:
-        breaking(connection_of(hub, victim), take=broken)
+        break_queue(connection_of(hub, victim))
         connection_of(hub, victim)._outbox.put(b'{"type":"ping"}')
         await hub.core.stop()
         assert (await victim.closed())[0] == 1011

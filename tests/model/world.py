@@ -34,6 +34,7 @@ from agentcast.server.bus.base import (
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.edge.session import Session
 from agentcast.server.errors import CloseReason, Unavailable
+from agentcast.server.hub.frames import Batch
 from agentcast.server.hub.hub import Hub
 from agentcast.server.hub.outbox import Outbox
 from agentcast.server.protocol import Start, encode_event
@@ -288,13 +289,16 @@ class Run:
 class Connection:
     """What `agentcast.server.edge.endpoint` makes of a socket, without one."""
 
-    def __init__(self, hub: Hub, starter: object, queue_frames: int) -> None:
+    def __init__(self, hub: Hub, starter: object, queue_frames: int, *, writable_every: int = 0) -> None:
+        """Each so-many-th frame finds a socket that takes it at once."""
         self._hub = hub
         self.outbox = Outbox(self, queue_frames=queue_frames)
         self._session = Session("x", PRINCIPAL, hub, cast(Runs, starter), self.outbox)
         self._tasks: TaskGroup | None = None
         self._pulling = False
         self._taken: deque[bytes] = deque()
+        self._writable_every = writable_every
+        self._writes = 0
         self.closed = anyio.Event()
 
     async def serve(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -321,6 +325,13 @@ class Connection:
         assert self._tasks is not None
         self._tasks.cancel_scope.cancel()
         await self.closed.wait()
+
+    def write(self, batch: Batch) -> bool:
+        self._writes += 1
+        writable = bool(self._writable_every and not self._taken and self._writes % self._writable_every == 0)
+        if writable:
+            self._taken += batch.payloads
+        return writable
 
     def wake(self) -> None:
         """It is read whenever the test likes."""
@@ -391,7 +402,7 @@ class World:
         self._runner.run(ended())
 
     async def connect(self) -> Connection:
-        connection = Connection(self.hub, self, self._queue_frames)
+        connection = Connection(self.hub, self, self._queue_frames, writable_every=3)
         await self._tasks.start(connection.serve)
         return connection
 

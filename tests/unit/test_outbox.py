@@ -29,6 +29,35 @@ def test_frames_are_taken_in_order_and_once() -> None:
     assert client.link.woken == 5
 
 
+def test_what_the_socket_takes_at_once_is_not_queued() -> None:
+    client, topic = Client(), topic_at(0)
+    client.live(topic)
+    client.link.writable = True
+
+    topic.deliver([frame(1)])
+    client.outbox.put(b"reply")
+
+    assert client.link.written == [frame(1).data, b"reply"]
+    assert (len(client.outbox), client.link.woken) == (0, 0)
+
+
+def test_nothing_overtakes_what_is_queued() -> None:
+    client, topic = Client(), topic_at(0)
+    client.live(topic)
+    topic.deliver([frame(1)])
+    client.link.writable = True
+
+    topic.deliver([frame(2)])
+    client.outbox.put(b"reply")
+
+    assert client.link.written == []
+    assert [payload for batch in client.outbox.take() for payload in batch.payloads] == [
+        frame(1).data,
+        frame(2).data,
+        b"reply",
+    ]
+
+
 def test_a_batch_is_taken_as_it_was_put() -> None:
     client, batch = Client(), Batch((b"1", b"2"))
     client.outbox.push(batch)

@@ -18,6 +18,7 @@ from agentcast.server.config import Settings
 from agentcast.server.edge import session
 from agentcast.server.edge.session import Session
 from agentcast.server.errors import PROTOCOL_ERROR, CloseReason, Forbidden
+from agentcast.server.hub.frames import Batch
 from agentcast.server.hub.hub import Hub
 from agentcast.server.hub.outbox import Outbox
 from agentcast.server.runs.runs import Runs
@@ -56,6 +57,9 @@ class Client:
         self.outbox = Outbox(self)
         self.session = Session("x", "ann", hub, runs, self.outbox)
         self._ids = 0
+
+    def write(self, batch: Batch) -> bool:
+        return False
 
     def wake(self) -> None:
         self._news.set()

@@ -105,7 +105,7 @@ def test_a_follower_that_breaks_is_its_own_connections_end_and_the_others_learn_
     assert [client.outbox.followers[RUN].resync for client in (clients[0], clients[2])] == ["log_lost"] * 2
 
 
-@pytest.mark.parametrize("breaks", ["fits", "push"])
+@pytest.mark.parametrize("breaks", ["fits", "send"])
 def test_a_delivery_that_breaks_for_one_follower_reaches_the_others(
     breaks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
