@@ -14,18 +14,21 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.goals import Goal
+
 PACKAGES = ("agentcast", "anyio", "orjson", "pydantic", "redis", "starlette", "uvicorn", "uvloop", "websockets")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One number: the median of `rounds`, in `unit`. `meaning` is a footnote, for people."""
+    """One number: the median of `rounds`, in `unit`. `meaning` is a footnote, for people. `goal` is to be reached."""
 
     group: str
     what: str
     unit: str
     rounds: list[float]
     meaning: str = ""
+    goal: Goal | None = None
 
     @property
     def median(self) -> float:
