@@ -4,7 +4,20 @@ import argparse
 import sys
 import time
 
-from benchmarks import channel, fanout, graphs, latency, memory, react, redis, stall, startup, streaming
+from benchmarks import (
+    channel,
+    fanout,
+    graphs,
+    latency,
+    memory,
+    pace,
+    react,
+    redis,
+    stall,
+    startup,
+    streaming,
+    tokens,
+)
 from benchmarks.processes import set_up_watcher
 from benchmarks.report import Report
 
@@ -13,6 +26,8 @@ BENCHMARKS = {
     "stall": stall.measure,
     "memory": memory.measure,
     "fanout": fanout.measure,
+    "pace": pace.measure,
+    "tokens": tokens.measure,
     "channel": channel.measure,
     "streaming": streaming.measure,
     "react": react.measure,

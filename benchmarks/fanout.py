@@ -1,24 +1,28 @@
 """One event to 500 clients: deliveries a second that one core makes, beside peers that do only that."""
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import product
+from time import perf_counter
 
-from benchmarks.processes import Server, running
+from benchmarks import goals
+from benchmarks.audience import HUB, audience
+from benchmarks.processes import Server
 from benchmarks.report import Row
 from benchmarks.serving import EVENT_BYTES, MARK
-from benchmarks.sockets import Socket, Watchers
+from benchmarks.sockets import Watchers
 
-WATCHERS, ROUNDS, SECONDS = 500, 3, 1.2
+WATCHERS, ROUNDS, SECONDS = 500, 3, 0.7
 GROUP = f"Fan-out to {WATCHERS} watchers, {EVENT_BYTES}-byte events"
-SIZES = (1, 10, 100)
+SIZES = (1, 32, 100)
 PEERS = {
-    "agentcast": "logged, folded, resumable; each encoded once, what is queued goes out in one write",
+    HUB: "logged, folded, resumable; each encoded once, what is queued goes out in one write",
     "websockets": "websockets.broadcast(), one write for each client and message",
     "starlette": "await send_text() to one client after the other",
+    "bare": "transport.write() of a ready frame to one client after the other: what this machine can do",
 }
+GOALS = {1: goals.SINGLY, 32: goals.BURSTS}
 
 
 @dataclass
@@ -31,8 +35,8 @@ class Peer:
     by_clock: dict[int, list[float]] = field(default_factory=lambda: {size: [] for size in SIZES})
 
     def measure(self, size: int) -> None:
-        deliveries, cpu, start = 0, self.server.cpu, time.perf_counter()
-        while (passed := time.perf_counter() - start) < SECONDS:
+        deliveries, cpu, start = 0, self.server.cpu, perf_counter()
+        while (passed := perf_counter() - start) < SECONDS:
             self.burst(size)
             deliveries += WATCHERS * size
         self.by_cpu[size].append(deliveries / (self.server.cpu - cpu))
@@ -53,8 +57,13 @@ def measure() -> Iterator[Row]:
             _rounds(list(peers.values()), size)
     for size, (name, peer) in product(SIZES, peers.items()):
         yield Row(GROUP, f"{_named(size)}: {name}", "/s of CPU", peer.by_cpu[size], PEERS[name])
+    for size in SIZES:
+        for name in (HUB, "bare"):
+            ratios = _ratios(peers[name].by_cpu[size], peers["websockets"].by_cpu[size])
+            goal = GOALS.get(size) if name == HUB else None
+            yield Row(f"{GROUP}, against websockets", f"{_named(size)}: {name}", "×", ratios, goal=goal)
     for size, (name, peer) in product(SIZES, peers.items()):
-        meaning = "the watchers' own work, on another core, is in it" if name == "agentcast" else ""
+        meaning = "the watchers' own work, on another core, is in it" if name == HUB else ""
         yield Row(f"{GROUP}, by the clock", f"{_named(size)}: {name}", "/s", peer.by_clock[size], meaning)
 
 
@@ -64,17 +73,14 @@ def _rounds(peers: Sequence[Peer], size: int) -> None:
         peer.measure(size)
 
 
+def _ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(ours, theirs, strict=True)]
+
+
 def _named(size: int) -> str:
     return "singly" if size == 1 else f"in bursts of {size}"
 
 
 def _peer(stack: ExitStack, name: str) -> Peer:
-    command = ["benchmarks.hub"] if name == "agentcast" else ["benchmarks.peers", name]
-    server = stack.enter_context(running(*command))
-    sockets = [stack.enter_context(closing(Socket(server.port))) for _ in range(WATCHERS)]
-    if name == "agentcast":
-        run = sockets[0].ask(op="start", agent="bursts", input={}, subscribe=False)["run"]
-        for socket in sockets:
-            socket.ask(op="subscribe", to={"run": run}, since={run: {"seq": 0}})
-            socket.receive(lambda frame: frame.get("event") == "run_start")
-    return Peer(server, stack.enter_context(closing(Watchers(sockets))))
+    served = stack.enter_context(audience(name, WATCHERS))
+    return Peer(served.server, stack.enter_context(closing(Watchers(served.sockets))))

@@ -21,6 +21,7 @@ from agentcast.agents.llm import ModelInfo
 from agentcast.server.app import AgentCast
 from agentcast.server.cli.serving import freeze_heap
 from agentcast.server.config import Settings
+from agentcast.server.edge.http_protocol import HttpProtocol
 from agentcast.server.edge.websocket import FrameProtocol
 from benchmarks.report import percentile
 from benchmarks.serving import EVENT_BYTES, MARK, Go, serving
@@ -90,12 +91,14 @@ def agent(name: str, input: type[BaseModel], function: Callable[..., Awaitable[N
 
 
 class Ticker:
-    """How late the loop is to something that is due every `TICK` seconds."""
+    """How late the loop is to something that is due every `TICK` seconds, from the first reading on."""
 
     def __init__(self) -> None:
         self._late: list[float] = []
+        self._wanted = anyio.Event()
 
     async def run(self) -> None:
+        await self._wanted.wait()
         while True:
             before = time.perf_counter()
             await anyio.sleep(TICK)
@@ -103,6 +106,7 @@ class Ticker:
 
     async def read(self, request: Request) -> Response:
         """What was seen since the last reading, in seconds."""
+        self._wanted.set()
         late, self._late = self._late or [0.0], []
         return JSONResponse({"longest": max(late), "p99": percentile(late, 0.99)})
 
@@ -112,7 +116,7 @@ async def main() -> None:
     core = AgentCast({one.spec.name: one for one in agents}, ModelInfo("none", True), Settings(heartbeat=3600.0))
     ticker = Ticker()
     core.app.router.routes.append(Route("/stall", ticker.read))
-    async with anyio.create_task_group() as tasks, serving(core.app, FrameProtocol) as port:
+    async with anyio.create_task_group() as tasks, serving(core.app, FrameProtocol, HttpProtocol) as port:
         tasks.start_soon(ticker.run)
         go.listen()
         freeze_heap()

@@ -1,43 +1,29 @@
-"""What an open connection costs that does nothing."""
+"""What an open connection costs that does nothing: a client of the hub that follows a run, beside one of a peer."""
 
 from collections.abc import Iterator
 
-from benchmarks.processes import running
+from benchmarks import goals
+from benchmarks.audience import HUB, audience
 from benchmarks.report import Row
-from benchmarks.sockets import Socket
 
-GROUP = "Memory"
-STEPS, ROUNDS = (1_000, 2_000), 3
+CLIENTS, WARM_UP, ROUNDS = 3_000, 50, 2
+GROUP = f"Memory, {CLIENTS:,} idle connections"
+PEERS = {HUB: "each follows a run in which nothing happens", "websockets": "each is in the set that is broadcast to"}
 
 
 def measure() -> Iterator[Row]:
-    rounds = [_round() for _ in range(ROUNDS)]
-    empty = [one[0] / 2**20 for one in rounds]
-    yield Row(GROUP, "hub without connections", "MiB", empty, "resident; most of it is DSPy and what it imports")
-    for step in STEPS:
-        each = [(one[step] - one[0]) / step / 1024 for one in rounds]
-        meaning = "growth of the hub's resident memory per open WebSocket; the kernel's buffers not counted"
-        yield Row(GROUP, f"each of {step:,} idle connections", "KiB", each, meaning)
+    rounds = {name: [_round(name) for _ in range(ROUNDS)] for name in PEERS}
+    empty = [before / 2**20 for before, _ in rounds[HUB]]
+    yield Row(GROUP, "hub before them", "MiB", empty, "resident; most of it is DSPy and what it imports")
+    for name, meaning in PEERS.items():
+        each = [(after - before) / CLIENTS / 1024 for before, after in rounds[name]]
+        meaning += "; growth of the server's resident memory, the kernel's buffers not counted"
+        yield Row(GROUP, f"each: {name}", "KiB", each, meaning, goal=goals.IDLE if name == HUB else None)
 
 
-def _round() -> dict[int, int]:
-    """Connections → resident bytes."""
-    with running("benchmarks.hub") as hub:
-        for socket in [_connected(hub.port) for _ in range(20)]:  # code paths and pools that the first ones pay for
-            socket.close()
-        hub.get("/healthz")
-        resident = {0: hub.rss}
-        sockets: list[Socket] = []
-        for step in STEPS:
-            sockets += [_connected(hub.port) for _ in range(step - len(sockets))]
-            hub.get("/healthz")
-            resident[step] = hub.rss
-        for socket in sockets:
-            socket.close()
-        return resident
-
-
-def _connected(port: int) -> Socket:
-    socket = Socket(port)
-    socket.receive(lambda frame: frame["type"] == "hello")
-    return socket
+def _round(name: str) -> tuple[int, int]:
+    """Resident bytes before and after the clients; a few come first, and pay for code paths and pools."""
+    with audience(name, WARM_UP) as served:
+        before = served.server.rss
+        served.grow(CLIENTS)
+        return before, served.server.rss

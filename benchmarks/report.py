@@ -4,7 +4,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import groupby
 from statistics import median
@@ -14,18 +14,21 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.goals import Goal
+
 PACKAGES = ("agentcast", "anyio", "orjson", "pydantic", "redis", "starlette", "uvicorn", "uvloop", "websockets")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One number: the median of `rounds`, in `unit`. `meaning` is a footnote, for people."""
+    """One number: the median of `rounds`, in `unit`. `meaning` is a footnote, for people. `goal` is to be reached."""
 
     group: str
     what: str
     unit: str
     rounds: list[float]
     meaning: str = ""
+    goal: Goal | None = None
 
     @property
     def median(self) -> float:
@@ -53,13 +56,22 @@ class Report:
                 notes.setdefault(row.meaning, row.what)
             for meaning in filter(None, notes):
                 console.print(f"  {notes[meaning]}: {meaning}", style="dim", soft_wrap=True)
+        if self.goals:
+            console.print("\n[bold]Goals[/bold]")
+            console.print(_goals(self.goals))
+
+    @property
+    def goals(self) -> list[tuple[Goal, float]]:
+        """The goals of what was measured, each with its measured value."""
+        return [(row.goal, row.median) for row in self.rows if row.goal is not None]
 
     def write(self, path: str) -> None:
         rows = [
             {"group": r.group, "what": r.what, "unit": r.unit, "median": r.median, "rounds": r.rounds}
             for r in self.rows
         ]
-        document = {"machine": {**machine(), "load": self.load}, "rows": rows}
+        goals = [{**asdict(goal), "measured": value, "met": goal.is_met(value)} for goal, value in self.goals]
+        document = {"machine": {**machine(), "load": self.load}, "rows": rows, "goals": goals}
         with open(path, "wb") as file:
             file.write(orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
@@ -89,6 +101,20 @@ def _table(rows: list[Row]) -> Table:
     for row in rows:
         spread = f"{_figure(min(row.rounds))} – {_figure(max(row.rounds))}" if len(row.rounds) > 1 else ""
         table.add_row(row.what, _figure(row.median), spread, row.unit)
+    return table
+
+
+def _goals(goals: Sequence[tuple[Goal, float]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for name in ("before", "goal", "measured"):
+        table.add_column(name, justify="right")
+    for name in ("unit", "met"):
+        table.add_column(name)
+    for goal, value in goals:
+        bound = f"{'≥' if goal.at_least else '≤'} {goal.bound:g}"
+        met = "yes" if goal.is_met(value) else "[red]no[/red]"
+        table.add_row(goal.what, _figure(goal.before), bound, _figure(value), goal.unit, met)
     return table
 
 

@@ -47,9 +47,11 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serving(app: Any, ws: Any) -> AsyncIterator[int]:
+async def serving(app: Any, ws: Any, http: Any = "auto") -> AsyncIterator[int]:
     """Serve `app` on a free port, which it gives, without pings and compression."""
-    config = uvicorn.Config(app, port=0, ws=ws, ws_ping_interval=None, ws_per_message_deflate=False, log_level="error")
+    config = uvicorn.Config(
+        app, port=0, http=http, ws=ws, ws_ping_interval=None, ws_per_message_deflate=False, log_level="error"
+    )
     server = _Server(config)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(server.serve)
