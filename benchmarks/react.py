@@ -40,7 +40,7 @@ CASES = {
     "dspy.ReAct": ("stock", "`acall`, without streaming and without agentcast, in a process of its own"),
     "dspy.ReAct, streamed": ("hosted", "stock DSPy's program, run by agentcast, all events drained"),
     "agentcast ReAct, streamed": ("hosted", "the same with agentcast's ReAct"),
-    "agentcast ReAct, not streamed": ("hosted", "the same, told to show no text, so that no LM call streams"),
+    "agentcast ReAct, not streamed": ("hosted", "the same, set to show no text, so that no LM call streams"),
 }
 
 

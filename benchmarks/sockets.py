@@ -16,7 +16,7 @@ _HANDSHAKE = (
 
 
 class Socket:
-    """One connection; `receive` gives documents, for whoever does not mind what that costs."""
+    """One connection; `receive` gives documents, where their cost does not matter."""
 
     def __init__(self, port: int) -> None:
         self.raw = socket.create_connection(("127.0.0.1", port), timeout=30)
@@ -64,7 +64,7 @@ class Watchers:
 
     def __init__(self, sockets: Sequence[Socket]) -> None:
         self._selector = selectors.DefaultSelector()
-        self._buffer = memoryview(bytearray(CHUNK))  # one for all: making 256 KiB anew for each read costs more than it
+        self._buffer = memoryview(bytearray(CHUNK))  # one for all: making 256 KiB for each read costs more than it
         for number, one in enumerate(sockets):
             one.raw.setblocking(False)
             self._selector.register(one.raw, selectors.EVENT_READ, number)

@@ -127,7 +127,7 @@ class Commands:
         finally:
             self._handled -= 1
         try:
-            told = {"number": number, "answer": answer}
-            await self._publish(self._keys.commands(sender), orjson.dumps(told))
+            message = {"number": number, "answer": answer}
+            await self._publish(self._keys.commands(sender), orjson.dumps(message))
         except Unavailable as error:
             logger.warning("a command to run %s was handled, but not answered: %s", run, error)

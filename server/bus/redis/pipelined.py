@@ -167,7 +167,7 @@ class PipelinedConnection:
     async def _exchange(self, batch: list[_Call]) -> None:
         try:
             unknown = await self._round_trip(batch)
-            if unknown:  # a Redis that has just started, or was told to forget scripts
+            if unknown:  # a Redis that has just started, or has flushed its scripts
                 await self._round_trip(unknown, whole_scripts=True)
         except (RedisError, OSError, TimeoutError) as error:
             await self._connection.disconnect(nowait=True)

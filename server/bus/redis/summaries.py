@@ -1,6 +1,6 @@
 """The summaries of runs: the newest is kept in the run's hash, and each new one is published on one channel.
 
-The channel is subscribed to only while somebody watches. What a lost connection missed cannot be told, so after each
+The channel is subscribed to only while somebody watches. What a lost connection missed is not known, so after each
 reconnection the watchers get None, and read the stored summaries.
 """
 

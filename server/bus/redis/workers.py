@@ -1,7 +1,7 @@
-"""How processes look after each other: each keeps a heartbeat in Redis, and tells whose runs are left without one.
+"""How processes watch each other: each keeps a heartbeat in Redis, and reports runs whose owner has none.
 
 A heartbeat may be missing because its process is gone, or because Redis was: so only one that is missing in several
-checks in a row counts, and checks start anew after any trouble of this process with Redis.
+checks in a row counts, and checks start over after any trouble of this process with Redis.
 """
 
 import logging
