@@ -1,8 +1,10 @@
 """A server and the clients that it sends the same frames to: a hub whose clients follow one run, or a peer."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlencode
 
 from benchmarks.processes import Server, running
 from benchmarks.sockets import Socket
@@ -44,9 +46,11 @@ def audience(name: str, clients: int, agent: str = "bursts", **input: Any) -> It
 
 def start(server: Server, agent: str, input: dict[str, Any]) -> str:
     """The id of a new run."""
-    socket = Socket(server.port)
-    try:
-        run: str = socket.ask(op="start", agent=agent, input=input, subscribe=False)["run"]
-        return run
-    finally:
-        socket.close()
+    return start_many(server, 1, agent, input)[0]
+
+
+def start_many(server: Server, count: int, agent: str, input: dict[str, Any], interval: float = 0.0) -> list[str]:
+    """The ids of new runs, each started `interval` seconds after the other."""
+    query = urlencode({"count": count, "agent": agent, "input": json.dumps(input), "interval": interval})
+    runs: list[str] = server.get(f"/start?{query}")["runs"]
+    return runs

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A bound on one measured value: at most `bound`, or at least where `at_least` is set."""
+    """A bound on one measured value: at most `bound`, or at least where `at_least` is set.
+
+    `before` is None for what there was not.
+    """
 
     what: str
     unit: str
-    before: float
+    before: float | None
     bound: float
     at_least: bool = False
 
@@ -27,5 +30,5 @@ FAR = Goal("1,001 runs, 2 ms from the bus: all shown", "s", 17.2, 1.5)
 CROWD = Goal("2,000 clients reconnect: slowest reply to another client", "ms", 307.0, 250.0)
 LARGE = Goal("30 clients join the largest state: longest stall", "ms", 647.0, 50.0)
 RULES = Goal("1,000 subscriptions that do not match: extra time of a new run", "µs", 1_695.0, 50.0)
-DASHBOARD = Goal("10,000 active runs, one client on summaries: longest stall", "ms", 114.0, 50.0)
-"""Before: without the client, there being no summaries."""
+ACTIVE = Goal("10,000 active runs, no client: longest stall", "ms", 114.0, 50.0)
+DASHBOARD = Goal("10,000 active runs, one client on summaries: longest stall", "ms", None, 50.0)

@@ -7,6 +7,9 @@ one go on.
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from itertools import count
+from json import loads
+from random import random
 from typing import Literal
 
 import anyio
@@ -16,17 +19,23 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from agentcast.agents.base import AgentSpec, Emitter, Task
-from agentcast.agents.events import MessageEnd, MessageStart, Status, Token
+from agentcast.agents.events import MessageEnd, MessageStart, StatePatch, Status, Token, ToolEnd, ToolStart
 from agentcast.agents.llm import ModelInfo
+from agentcast.agents.values import VALUE_BYTES
 from agentcast.server.app import AgentCast
 from agentcast.server.cli.serving import freeze_heap
 from agentcast.server.config import Settings
 from agentcast.server.edge.http_protocol import HttpProtocol
+from agentcast.server.edge.session import ANONYMOUS
 from agentcast.server.edge.websocket import FrameProtocol
+from agentcast.server.protocol import Start
+from agentcast.server.runs.runs import Runs
+from agentcast.server.state import MAX_DETAILED, MAX_MESSAGES, MAX_STATE_FIELDS
 from benchmarks.report import percentile
 from benchmarks.serving import EVENT_BYTES, MARK, Go, serving
 
 TICK = 0.005
+MAX_ACTIVE = 20_000
 
 go = Go()
 
@@ -43,6 +52,14 @@ class Stream(BaseModel):
 
 
 class Bursts(BaseModel):
+    pass
+
+
+class Rare(BaseModel):
+    every: float
+
+
+class Large(BaseModel):
     pass
 
 
@@ -76,6 +93,34 @@ async def bursts(input: Bursts, emit: Emitter) -> None:
             await emit.send(event)
 
 
+async def rare(input: Rare, emit: Emitter) -> None:
+    """A status every so many seconds; runs that begin together do not emit together."""
+    await anyio.sleep(random() * input.every)
+    for number in count():
+        await emit.send(Status(message=f"step {number}"))
+        await anyio.sleep(input.every)
+
+
+async def large(input: Large, emit: Emitter) -> None:
+    """Emit until the run's state is as large as it may be; at `go` a marked event."""
+    text = "x" * (VALUE_BYTES - 2)
+    for number in range(MAX_DETAILED):
+        span = f"s{number}"
+        await emit.send(ToolStart(span=span, tool="t", args={"a": text, "b": text}))
+        await emit.send(ToolEnd(span=span, tool="t", result=text, duration=0.0))
+    for number in range(MAX_STATE_FIELDS):
+        await emit.send(StatePatch(patch={f"f{number}": text}))
+    for number in range(MAX_MESSAGES):
+        message = f"m{number}"
+        await emit.send(MessageStart(message=message, span="s", field="answer"))
+        await emit.send(Token(message=message, delta=text))
+        await emit.send(MessageEnd(message=message, text=text))
+    await emit.send(Status(message="complete"))
+    await go()
+    await emit.send(Status(message=MARK))
+    await anyio.sleep_forever()
+
+
 @dataclass(frozen=True)
 class FunctionAgent:
     spec: AgentSpec
@@ -86,7 +131,7 @@ class FunctionAgent:
 
 
 def agent(name: str, input: type[BaseModel], function: Callable[..., Awaitable[None]]) -> FunctionAgent:
-    spec = AgentSpec(name=name, description=name, input_model=input, timeout=3600.0, max_concurrent=1_000)
+    spec = AgentSpec(name=name, description=name, input_model=input, timeout=3600.0, max_concurrent=MAX_ACTIVE)
     return FunctionAgent(spec, function)
 
 
@@ -111,11 +156,43 @@ class Ticker:
         return JSONResponse({"longest": max(late), "p99": percentile(late, 0.99)})
 
 
+class Starter:
+    """Starts many runs at a time, as a client's `start` would, and knows how many of all runs are active."""
+
+    def __init__(self, runs: Runs) -> None:
+        self._runs = runs
+
+    async def start(self, request: Request) -> Response:
+        """`count` runs of `agent` with `input`, each `interval` seconds after the other."""
+        command = Start(op="start", agent=request.query_params["agent"], input=loads(request.query_params["input"]))
+        started = []
+        for _ in range(int(request.query_params["count"])):
+            started.append((await self._runs.start(ANONYMOUS, command)).run)
+            await anyio.sleep(float(request.query_params["interval"]))
+        return JSONResponse({"runs": started})
+
+    async def active(self, request: Request) -> Response:
+        return JSONResponse({"active": self._runs.active})
+
+
+AGENTS = (
+    agent("steady", Steady, steady),
+    agent("stream", Stream, stream),
+    agent("bursts", Bursts, bursts),
+    agent("rare", Rare, rare),
+    agent("large", Large, large),
+)
+
+
 async def main() -> None:
-    agents = (agent("steady", Steady, steady), agent("stream", Stream, stream), agent("bursts", Bursts, bursts))
-    core = AgentCast({one.spec.name: one for one in agents}, ModelInfo("none", True), Settings(heartbeat=3600.0))
-    ticker = Ticker()
-    core.app.router.routes.append(Route("/stall", ticker.read))
+    settings = Settings(heartbeat=3600.0, max_active=MAX_ACTIVE)
+    core = AgentCast({one.spec.name: one for one in AGENTS}, ModelInfo("none", True), settings)
+    ticker, starter = Ticker(), Starter(core.runs)
+    core.app.router.routes += [
+        Route("/stall", ticker.read),
+        Route("/start", starter.start),
+        Route("/active", starter.active),
+    ]
     async with anyio.create_task_group() as tasks, serving(core.app, FrameProtocol, HttpProtocol) as port:
         tasks.start_soon(ticker.run)
         go.listen()

@@ -6,6 +6,7 @@ import resource
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -36,12 +37,15 @@ class Server:
         finally:
             connection.close()
 
+    def line(self) -> bytes:
+        """The next line that it writes to stdout."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
     @property
     def cpu(self) -> float:
         """Seconds of CPU time that the process has used, in user and kernel mode."""
-        with open(f"/proc/{self._process.pid}/stat", encoding="ascii") as file:
-            fields = file.read().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(~self._process.pid << 3 | 2)  # the clock of clock_getcpuclockid(3)
 
     @property
     def rss(self) -> int:
@@ -51,14 +55,17 @@ class Server:
 
 
 @contextmanager
-def running(*args: str, **variables: str) -> Iterator[Server]:
-    """`python -m args…` on the first core; it has said on stdout which port it listens on."""
+def running(*args: str, beside: bool = True, **variables: str) -> Iterator[Server]:
+    """`python -m args…`, with `variables` in its environment; it has said on stdout which port it listens on.
+
+    It runs on the first core, or, unless `beside` the other servers, on that of this process.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", *args],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, **variables},
-        preexec_fn=_set_up_child,
+        preexec_fn=_set_up_child if beside else raise_file_limit,
     )
     assert process.stdout is not None
     try:

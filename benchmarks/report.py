@@ -114,7 +114,8 @@ def _goals(goals: Sequence[tuple[Goal, float]]) -> Table:
     for goal, value in goals:
         bound = f"{'≥' if goal.at_least else '≤'} {goal.bound:g}"
         met = "yes" if goal.is_met(value) else "[red]no[/red]"
-        table.add_row(goal.what, _figure(goal.before), bound, _figure(value), goal.unit, met)
+        before = "–" if goal.before is None else _figure(goal.before)
+        table.add_row(goal.what, before, bound, _figure(value), goal.unit, met)
     return table
 
 

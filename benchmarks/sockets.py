@@ -92,12 +92,14 @@ class Watchers:
 
 
 def cut(buffer: bytearray) -> Iterator[bytes]:
-    """The whole frames at the front of `buffer`, which keeps the rest."""
+    """The whole frames at the front of `buffer`, which keeps those that were not asked for."""
     start = 0
-    while (bounds := _bounds(buffer, start)) is not None:
-        yield bytes(buffer[bounds[0] : bounds[1]])
-        start = bounds[1]
-    del buffer[:start]
+    try:
+        while (bounds := _bounds(buffer, start)) is not None:
+            start = bounds[1]
+            yield bytes(buffer[bounds[0] : start])
+    finally:
+        del buffer[:start]
 
 
 def _bounds(buffer: bytearray, start: int) -> tuple[int, int] | None:
