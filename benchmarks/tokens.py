@@ -25,7 +25,8 @@ GROUP = f"A run of {RATE} tokens/s to {CLIENTS} clients"
 
 
 def measure() -> Iterator[Row]:
-    rounds = [_hub() for _ in range(ROUNDS)]
+    rounds = [_hub(CLIENTS) for _ in range(ROUNDS)]
+    alone = [_hub(1) for _ in range(ROUNDS)]
     peers = {name: [_peer(name) for _ in range(ROUNDS)] for name in PEERS}
     yield Row(
         GROUP,
@@ -37,18 +38,25 @@ def measure() -> Iterator[Row]:
     )
     for name, found in peers.items():
         yield Row(GROUP, f"CPU of one delivery: {name}", "µs", [cpu / count * 1e6 for cpu, count in found], PEERS[name])
+    yield Row(
+        GROUP,
+        "CPU of one event to one client",
+        "µs",
+        [cpu / deliveries * 1e6 for cpu, deliveries in alone],
+        "in a process that does nothing else: of the deliveries above, each pays for a 200th of it",
+    )
     events = [deliveries / CLIENTS / SECONDS for _, deliveries in rounds]
     yield Row(GROUP, "token events of agentcast", "1/s", events)
 
 
-def _hub() -> tuple[float, int]:
+def _hub(clients: int) -> tuple[float, int]:
     """Seconds of CPU, and deliveries."""
     input = {"kind": "token", "rate": RATE, "count": RATE * SECONDS}
-    with audience(HUB, CLIENTS, "steady", **input) as served, closing(Watchers(served.sockets)) as watchers:
+    with audience(HUB, clients, "steady", **input) as served, closing(Watchers(served.sockets)) as watchers:
         cpu = served.server.cpu
         served.server.go()
         received: list[list[bytes]] = [[] for _ in served.sockets]
-        left = CLIENTS
+        left = clients
         for number, _, data in watchers.chunks():
             received[number].append(data)
             left -= b'"run_end"' in data
