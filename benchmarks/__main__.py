@@ -6,8 +6,10 @@ import time
 
 from benchmarks import (
     channel,
+    crowd,
     dashboard,
     fanout,
+    far,
     graphs,
     large,
     latency,
@@ -31,6 +33,8 @@ BENCHMARKS = {
     "fanout": fanout.measure,
     "pace": pace.measure,
     "tokens": tokens.measure,
+    "far": far.measure,
+    "crowd": crowd.measure,
     "large": large.measure,
     "rules": rules.measure,
     "dashboard": dashboard.measure,

@@ -79,6 +79,7 @@ class RedisServer:
     """A running redis-server."""
 
     def __init__(self, port: int) -> None:
+        self.port = port
         self.url = f"redis://127.0.0.1:{port}/0"
 
     def info(self) -> dict[str, Any]:
