@@ -50,7 +50,7 @@ BENCHMARKS = {
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure the hub on this machine. Everything takes about four minutes; leave the machine alone "
+        description="Measure the hub on this machine. Everything takes about seven minutes; leave the machine alone "
         "meanwhile. Each number is the median of its rounds.",
     )
     parser.add_argument(

@@ -65,7 +65,7 @@ def measure() -> Iterator[Row]:
 
 
 def _round() -> dict[str, float]:
-    with running("benchmarks.hub") as hub, running("benchmarks.pinger", str(hub.port), beside=False) as pinger:
+    with running("benchmarks.hub") as hub, running("benchmarks.pinger", str(hub.port), with_servers=False) as pinger:
         runs = start_many(hub, RUNS, "steady", STEADY)
         for _ in runs:
             hub.go()
