@@ -6,8 +6,10 @@ import time
 
 from benchmarks import (
     channel,
+    crowd,
     dashboard,
     fanout,
+    far,
     graphs,
     large,
     latency,
@@ -31,6 +33,8 @@ BENCHMARKS = {
     "fanout": fanout.measure,
     "pace": pace.measure,
     "tokens": tokens.measure,
+    "far": far.measure,
+    "crowd": crowd.measure,
     "large": large.measure,
     "rules": rules.measure,
     "dashboard": dashboard.measure,
@@ -46,7 +50,7 @@ BENCHMARKS = {
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure the hub on this machine. Everything takes about four minutes; leave the machine alone "
+        description="Measure the hub on this machine. Everything takes about seven minutes; leave the machine alone "
         "meanwhile. Each number is the median of its rounds.",
     )
     parser.add_argument(

@@ -55,17 +55,17 @@ class Server:
 
 
 @contextmanager
-def running(*args: str, beside: bool = True, **variables: str) -> Iterator[Server]:
+def running(*args: str, with_servers: bool = True, **variables: str) -> Iterator[Server]:
     """`python -m args…`, with `variables` in its environment; it has said on stdout which port it listens on.
 
-    It runs on the first core, or, unless `beside` the other servers, on that of this process.
+    It runs on the first core, that of all servers, or, unless `with_servers`, on the core of this process.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", *args],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, **variables},
-        preexec_fn=_set_up_child if beside else raise_file_limit,
+        preexec_fn=_set_up_child if with_servers else raise_file_limit,
     )
     assert process.stdout is not None
     try:
@@ -79,6 +79,7 @@ class RedisServer:
     """A running redis-server."""
 
     def __init__(self, port: int) -> None:
+        self.port = port
         self.url = f"redis://127.0.0.1:{port}/0"
 
     def info(self) -> dict[str, Any]:

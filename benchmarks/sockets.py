@@ -18,16 +18,15 @@ _HANDSHAKE = (
 class Socket:
     """One connection; `receive` gives documents, where their cost does not matter."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, wait: bool = True) -> None:
+        """Without `wait` it is not open yet: call `fill` until it is."""
         self.raw = socket.create_connection(("127.0.0.1", port), timeout=30)
         self.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.raw.sendall(_HANDSHAKE.format(port=port).encode())
         self.buffer = bytearray()
-        while b"\r\n\r\n" not in self.buffer:
-            self.buffer += self._read()
-        head, _, rest = self.buffer.partition(b"\r\n\r\n")
-        assert b" 101 " in head.partition(b"\r\n")[0], bytes(head)
-        self.buffer = bytearray(rest)
+        self.open = False
+        while wait and not self.open:
+            self.fill()
 
     def send(self, **command: Any) -> None:
         data = orjson.dumps(command)
@@ -41,7 +40,7 @@ class Socket:
                 document = orjson.loads(frame)
                 if wanted(document):
                     return document
-            self.buffer += self._read()
+            self.fill()
 
     def ask(self, **command: Any) -> Any:
         """The result of a command."""
@@ -53,10 +52,16 @@ class Socket:
     def close(self) -> None:
         self.raw.close()
 
-    def _read(self) -> bytes:
+    def fill(self) -> None:
+        """Add what comes next to the buffer."""
         data = self.raw.recv(CHUNK)
         assert data, "the server closed the connection"
-        return data
+        self.buffer += data
+        if not self.open and b"\r\n\r\n" in self.buffer:
+            head, _, rest = self.buffer.partition(b"\r\n\r\n")
+            assert b" 101 " in head.partition(b"\r\n")[0], bytes(head)
+            self.buffer = bytearray(rest)
+            self.open = True
 
 
 class Watchers:
