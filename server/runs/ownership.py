@@ -14,8 +14,10 @@ import anyio
 from agentcast.agents.events import RunError, RunFailure
 from agentcast.server.bus.base import Bus
 from agentcast.server.errors import LogError, NotFound, Unavailable
-from agentcast.server.runs.recorder import Recorder, Snapshots
+from agentcast.server.runs.publisher import SummaryPublisher
+from agentcast.server.runs.recorder import Recorder
 from agentcast.server.runs.slots import ActiveRun
+from agentcast.server.runs.snapshots import Snapshots
 
 CHECK_EVERY = 1.0
 """Seconds between two checks, of either kind."""
@@ -27,14 +29,16 @@ _WORKER_LOST = RunFailure(
 logger = logging.getLogger(__name__)
 
 
-async def end_orphans(bus: Bus, mine: Mapping[str, ActiveRun], snapshots: Snapshots) -> None:
+async def end_orphans(
+    bus: Bus, mine: Mapping[str, ActiveRun], snapshots: Snapshots, summaries: SummaryPublisher
+) -> None:
     """End the runs whose process is gone, until cancelled."""
     unreadable: set[str] = set()
     while True:
         await anyio.sleep(CHECK_EVERY)
         for id in set(await bus.orphans(mine)) - unreadable:
             try:
-                recorder = await Recorder.take_over(bus, id, snapshots)
+                recorder = await Recorder.take_over(bus, id, snapshots, summaries)
                 logger.warning("run %s was left without a process: ended", id)
                 now = time.time()
                 since = recorder.state.document.get("started", now)

@@ -51,13 +51,15 @@ from agentcast.server.errors import (
 )
 from agentcast.server.protocol import Start
 from agentcast.server.runs.ownership import end_orphans, watch_fences
-from agentcast.server.runs.recorder import Recorder, Snapshots
+from agentcast.server.runs.publisher import SummaryPublisher
+from agentcast.server.runs.recorder import Recorder
 from agentcast.server.runs.slots import ActiveRun, Slots
+from agentcast.server.runs.snapshots import Snapshots
 from agentcast.server.state import RunState
 
 HISTORY_TURNS = 20
 SAVING = 2.0
-"""Seconds for which a stopping hub still saves snapshots."""
+"""Seconds for which a stopping hub still publishes summaries and saves snapshots."""
 UNKNOWN = ("agent_error", "lm_error")
 """Codes of failures that only a traceback explains."""
 
@@ -74,6 +76,7 @@ class Runs:
         self._worker = worker
         self._slots = {name: Slots(agent.spec.max_concurrent) for name, agent in agents.items()}
         self._snapshots = Snapshots()
+        self._summaries = SummaryPublisher(bus)
         self._runs: dict[str, ActiveRun] = {}
         self._tasks: TaskGroup | None = None
         self._stopping = False
@@ -89,7 +92,8 @@ class Runs:
             stack.callback((await self._bus.handle_commands(self._handle)).close)
             async with anyio.create_task_group() as self._tasks, anyio.create_task_group() as others:
                 others.start_soon(self._snapshots.run)
-                others.start_soon(end_orphans, self._bus, self._runs, self._snapshots)
+                others.start_soon(self._summaries.run)
+                others.start_soon(end_orphans, self._bus, self._runs, self._snapshots, self._summaries)
                 others.start_soon(watch_fences, self._bus, self._runs)
                 task_status.started()
                 await self._idle.wait()
@@ -123,7 +127,7 @@ class Runs:
         epoch = new_epoch()
         id = new_run_id()
         origin = Origin(agent.spec.name, principal, command.thread, time.time())
-        recorder = Recorder(self._bus, id, origin, epoch, snapshots=self._snapshots)
+        recorder = Recorder(self._bus, id, origin, epoch, snapshots=self._snapshots, summaries=self._summaries)
         run = ActiveRun(id, agent, input, command.thread, principal, recorder)
         slots = self._slots[agent.spec.name]
         self._runs[id] = run
@@ -135,7 +139,7 @@ class Runs:
             if created is None or created.fence is None:
                 self._forget(run)
         if created.fence is not None:
-            run.recorder.fence = created.fence
+            run.recorder.begin(created.fence)
             self._tasks.start_soon(self._execute, run, name=f"run {id}")
         return created
 
@@ -177,6 +181,7 @@ class Runs:
                 raise Fenced(run.id)
         except LogError as error:
             run.fence_off()
+            self._summaries.forget(run.id)
             logger.warning("%s: another process has ended or taken over this run; dropped here", error)
         except Exception:
             logger.exception("run %s of %s could not be recorded", run.id, run.agent.spec.name)
@@ -406,8 +411,10 @@ class Runs:
             await self._save_last()
 
     async def _save_last(self) -> None:
-        """Give the last snapshots some time. What they would have said can still be folded out of the logs."""
+        """Give the last summaries and snapshots some time. What these would have said can still be folded out of the
+        logs."""
         with anyio.move_on_after(SAVING):
+            await self._summaries.drain()
             await self._snapshots.saved.wait()
 
     def hurry(self) -> None:

@@ -43,7 +43,9 @@ from agentcast.server.bus.base import Status as RunStatus
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.errors import Ended, Fenced, NotFound, Unavailable
 from agentcast.server.runs import recorder as module
-from agentcast.server.runs.recorder import Recorder, Snapshots
+from agentcast.server.runs.publisher import SummaryPublisher
+from agentcast.server.runs.recorder import Recorder
+from agentcast.server.runs.snapshots import Snapshots
 from agentcast.server.state import RunState
 from tests.contract.support import Mail
 
@@ -99,8 +101,10 @@ class Case:
     @classmethod
     async def make(cls) -> "Case":
         bus = FlakyBus()
-        snapshots = Snapshots()
-        recorder = Recorder(bus, "r", Origin("echo", "ann", None, 1.0), "e", fence=1, snapshots=snapshots)
+        snapshots, summaries = Snapshots(), SummaryPublisher(bus)
+        recorder = Recorder(
+            bus, "r", Origin("echo", "ann", None, 1.0), "e", fence=1, snapshots=snapshots, summaries=summaries
+        )
         first = recorder.first_frame(1.0, RunQueued(epoch="e", input={"q": 1}))
         await bus.create(
             NewRun(run="r", epoch="e", agent="echo", principal="ann", thread=None, created=1.0, first=first)
@@ -406,7 +410,7 @@ async def test_text_that_never_streamed_is_cut_too(case: Case) -> None:
 async def test_more_open_messages_than_a_state_shows_stay_consistent(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_MESSAGES", 2)
+    monkeypatch.setattr("agentcast.server.runs.tokens.MAX_MESSAGES", 2)
     names = "abc"
     starts: list[AgentEvent] = [MessageStart(message=name, span="s", field="f") for name in names]
     tokens: list[AgentEvent] = [Token(message=name, delta=name) for name in names]
