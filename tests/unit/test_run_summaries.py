@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from agentcast.agents.channel import Channel
-from agentcast.agents.events import Event, MessageStart, RunEnd, RunQueued, RunStart, Status, Token
+from agentcast.agents.events import AgentEvent, Event, MessageStart, RunEnd, RunQueued, RunStart, Status, Token
 from agentcast.server.bus.base import Bus, Frame, NewRun, Origin, Summary
 from agentcast.server.bus.base import Status as RunStatus
 from agentcast.server.bus.memory import MemoryBus
@@ -101,7 +101,8 @@ async def test_tokens_publish_nothing_but_are_counted() -> None:
         made = len(case.watched.items)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(recorder.record_from, channel)
-            for event in (MessageStart(message="m", span="s", field="f"), *TOKENS):
+            events: list[AgentEvent] = [MessageStart(message="m", span="s", field="f"), *TOKENS]
+            for event in events:
                 await channel.send(event)
             channel.close()
 

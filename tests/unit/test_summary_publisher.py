@@ -17,18 +17,21 @@ from tests.contract.support import Log, Summaries, summary
 
 
 class Bus(MemoryBus):
-    """Notes what is published, and when; is away while `away`, broken for one call if `broken`."""
+    """Notes what is published, and when; waits for `gate`, is away while `away`, broken for one call if `broken`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.away = False
         self.broken = False
         self.asked = anyio.Event()
+        self.gate = anyio.Event()
+        self.gate.set()
         self.times: dict[str, list[float]] = {}
         self.parts: list[int] = []
 
     async def publish_summaries(self, records: Sequence[Summary]) -> None:
         self.asked.set()
+        await self.gate.wait()
         if self.away:
             raise Unavailable("away")
         if self.broken:
@@ -140,7 +143,6 @@ async def test_bus_that_is_away_gets_the_newest_record_and_the_last_ones_once_it
         case.publisher.ended(ended)
         await case.bus.asked.wait()
         for active.seq in range(2, 9):
-            case.publisher.due(active)
             case.bus.asked = anyio.Event()
             await case.bus.asked.wait()
         assert case.watched.items == []
@@ -154,12 +156,13 @@ async def test_bus_that_is_away_gets_the_newest_record_and_the_last_ones_once_it
 @pytest.mark.usefixtures("short_rounds")
 async def test_run_that_ends_while_the_bus_is_away_has_its_last_record_published_once() -> None:
     async with publishing() as case:
-        case.bus.away = True
+        case.bus.away, case.bus.gate = True, anyio.Event()
         run = await case.make()
         case.publisher.due(run)
         await case.bus.asked.wait()
         run.seq = 5
         case.publisher.ended(run)
+        case.bus.gate.set()
         case.bus.asked = anyio.Event()
         await case.bus.asked.wait()
         case.bus.away = False
