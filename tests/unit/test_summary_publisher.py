@@ -154,6 +154,19 @@ async def test_bus_that_is_away_gets_the_newest_record_and_the_last_ones_once_it
 
 
 @pytest.mark.usefixtures("short_rounds")
+async def test_record_that_the_bus_refused_is_published_later_though_nothing_changed() -> None:
+    async with publishing() as case:
+        case.bus.away = True
+        run = await case.make()
+        case.publisher.due(run)
+        await case.bus.asked.wait()
+        case.bus.away = False
+        await case.publisher.published.wait()
+
+        assert await case.published(run) == [1]
+
+
+@pytest.mark.usefixtures("short_rounds")
 async def test_run_that_ends_while_the_bus_is_away_has_its_last_record_published_once() -> None:
     async with publishing() as case:
         case.bus.away, case.bus.gate = True, anyio.Event()
