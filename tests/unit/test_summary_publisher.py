@@ -24,6 +24,7 @@ class Bus(MemoryBus):
         self.away = False
         self.broken = False
         self.asked = anyio.Event()
+        self.refused = anyio.Event()
         self.gate = anyio.Event()
         self.gate.set()
         self.times: dict[str, list[float]] = {}
@@ -33,6 +34,7 @@ class Bus(MemoryBus):
         self.asked.set()
         await self.gate.wait()
         if self.away:
+            self.refused.set()
             raise Unavailable("away")
         if self.broken:
             self.broken = False
@@ -159,7 +161,7 @@ async def test_record_that_the_bus_refused_is_published_later_though_nothing_cha
         case.bus.away = True
         run = await case.make()
         case.publisher.due(run)
-        await case.bus.asked.wait()
+        await case.bus.refused.wait()
         case.bus.away = False
         await case.publisher.published.wait()
 
