@@ -28,12 +28,14 @@ from agentcast.agents.events import (
 )
 from agentcast.server.bus.base import APPEND_BYTES, Bus, Frame, Origin, Snapshot, Status, Summary, first_part
 from agentcast.server.bus.load_state import load_state
+from agentcast.server.bus.slices import in_slices
 from agentcast.server.errors import HeadMismatch, NotFound, Unavailable
 from agentcast.server.protocol import encode_event
 from agentcast.server.runs.publisher import SummaryPublisher
 from agentcast.server.runs.snapshots import Snapshots
 from agentcast.server.runs.summary import RunSummary
 from agentcast.server.runs.tokens import Messages
+from agentcast.server.runs.trimming import StateSize
 from agentcast.server.state import RunState
 
 FLUSH_AFTER = 0.025
@@ -68,6 +70,7 @@ class Recorder:
         self.epoch = epoch
         self.fence = fence
         self.state = RunState.new(run, origin.agent)
+        self._size = StateSize(self.state)
         self._bus = bus
         self._origin = origin
         self._seq = 0
@@ -103,7 +106,8 @@ class Recorder:
             raise NotFound(f"there is no run {run[:64]!r}")
         origin = Origin(info.agent, info.principal, info.thread, info.created)
         recorder = cls(bus, run, origin, snapshot.epoch, fence, snapshots=snapshots, summaries=summaries)
-        recorder.state = RunState.decode(snapshot.state)
+        recorder.state = await in_slices(RunState.decode_steps(snapshot.state))
+        recorder._size = StateSize(recorder.state)
         recorder._summary = RunSummary.of_state(recorder.state.document)
         recorder._seq = recorder._prev = snapshot.seq
         await recorder._retry(recorder._rebase)
@@ -165,8 +169,7 @@ class Recorder:
         """
         with anyio.move_on_after(APPEND_PATIENCE) as patience:
             async with self._lock:
-                snapshot = Snapshot(self.run, self.epoch, self._seq, self.state.encode())
-                self._snapshot_size, self._grown = len(snapshot.state), 0
+                snapshot = Snapshot(self.run, self.epoch, self._seq, await self._encode_state())
         if patience.cancelled_caught:
             raise Unavailable("an append waits for the bus")
         await self._bus.save_snapshot(self.fence, snapshot)
@@ -238,10 +241,19 @@ class Recorder:
         self._stamp_fact(ts, event.wire())
 
     def _stamp_fact(self, ts: float, fact: dict[str, Any]) -> None:
+        data = self._encode_event(ts, fact)  # if it cannot be encoded, it never was
+        if not self._size.takes(data):
+            for trimmed in self._size.trim():
+                self._seal(ts, trimmed, self._encode_event(ts, trimmed))
+            data = self._encode_event(ts, fact)
+        self._seal(ts, fact, data)
+        self._size.add(data)
+
+    def _encode_event(self, ts: float, fact: dict[str, Any]) -> bytes:
+        return encode_event(self.run, self._origin.agent, self._seq + 1, self._prev, max(self._ts, ts), fact)
+
+    def _seal(self, ts: float, fact: dict[str, Any], data: bytes) -> None:
         name, seq, ts = fact["event"], self._seq + 1, max(self._ts, ts)
-        data = encode_event(
-            self.run, self._origin.agent, seq, self._prev, ts, fact
-        )  # if it cannot be encoded, it never was
         self._seq, self._ts = seq, ts
         event = fact | {"seq": seq, "ts": ts}
         self.state.apply(event)
@@ -287,12 +299,18 @@ class Recorder:
     async def _rebase(self) -> None:
         """The bus lost some of the log, or all. Our state says what it held, and all that is sealed: it becomes the
         base of a new epoch."""
-        state = self.state.encode()
+        state = await self._encode_state()
         self.epoch = await self._bus.rebase(self.run, self.fence, self._seq, state, self.status, self._origin)
         self._last = Frame(self.run, self.epoch, self._seq, b"")  # only to ask by: this log begins after it
-        self._snapshot_size, self._grown = len(state), 0
         self._batch = []
         self._summaries.due(self)
+
+    async def _encode_state(self) -> bytes:
+        """The state, to be saved. Nothing may be stamped meanwhile."""
+        state = await in_slices(self.state.encode_steps())
+        self._snapshot_size, self._grown = len(state), 0
+        self._size.measured(len(state))
+        return state
 
     async def _retry(self, write: Callable[..., Awaitable[None]], *args: object) -> None:
         delay = _RETRY_FIRST
