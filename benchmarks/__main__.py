@@ -4,13 +4,14 @@ import argparse
 import sys
 import time
 
-from benchmarks import channel, fanout, graphs, latency, memory, react, redis, stall, startup, streaming
+from benchmarks import channel, fanout, graphs, joins, latency, memory, react, redis, stall, startup, streaming
 from benchmarks.processes import set_up_watcher
 from benchmarks.report import Report
 
 BENCHMARKS = {
     "latency": latency.measure,
     "stall": stall.measure,
+    "joins": joins.measure,
     "memory": memory.measure,
     "fanout": fanout.measure,
     "channel": channel.measure,

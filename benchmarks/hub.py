@@ -7,7 +7,7 @@ one go on.
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import anyio
 from pydantic import BaseModel
@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from agentcast.agents.base import AgentSpec, Emitter, Task
-from agentcast.agents.events import MessageEnd, MessageStart, Status, Token
+from agentcast.agents.events import MessageEnd, MessageStart, StatePatch, Status, Token
 from agentcast.agents.llm import ModelInfo
 from agentcast.server.app import AgentCast
 from agentcast.server.cli.serving import freeze_heap
@@ -43,6 +43,19 @@ class Stream(BaseModel):
 
 class Bursts(BaseModel):
     pass
+
+
+class Large(BaseModel):
+    shape: Literal["text", "lists"]
+
+
+async def large(input: Large, emit: Emitter) -> None:
+    """Fill the run's state with whatever it takes, and wait."""
+    value: Any = "x" * 60_000 if input.shape == "text" else [[]] * 20_000
+    for number in range(480):
+        await emit.send(StatePatch(patch={f"field {number}": value}))
+    await emit.send(Status(message="filled"))
+    await go()
 
 
 async def steady(input: Steady, emit: Emitter) -> None:
@@ -108,7 +121,12 @@ class Ticker:
 
 
 async def main() -> None:
-    agents = (agent("steady", Steady, steady), agent("stream", Stream, stream), agent("bursts", Bursts, bursts))
+    agents = (
+        agent("steady", Steady, steady),
+        agent("stream", Stream, stream),
+        agent("bursts", Bursts, bursts),
+        agent("large", Large, large),
+    )
     core = AgentCast({one.spec.name: one for one in agents}, ModelInfo("none", True), Settings(heartbeat=3600.0))
     ticker = Ticker()
     core.app.router.routes.append(Route("/stall", ticker.read))

@@ -65,7 +65,9 @@ class RunState:
 
     @classmethod
     def decode_steps(cls, data: bytes) -> "Generator[None, None, RunState]":
-        """`decode`, to be interrupted after each line."""
+        """`decode`, to be interrupted after each line. What has no lines is decoded at once."""
+        if not data.startswith(b"{\n"):
+            return cls.decode(data)
         document: dict[str, Any] = {}
         within: Any = None
         for line in data.split(b"\n")[1:-1]:

@@ -809,6 +809,27 @@ async def test_a_snapshot_never_says_more_than_the_log(case: Case, monkeypatch: 
     assert [snapshot.seq for snapshot in case.bus.snapshots] == [3]
 
 
+async def test_a_large_state_is_saved_in_slices_and_no_event_comes_between(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentcast.server.bus.slices.SLICE", 0.0)
+    await case.recorder.record(1.0, *(StatePatch(patch={f"f{n}": n}) for n in range(50)))
+    turns, saved = 0, len(case.bus.snapshots)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(case.recorder.save_snapshot)
+        await checkpoint()
+        tasks.start_soon(case.recorder.record, 2.0, StatePatch(patch={"f0": "new", "late": 1}))
+        while len(case.bus.snapshots) == saved:
+            await checkpoint()
+            turns += 1
+
+    (snapshot,) = case.bus.snapshots[saved:]
+    document = orjson.loads(snapshot.state)
+    assert turns > 50
+    assert (snapshot.seq, document["state"]["f0"]) == (51, 0)
+    assert "late" not in document["state"]
+
+
 @pytest.mark.parametrize("error", [Fenced("r"), NotFound("r"), RuntimeError("broken"), Unavailable("away")])
 @pytest.mark.usefixtures("retry_at_once")
 async def test_a_snapshot_that_cannot_be_saved_holds_up_no_other(
