@@ -1,4 +1,4 @@
-"""Saves the snapshots of this process's runs, apart from their recording.
+"""Saves the snapshots of this process's runs, apart from their recording (G8).
 
 This module must not know what a snapshot holds, or when one is due.
 """
@@ -11,6 +11,9 @@ import anyio
 
 from agentcast.server.errors import LogError, NotFound, Unavailable
 
+MAX_DUE = 1_000
+"""Snapshots that are due at once, each of which keeps a state in memory. Past that the oldest is given up: the log keeps
+what no snapshot covers, and a run that goes on is due again as its log grows."""
 _RETRY = 2.0
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,8 @@ class Snapshots:
     def due(self, source: Source) -> None:
         """Save a snapshot of this run when it is its turn, of its state by then."""
         self._due.setdefault(source.run, source)
+        if len(self._due) > MAX_DUE:
+            del self._due[next(iter(self._due))]
         if self.saved.is_set():
             self.saved = anyio.Event()
         self._arrived.set()

@@ -1032,6 +1032,7 @@ async def test_earlier_turns_are_read_without_their_states_unless_an_event_is_lo
         loaded = bus.loads
 
     expected = [Turn(input={"number": number}, result={"answer": number + 1}) for number in range(turns)]
+    assert len(seen) == 3
     assert list(seen[-1]) == expected
     assert loaded == loads
 
