@@ -12,8 +12,8 @@ import anyio
 from agentcast.server.errors import LogError, NotFound, Unavailable
 
 MAX_DUE = 1_000
-"""Snapshots that are due at once, each of which keeps a state in memory. Past that the oldest is given up: the log keeps
-what no snapshot covers, and a run that goes on is due again as its log grows."""
+"""Snapshots that are due at once, each of which keeps a state in memory. Past that the oldest is given up: the log
+keeps what no snapshot covers, and a run that goes on is due again as its log grows."""
 _RETRY = 2.0
 
 logger = logging.getLogger(__name__)

@@ -1068,6 +1068,18 @@ async def test_stopping_ends_agents_that_take_too_long() -> None:
             assert end["error"]["retryable"] is True
 
 
+async def test_stopping_publishes_the_last_summary_of_each_run() -> None:
+    held, bus = Held(), MemoryBus()
+    async with hosting(Scripted(held), bus=bus) as host:
+        run = await host.start()
+        await held.until_started()
+        while not (first := await bus.summaries([run])):
+            await checkpoint()
+        assert first[run].status in ("queued", "running")
+
+    assert (await bus.summaries([run]))[run].status == (await bus.info([run]))[run].status == "failed"
+
+
 async def test_stopping_an_idle_host_returns_at_once() -> None:
     async with hosting(Scripted(echo)) as host:
         await host.runs.stop()
