@@ -17,7 +17,9 @@ from agentcast.agents.execution import drive
 from agentcast.server.bus.base import NewRun, Origin
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.cli.serving import freeze_heap
-from agentcast.server.runs.recorder import Recorder, Snapshots
+from agentcast.server.runs.publisher import SummaryPublisher
+from agentcast.server.runs.recorder import Recorder
+from agentcast.server.runs.snapshots import Snapshots
 from benchmarks.report import Row
 
 GROUP = "Channel of a run, events to its consumer"
@@ -158,7 +160,8 @@ async def _recording(bus: MemoryBus, run: str) -> Source:
 
 
 async def _recorder(bus: MemoryBus, run: str) -> Recorder:
-    recorder = Recorder(bus, run, Origin("a", "p", None, 1.0), "e", 1, snapshots=Snapshots())
+    origin = Origin("a", "p", None, 1.0)
+    recorder = Recorder(bus, run, origin, "e", 1, snapshots=Snapshots(), summaries=SummaryPublisher(bus))
     first = recorder.first_frame(1.0, RunQueued(epoch="e", input={}))
     new = NewRun(run=run, epoch="e", agent="a", principal="p", thread=None, created=1.0, first=first)
     await bus.create(new)

@@ -60,7 +60,7 @@ class Rare(BaseModel):
 
 
 class Large(BaseModel):
-    pass
+    shape: Literal["text", "lists"]
 
 
 async def steady(input: Steady, emit: Emitter) -> None:
@@ -103,6 +103,18 @@ async def rare(input: Rare, emit: Emitter) -> None:
 
 async def large(input: Large, emit: Emitter) -> None:
     """Emit until the run's state is as large as it may be; at `go` a marked event."""
+    if input.shape == "lists":
+        for number in range(100):
+            await emit.send(StatePatch(patch={f"f{number}": [[]] * 20_000}))
+    else:
+        await _texts(emit)
+    await emit.send(Status(message="complete"))
+    await go()
+    await emit.send(Status(message=MARK))
+    await anyio.sleep_forever()
+
+
+async def _texts(emit: Emitter) -> None:
     text = "x" * (VALUE_BYTES - 2)
     for number in range(MAX_DETAILED):
         span = f"s{number}"
@@ -115,10 +127,6 @@ async def large(input: Large, emit: Emitter) -> None:
         await emit.send(MessageStart(message=message, span="s", field="answer"))
         await emit.send(Token(message=message, delta=text))
         await emit.send(MessageEnd(message=message, text=text))
-    await emit.send(Status(message="complete"))
-    await go()
-    await emit.send(Status(message=MARK))
-    await anyio.sleep_forever()
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,19 @@ snapshot, a replay and a live view can be compared for equality. It takes wire d
 `seq`, `ts`, …), not models: a page folds the very same. Unknown events change nothing.
 
 Its size is bounded: past the caps, the oldest finished spans, messages and validation errors go, new fields of `state`
-are refused, and `dropped` counts both; and only the newest spans keep their values.
+are refused, and `dropped` counts both; and only the newest spans keep their values. As a whole it takes `STATE_BYTES`
+at most: the run's owner measures it, and says with `state_trimmed` what goes.
+
+A state is encoded as one item per line, so that a large one can be encoded, decoded and measured in steps.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
 
-from agentcast.server.protocol import encode
-
+STATE_BYTES = 4 * 1024 * 1024
+"""The most that an encoded state takes."""
 MAX_SPANS = 2_000
 MAX_MESSAGES = 500
 MAX_VALIDATION_ERRORS = 200
@@ -27,6 +30,7 @@ Wire = Mapping[str, Any]
 Item = dict[str, Any]
 
 CLOSED_BY = {"run_end": "done", "run_error": "error", "run_cancelled": "cancelled"}
+_LISTS = ("spans", "messages", "validation_errors")
 STATUS_AFTER = {"run_end": "done", "run_error": "failed", "run_cancelled": "cancelled"}
 
 
@@ -59,8 +63,56 @@ class RunState:
     def decode(cls, data: bytes) -> "RunState":
         return cls(orjson.loads(data))
 
+    @classmethod
+    def decode_steps(cls, data: bytes) -> "Generator[None, None, RunState]":
+        """`decode`, to be interrupted after each line. What has no lines is decoded at once."""
+        if not data.startswith(b"{\n"):
+            return cls.decode(data)
+        document: dict[str, Any] = {}
+        within: Any = None
+        for line in data.split(b"\n")[1:-1]:
+            line = line.removesuffix(b",")
+            if line in (b"]", b"}"):
+                within = None
+            elif line.endswith((b":[", b":{")):  # a whole value ends with neither
+                within = [] if line.endswith(b"[") else {}
+                document[orjson.loads(line[:-2])] = within
+            elif isinstance(within, list):
+                within.append(orjson.loads(line))
+            else:
+                (document if within is None else within).update(orjson.loads(b"{" + line + b"}"))
+            yield
+        return cls(document)
+
     def encode(self) -> bytes:
-        return encode(self.document)
+        return b"\n".join(self.lines())
+
+    def encode_steps(self) -> Generator[None, None, bytes]:
+        """`encode`, to be interrupted after each line. The state must not change meanwhile."""
+        lines = []
+        for line in self.lines():
+            lines.append(line)
+            yield
+        return b"\n".join(lines)
+
+    def lines(self) -> Iterator[bytes]:
+        """The encoded state, line by line."""
+        yield b"{"
+        rest = len(self.document)
+        for field, value in self.document.items():
+            rest -= 1
+            name, comma = orjson.dumps(field) + b":", b"," if rest else b""
+            if field in _LISTS:
+                yield name + b"["
+                yield from _separated(map(orjson.dumps, value))
+                yield b"]" + comma
+            elif field == "state":
+                yield name + b"{"
+                yield from _separated(orjson.dumps(key) + b":" + orjson.dumps(item) for key, item in value.items())
+                yield b"}" + comma
+            else:
+                yield name + orjson.dumps(value) + comma
+        yield b"}"
 
     def apply(self, event: Wire) -> None:
         """Fold one event."""
@@ -91,6 +143,18 @@ class RunState:
                 state[name] = value
             else:
                 self._drop()
+
+    def _state_trimmed(self, event: Wire) -> None:
+        for id in event.get("values", ()):
+            for name in VALUES:
+                self._spans.get(id, {}).pop(name, None)
+        self._remove("spans", event.get("spans", ()), self._spans, "span")
+        self._remove("messages", event.get("messages", ()), self._messages, "message")
+        errors = event.get("validation_errors", 0)
+        del self.document["validation_errors"][:errors]
+        for name in event.get("fields", ()):
+            self.document["state"].pop(name, None)
+        self._drop(errors + sum(len(event.get(kind, ())) for kind in ("values", "spans", "messages", "fields")))
 
     def _cancel_requested(self, event: Wire) -> None:
         self.document["status"] = "cancelling"
@@ -180,8 +244,14 @@ class RunState:
     def _set(self, event: Wire, *fields: str) -> None:
         self.document.update({field: event[field] for field in fields if field in event})
 
-    def _drop(self) -> None:
-        self.document["dropped"] = self.document.get("dropped", 0) + 1
+    def _drop(self, items: int = 1) -> None:
+        self.document["dropped"] = self.document.get("dropped", 0) + items
+
+    def _remove(self, name: str, ids: Sequence[str], index: dict[str, Item], key: str) -> None:
+        if ids:
+            for id in ids:
+                index.pop(id, None)
+            self.document[name] = [item for item in self.document[name] if item[key] in index]
 
     def _trim(self, name: str, cap: int, unfinished: str, index: dict[str, Item], key: str) -> None:
         """Past the cap, the oldest finished item goes; the very oldest if none is finished."""
@@ -190,6 +260,17 @@ class RunState:
             place = next((i for i, item in enumerate(items) if item["status"] != unfinished), 0)
             del index[items.pop(place)[key]]
             self._drop()
+
+
+def _separated(items: Iterable[bytes]) -> Iterator[bytes]:
+    """The items, each but the last with a comma."""
+    before = None
+    for item in items:
+        if before is not None:
+            yield before + b","
+        before = item
+    if before is not None:
+        yield before
 
 
 def _outcome(event: Wire) -> str:
@@ -218,6 +299,7 @@ _FOLDS: dict[str, Callable[[RunState, Wire], None]] = {
     "message_end": RunState._message_end,
     "message_retracted": RunState._message_retracted,
     "state": RunState._state,
+    "state_trimmed": RunState._state_trimmed,
     "cancel_requested": RunState._cancel_requested,
     "run_end": RunState._terminal,
     "run_error": RunState._terminal,

@@ -1,11 +1,16 @@
-"""The state of a run, from what the bus holds: the saved snapshot, and the log after it folded on top (G10)."""
+"""The state of a run, from what the bus holds: the saved snapshot, and the log after it folded on top (G10).
 
+A large one is decoded, folded and encoded in slices.
+"""
+
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 
 import orjson
 from anyio.lowlevel import checkpoint
 
-from agentcast.server.bus.base import ACTIVE, Bus, RunInfo, Snapshot
+from agentcast.server.bus.base import ACTIVE, Bus, Frame, RunInfo, Snapshot
+from agentcast.server.bus.slices import in_slices
 from agentcast.server.errors import NotFound, Unavailable
 from agentcast.server.state import RunState
 
@@ -36,15 +41,21 @@ async def _fold(bus: Bus, info: RunInfo) -> Snapshot | None:
             return None  # newer than what was asked first: whether it is the end is not known
         if saved.seq == info.head:
             return replace(saved, ended=info.ended is not None)
-        state, seq = RunState.decode(saved.state), saved.seq
+        state, seq = await in_slices(RunState.decode_steps(saved.state)), saved.seq
     else:
         state, seq = RunState.new(info.run, info.agent), 0
     while seq < info.head:
         page = await bus.read(info.run, info.epoch, seq)
         if page is None or not page.frames:
             return None
-        for frame in page.frames:
-            state.apply(orjson.loads(frame.data))
-            seq = frame.seq
+        await in_slices(_apply(state, page.frames))
+        seq = page.frames[-1].seq
         await checkpoint()  # a long log must not hold the loop
-    return Snapshot(info.run, info.epoch, seq, state.encode(), ended=state.document["status"] not in ACTIVE)
+    encoded = await in_slices(state.encode_steps())
+    return Snapshot(info.run, info.epoch, seq, encoded, ended=state.document["status"] not in ACTIVE)
+
+
+def _apply(state: RunState, frames: Sequence[Frame]) -> Generator[None, None, None]:
+    for frame in frames:
+        state.apply(orjson.loads(frame.data))
+        yield

@@ -1,15 +1,13 @@
-"""The runs of this process: admission, queue, execution, cancellation, and exactly one end for each (G6, G7, G9).
+"""The runs of this process: admission, cancellation, and the order in which they end when it stops (G6, G7).
 
-A run belongs to this process, not to the client that started it. It is one task: it waits for a slot of its agent,
-executes the agent, and records one terminal event, whatever the agent does. Commands to it come through the bus, so
-that a client of any process can cancel it.
+A run belongs to this process, not to the client that started it. It is one task, which `executor` does. Commands to it
+come through the bus, so that a client of any process can cancel it.
 
 Nothing here may know sockets, followers or the wire.
 """
 
 import hashlib
 import logging
-import random
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
@@ -20,28 +18,13 @@ import orjson
 from anyio.abc import TaskGroup, TaskStatus
 from pydantic import BaseModel
 
-from agentcast.agents.base import Agent, Stopped, Task, Turn, public_message, unavailable
-from agentcast.agents.channel import Channel
-from agentcast.agents.events import (
-    CancelRequested,
-    RunCancelled,
-    RunEnd,
-    RunError,
-    RunFailure,
-    RunPosition,
-    RunQueued,
-    RunStart,
-    Terminal,
-)
-from agentcast.agents.execution import Execution
-from agentcast.agents.failures import failure_of
+from agentcast.agents.base import Agent, unavailable
+from agentcast.agents.events import RunQueued
 from agentcast.agents.inputs.checking import RejectedInput, read_input
-from agentcast.server.bus.base import Bus, Created, Filter, NewRun, Origin, new_epoch, new_run_id
-from agentcast.server.bus.load_state import load_state
+from agentcast.server.bus.base import Bus, Created, NewRun, Origin, new_epoch, new_run_id
 from agentcast.server.config import Settings
 from agentcast.server.errors import (
     AlreadyFinished,
-    Fenced,
     InvalidInput,
     LogError,
     NotFound,
@@ -50,16 +33,15 @@ from agentcast.server.errors import (
     UnknownAgent,
 )
 from agentcast.server.protocol import Start
+from agentcast.server.runs.executor import Executor
 from agentcast.server.runs.ownership import end_orphans, watch_fences
-from agentcast.server.runs.recorder import Recorder, Snapshots
+from agentcast.server.runs.publisher import SummaryPublisher
+from agentcast.server.runs.recorder import Recorder
 from agentcast.server.runs.slots import ActiveRun, Slots
-from agentcast.server.state import RunState
+from agentcast.server.runs.snapshots import Snapshots
 
-HISTORY_TURNS = 20
 SAVING = 2.0
-"""Seconds for which a stopping hub still saves snapshots."""
-UNKNOWN = ("agent_error", "lm_error")
-"""Codes of failures that only a traceback explains."""
+"""Seconds for which a stopping hub still publishes summaries and saves snapshots."""
 
 logger = logging.getLogger(__name__)
 
@@ -71,17 +53,16 @@ class Runs:
         self.agents = agents
         self._bus = bus
         self._settings = settings
-        self._worker = worker
+        self._executor = Executor(bus, worker, settings.cancel_grace)
         self._slots = {name: Slots(agent.spec.max_concurrent) for name, agent in agents.items()}
         self._snapshots = Snapshots()
+        self._summaries = SummaryPublisher(bus)
         self._runs: dict[str, ActiveRun] = {}
         self._tasks: TaskGroup | None = None
         self._stopping = False
         self._grace = settings.grace
         self._waiting: anyio.CancelScope | None = None
         self._idle = anyio.Event()
-        self.abandoned = 0
-        """Agents that ignored their cancellation and were left behind."""
 
     async def serve(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Be the home of the runs, until `stop` has ended them all."""
@@ -89,7 +70,8 @@ class Runs:
             stack.callback((await self._bus.handle_commands(self._handle)).close)
             async with anyio.create_task_group() as self._tasks, anyio.create_task_group() as others:
                 others.start_soon(self._snapshots.run)
-                others.start_soon(end_orphans, self._bus, self._runs, self._snapshots)
+                others.start_soon(self._summaries.run)
+                others.start_soon(end_orphans, self._bus, self._runs, self._snapshots, self._summaries)
                 others.start_soon(watch_fences, self._bus, self._runs)
                 task_status.started()
                 await self._idle.wait()
@@ -100,6 +82,11 @@ class Runs:
     def active(self) -> int:
         """Runs that are queued or running here."""
         return len(self._runs)
+
+    @property
+    def abandoned(self) -> int:
+        """Agents that ignored their cancellation and were left behind."""
+        return self._executor.abandoned
 
     # -- Starting --------------------------------------------------------------------------------------------------
 
@@ -123,7 +110,7 @@ class Runs:
         epoch = new_epoch()
         id = new_run_id()
         origin = Origin(agent.spec.name, principal, command.thread, time.time())
-        recorder = Recorder(self._bus, id, origin, epoch, snapshots=self._snapshots)
+        recorder = Recorder(self._bus, id, origin, epoch, snapshots=self._snapshots, summaries=self._summaries)
         run = ActiveRun(id, agent, input, command.thread, principal, recorder)
         slots = self._slots[agent.spec.name]
         self._runs[id] = run
@@ -135,7 +122,7 @@ class Runs:
             if created is None or created.fence is None:
                 self._forget(run)
         if created.fence is not None:
-            run.recorder.fence = created.fence
+            run.recorder.begin(created.fence)
             self._tasks.start_soon(self._execute, run, name=f"run {id}")
         return created
 
@@ -162,182 +149,18 @@ class Runs:
             raise UnknownAgent(f"there is no agent {name[:64]!r}; known are: {known}") from None
 
     def _forget(self, run: ActiveRun) -> None:
+        if run.fenced:
+            self._summaries.forget(run.id)
         del self._runs[run.id]
         self._slots[run.agent.spec.name].leave(run)
         if self._stopping and not self._runs:
             self._idle.set()
 
-    # -- Executing -------------------------------------------------------------------------------------------------
-
     async def _execute(self, run: ActiveRun) -> None:
         try:
-            with run.owned:
-                await run.recorder.record(time.time(), await self._run_to_end(run))
-            if run.owned.cancelled_caught:
-                raise Fenced(run.id)
-        except LogError as error:
-            run.fence_off()
-            logger.warning("%s: another process has ended or taken over this run; dropped here", error)
-        except Exception:
-            logger.exception("run %s of %s could not be recorded", run.id, run.agent.spec.name)
+            await self._executor.execute(run)
         finally:
-            run.cancel_logged.set()
             self._forget(run)
-
-    async def _run_to_end(self, run: ActiveRun) -> Terminal:
-        try:
-            await self._wait_for_slot(run)
-            if run.cause is None:
-                return await self._run_agent(run)
-            await self._log_cancel(run)
-            return _early_end(run)
-        except LogError:
-            raise
-        except Exception:
-            logger.exception("run %s of %s broke down in the hub", run.id, run.agent.spec.name)
-            run.finishing = True
-            return RunError(error=_INTERNAL, usage=run.recorder.usage, duration=run.duration)
-
-    async def _wait_for_slot(self, run: ActiveRun) -> None:
-        while run.cause is None and (position := run.position) is not None:
-            if position != run.told_position:
-                run.told_position = position
-                await run.recorder.record(time.time(), RunPosition(position=position))
-            else:
-                await run.news.wait()
-                run.news = anyio.Event()
-
-    async def _run_agent(self, run: ActiveRun) -> Terminal:
-        """Execute the agent and say how the run ends. The agent has ended, or was abandoned, when this returns."""
-        run.started = time.monotonic()
-        await run.recorder.record(time.time(), RunStart(worker=self._worker))
-        spec = run.agent.spec
-        task = Task(
-            run=run.id,
-            input=run.input,
-            thread=run.thread,
-            history=await self._history(run),
-            deadline=time.time() + spec.timeout,
-        )
-        channel = Channel(f"run {run.id} of agent {spec.name}")
-        execution = Execution(run.agent.run(task, channel), channel)
-        try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(run.recorder.record_from, channel)
-                await self._wait_for_end(run, execution)
-                channel.close()
-        except* LogError as group:
-            run.fence_off()
-            raise group.exceptions[0] from None
-        finally:
-            if run.fenced:
-                await self._dismiss(run, execution, channel)
-            execution.abandon()  # does nothing to one that is done
-        return self._ending(run, execution, channel)
-
-    async def _dismiss(self, run: ActiveRun, execution: Execution, channel: Channel) -> None:
-        """Stop the agent of a run that another process has claimed. What it emits meanwhile is dropped."""
-
-        async def drop() -> None:
-            while await channel.receive():
-                pass
-
-        with anyio.CancelScope(shield=True):
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(drop)
-                await self._stop(run, execution)
-                tasks.cancel_scope.cancel()
-
-    async def _wait_for_end(self, run: ActiveRun, execution: Execution) -> None:
-        """Until the agent is done, or `cancel_grace` seconds after it was asked to stop."""
-        with anyio.move_on_after(run.agent.spec.timeout) as timeout:
-            await self._wait_for_cause(run, execution)
-        if timeout.cancelled_caught:
-            run.end("timeout")
-        await self._log_cancel(run)
-        await self._stop(run, execution)
-        run.finishing = True
-
-    async def _stop(self, run: ActiveRun, execution: Execution) -> None:
-        """Ask the agent to stop, unless it is done, and give it `cancel_grace` seconds for that."""
-        if not execution.done.is_set():
-            execution.cancel()
-            with anyio.move_on_after(self._settings.cancel_grace):
-                await execution.done.wait()
-        if not execution.done.is_set():
-            self.abandoned += 1
-            logger.warning("run %s of %s ignored its cancellation and is left behind", run.id, run.agent.spec.name)
-
-    async def _wait_for_cause(self, run: ActiveRun, execution: Execution) -> None:
-        async with anyio.create_task_group() as tasks:
-
-            async def watch() -> None:
-                while run.cause is None:
-                    await run.news.wait()
-                    run.news = anyio.Event()
-                tasks.cancel_scope.cancel()
-
-            tasks.start_soon(watch)
-            await execution.done.wait()
-            tasks.cancel_scope.cancel()
-
-    def _ending(self, run: ActiveRun, execution: Execution, channel: Channel) -> Terminal:
-        usage = run.recorder.usage
-        duration = run.duration
-        if run.cause == "cancelled":
-            return RunCancelled(reason=run.reason, usage=usage, duration=duration)
-        failure = self._failure(run, execution, channel)
-        if failure is not None:
-            return RunError(error=failure, usage=usage, duration=duration)
-        try:
-            return RunEnd(result=execution.value, usage=usage, duration=duration)
-        except BaseException as error:  # nothing here awaits, and SystemExit must not end the server
-            logger.exception("%s returned what cannot be shown", channel.label)
-            message = f"the result cannot be shown: {public_message(error)}"
-            return RunError(error=RunFailure(code="invalid_result", message=message), usage=usage, duration=duration)
-
-    def _failure(self, run: ActiveRun, execution: Execution, channel: Channel) -> RunFailure | None:
-        if run.cause == "timeout":
-            seconds = f"{run.agent.spec.timeout:g} s"
-            return RunFailure(code="timeout", message=f"the agent took longer than {seconds}", retryable=True)
-        if run.cause is not None:
-            return _SHUTTING_DOWN
-        error = execution.error
-        if channel.overflowed:
-            message = "the agent emitted events faster than they could be recorded, without ever waiting"
-            return RunFailure(code="event_overflow", message=message)
-        if error is None:
-            return None
-        if isinstance(error, Stopped | anyio.get_cancelled_exc_class()):
-            return RunFailure(code="agent_error", message="the agent stopped itself")
-        failure = failure_of(error)
-        if failure.code in UNKNOWN:
-            logger.error("%s failed", channel.label, exc_info=error)
-        else:
-            logger.warning("%s failed: %s: %s", channel.label, failure.code, failure.message)
-        return failure
-
-    async def _history(self, run: ActiveRun) -> tuple[Turn, ...]:
-        """Earlier finished turns of the thread, oldest first. Waits for a bus that is away."""
-        while run.thread is not None:
-            try:
-                return await self._turns(run)
-            except Unavailable:
-                await anyio.sleep(random.uniform(0.2, 1.0))  # noqa: S311 -- jitter, not a secret
-        return ()
-
-    async def _turns(self, run: ActiveRun) -> tuple[Turn, ...]:
-        earlier = await self._bus.list(
-            Filter(principal=run.principal, thread=run.thread, statuses={"done"}, before=run.id, limit=HISTORY_TURNS)
-        )
-        turns = []
-        for info in reversed(earlier):
-            try:
-                state = RunState.decode((await load_state(self._bus, info.run)).state).document
-            except NotFound:
-                continue  # forgotten in the meantime
-            turns.append(Turn(input=state["input"], result=state.get("result")))
-        return tuple(turns)
 
     # -- Cancelling ------------------------------------------------------------------------------------------------
 
@@ -377,12 +200,6 @@ class Runs:
         except LogError:
             run.fence_off()
 
-    async def _log_cancel(self, run: ActiveRun) -> None:
-        """The first half of a cancellation. The run's own task writes it: who asked for it may be gone by now."""
-        if run.cause == "cancelled":
-            await run.recorder.record(time.time(), CancelRequested(reason=run.reason, by=run.by))
-            run.cancel_logged.set()
-
     # -- Stopping --------------------------------------------------------------------------------------------------
 
     async def stop(self) -> None:
@@ -406,8 +223,10 @@ class Runs:
             await self._save_last()
 
     async def _save_last(self) -> None:
-        """Give the last snapshots some time. What they would have said can still be folded out of the logs."""
+        """Give the last summaries and snapshots some time. What these would have said can still be folded out of the
+        logs."""
         with anyio.move_on_after(SAVING):
+            await self._summaries.drain()
             await self._snapshots.saved.wait()
 
     def hurry(self) -> None:
@@ -415,18 +234,6 @@ class Runs:
         self._grace = 0.0
         if self._waiting is not None:
             self._waiting.cancel()
-
-
-_INTERNAL = RunFailure(code="internal", message="the hub could not go on with this run", retryable=True)
-_SHUTTING_DOWN = RunFailure(code="shutting_down", message="the hub was stopped; start again", retryable=True)
-
-
-def _early_end(run: ActiveRun) -> Terminal:
-    """The end of a run that never got a slot."""
-    run.finishing = True
-    if run.cause == "cancelled":
-        return RunCancelled(reason=run.reason, duration=run.duration)
-    return RunError(error=_SHUTTING_DOWN, duration=run.duration)
 
 
 def _validated(agent: Agent, input: Mapping[str, Any]) -> BaseModel:

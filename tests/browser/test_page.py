@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import anyio
 import pytest
+from hypothesis import given, settings
 from playwright.async_api import Browser, Page, expect
 from pydantic import BaseModel, Field
 
@@ -24,6 +25,7 @@ from tests.support.hub import RunningHub, open_hub
 from tests.support.log import Log
 from tests.support.process import ServedHub
 from tests.support.redis import running_redis
+from tests.support.trimmed import logs, trimmed_log
 from tests.support.work import Seed, Work
 
 expect.set_options(timeout=30_000)
@@ -506,6 +508,20 @@ TRICKY: dict[str, list[dict[str, Any]]] = {
         _event(7, "cancel_requested", by="me"),
         _event(8, "run_cancelled", reason="r", duration=1, usage={"input_tokens": 1, "output_tokens": 2}),
     ],
+    "what is trimmed": [
+        *_many(6, lambda n: _event(2 + n, "tool_start", span=f"s{n}", tool="t", args={"a": n})),
+        *_many(4, lambda n: _event(8 + n, "tool_end", span=f"s{n}", tool="t", duration=1, result=n)),
+        *_many(3, lambda n: _event(12 + n, "message_start", message=f"m{n}", span="s", field="f")),
+        *_many(3, lambda n: _event(15 + n, "validation_error", span="s", node="n", attempt=n, error="e")),
+        _event(18, "state", patch={"a": 1, "2": None, "c": {}}),
+        _event(19, "state_trimmed", values=["s0", "s3", "gone"], spans=["s1", "s5"]),
+        _event(20, "state_trimmed", messages=["m0", "m2"], validation_errors=2, fields=["a", "2", "never"]),
+        _event(21, "tool_end", span="s5", tool="t", duration=1, result="too late"),
+        _event(22, "token", message="m2", delta="too late"),
+        _event(23, "message_start", message="m2", span="s", field="f"),
+        _event(24, "state", patch={"a": 2}),
+        _event(25, "state_trimmed"),
+    ],
     "what nobody knows yet": [_event(2, "brand_new", anything=1), _event(3, "custom", name="n", value=None)],
 }
 
@@ -516,10 +532,21 @@ async def test_the_reducers_agree(browser: Browser, reducer: Page, name: str) ->
     state = RunState.new("r", "a")
     for event in events:
         state.apply(event)
+    assert await _reduced(reducer, events) == state.document
+
+
+@settings(max_examples=50, deadline=None)
+@given(log=logs)
+async def test_the_reducers_agree_on_states_that_are_trimmed(browser: Browser, reducer: Page, log: Any) -> None:
+    trimmed = trimmed_log(*log)
+    assert await _reduced(reducer, trimmed.events) == trimmed.folded.document
+
+
+async def _reduced(reducer: Page, events: list[dict[str, Any]]) -> Any:
     folded = await reducer.evaluate(
         "text => JSON.stringify(JSON.parse(text).reduce(agentcast.apply, undefined))", json.dumps(events)
     )
-    assert json.loads(folded) == state.document
+    return json.loads(folded)
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,9 @@ from agentcast.server.bus.base import Status as RunStatus
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.errors import Ended, Fenced, NotFound, Unavailable
 from agentcast.server.runs import recorder as module
-from agentcast.server.runs.recorder import Recorder, Snapshots
+from agentcast.server.runs.publisher import SummaryPublisher
+from agentcast.server.runs.recorder import Recorder
+from agentcast.server.runs.snapshots import Snapshots
 from agentcast.server.state import RunState
 from tests.contract.support import Mail
 
@@ -99,8 +101,10 @@ class Case:
     @classmethod
     async def make(cls) -> "Case":
         bus = FlakyBus()
-        snapshots = Snapshots()
-        recorder = Recorder(bus, "r", Origin("echo", "ann", None, 1.0), "e", fence=1, snapshots=snapshots)
+        snapshots, summaries = Snapshots(), SummaryPublisher(bus)
+        recorder = Recorder(
+            bus, "r", Origin("echo", "ann", None, 1.0), "e", fence=1, snapshots=snapshots, summaries=summaries
+        )
         first = recorder.first_frame(1.0, RunQueued(epoch="e", input={"q": 1}))
         await bus.create(
             NewRun(run="r", epoch="e", agent="echo", principal="ann", thread=None, created=1.0, first=first)
@@ -161,6 +165,7 @@ def never_flush(monkeypatch: pytest.MonkeyPatch) -> None:
 def retry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_RETRY_FIRST", 0.0)
     monkeypatch.setattr(module, "_RETRY_MOST", 0.0)
+    monkeypatch.setattr("agentcast.server.runs.snapshots._RETRY", 0.0)
 
 
 # -- Coalescing ----------------------------------------------------------------------------------------------------
@@ -406,7 +411,7 @@ async def test_text_that_never_streamed_is_cut_too(case: Case) -> None:
 async def test_more_open_messages_than_a_state_shows_stay_consistent(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_MESSAGES", 2)
+    monkeypatch.setattr("agentcast.server.runs.tokens.MAX_MESSAGES", 2)
     names = "abc"
     starts: list[AgentEvent] = [MessageStart(message=name, span="s", field="f") for name in names]
     tokens: list[AgentEvent] = [Token(message=name, delta=name) for name in names]
@@ -578,9 +583,9 @@ async def test_no_append_is_larger_than_a_mebibyte(case: Case, high_water: int, 
     async with case.recording() as channel:
         for n in range(200):
             await channel.send(ToolStart(span=str(n), tool="t", args=dict.fromkeys("abc", BIG)))
-    log = await case.delivered(200)
-    assert [item["span"] for item in log] == [*map(str, range(200))]
-    assert [(item["seq"], item["prev"]) for item in log] == [(n + 2, n + 1) for n in range(200)]
+    log = await case.delivered((await case.bus.info(["r"]))["r"].head - 1)
+    assert [item["span"] for item in log if item["event"] == "tool_start"] == [*map(str, range(200))]
+    assert [(item["seq"], item["prev"]) for item in log] == [(n + 2, n + 1) for n in range(len(log))]
     assert max(append_size(batch) for batch in case.bus.attempts) <= APPEND_BYTES
     assert len(case.bus.attempts) - away < 100, "several to an append"
 
@@ -802,6 +807,27 @@ async def test_a_snapshot_never_says_more_than_the_log(case: Case, monkeypatch: 
         case.bus.away = 0
     await case.recorder.save_snapshot()
     assert [snapshot.seq for snapshot in case.bus.snapshots] == [3]
+
+
+async def test_a_large_state_is_saved_in_slices_and_no_event_comes_between(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentcast.server.bus.slices.SLICE", 0.0)
+    await case.recorder.record(1.0, *(StatePatch(patch={f"f{n}": n}) for n in range(50)))
+    turns, saved = 0, len(case.bus.snapshots)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(case.recorder.save_snapshot)
+        await checkpoint()
+        tasks.start_soon(case.recorder.record, 2.0, StatePatch(patch={"f0": "new", "late": 1}))
+        while len(case.bus.snapshots) == saved:
+            await checkpoint()
+            turns += 1
+
+    (snapshot,) = case.bus.snapshots[saved:]
+    document = orjson.loads(snapshot.state)
+    assert turns > 50
+    assert (snapshot.seq, document["state"]["f0"]) == (51, 0)
+    assert "late" not in document["state"]
 
 
 @pytest.mark.parametrize("error", [Fenced("r"), NotFound("r"), RuntimeError("broken"), Unavailable("away")])

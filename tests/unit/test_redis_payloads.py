@@ -16,7 +16,9 @@ from agentcast.server.bus.redis import RedisBus, feed
 from agentcast.server.bus.redis.pieces import PIECE_BYTES
 from agentcast.server.bus.redis.pipelined import BATCH_BYTES, PipelinedConnection, Script, connections
 from agentcast.server.errors import Fenced, NotFound, Unavailable
-from agentcast.server.runs.recorder import Recorder, Snapshots
+from agentcast.server.runs.publisher import SummaryPublisher
+from agentcast.server.runs.recorder import Recorder
+from agentcast.server.runs.snapshots import Snapshots
 from tests.contract.support import Log, Mail, follow, frames, new_run
 from tests.support.redis import Redis, running_redis
 from tests.support.waiting import PATIENCE
@@ -90,7 +92,15 @@ async def test_a_burst_of_large_events_is_published_in_small_messages_and_cuts_n
 
     async with running(other), anyio.create_task_group() as tasks:
         tasks.start_soon(overhear)
-        recorder = Recorder(bus, new_run_id(), Origin("echo", "ann", None, 1.0), "e", 1, snapshots=Snapshots())
+        recorder = Recorder(
+            bus,
+            new_run_id(),
+            Origin("echo", "ann", None, 1.0),
+            "e",
+            1,
+            snapshots=Snapshots(),
+            summaries=SummaryPublisher(bus),
+        )
         first = frames(recorder.run, "e", 1)[0]
         recorder._seq = recorder._prev = 1
         await bus.create(

@@ -1,6 +1,6 @@
 """Where runs live: queue, execution, cancellation, shutdown, and exactly one end for each (G6, G7, G9)."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from agentcast.agents.base import AgentSpec, Emitter, Task, ToolError
+from agentcast.agents.base import AgentSpec, Emitter, Task, ToolError, Turn
 from agentcast.agents.events import TERMINAL_EVENTS, Status, StepLimit
-from agentcast.server.bus.base import Bus, Filter, Frame, Listing, RunInfo, Snapshot
+from agentcast.server.bus.base import Bus, Ends, Filter, Frame, Listing, RunInfo, Snapshot
 from agentcast.server.bus.base import Status as RunStatus
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.config import Settings
@@ -989,6 +989,54 @@ async def test_history_waits_for_a_bus_that_is_away() -> None:
         assert (await host.end(run))["event"] == "run_end"
 
 
+class EndsBus(MemoryBus):
+    """Gives the ends of runs as `ends` changes them; counts the states that are read."""
+
+    def __init__(self, ends: Callable[[Ends], Ends | None]) -> None:
+        super().__init__()
+        self.loads = 0
+        self._change = ends
+
+    async def read_ends(self, runs: Collection[str]) -> dict[str, Ends]:
+        known = await super().read_ends(runs)
+        return {run: changed for run, ends in known.items() if (changed := self._change(ends)) is not None}
+
+    async def load_snapshot(self, run: str) -> Snapshot | None:
+        self.loads += 1
+        return await super().load_snapshot(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "turns", "loads"),
+    [
+        pytest.param(lambda ends: ends, 2, 0, id="known"),
+        pytest.param(lambda ends: Ends(None, ends.last), 2, 2, id="first event lost"),
+        pytest.param(lambda ends: Ends(ends.first, None), 2, 2, id="last event lost"),
+        pytest.param(lambda ends: None, 0, 0, id="forgotten"),
+    ],
+)
+async def test_earlier_turns_are_read_without_their_states_unless_an_event_is_lost(
+    change: Callable[[Ends], Ends | None], turns: int, loads: int
+) -> None:
+    seen: list[Sequence[Turn]] = []
+
+    async def remember(task: Task, emit: Emitter) -> Any:
+        seen.append(task.history)
+        return {"answer": len(seen)}
+
+    bus = EndsBus(change)
+    async with hosting(Scripted(remember), bus=bus) as host:
+        for number in range(3):
+            bus.loads = 0
+            await host.end(await host.start(input={"number": number}, thread="t"))
+        loaded = bus.loads
+
+    expected = [Turn(input={"number": number}, result={"answer": number + 1}) for number in range(turns)]
+    assert len(seen) == 3
+    assert list(seen[-1]) == expected
+    assert loaded == loads
+
+
 # -- Stopping ------------------------------------------------------------------------------------------------------
 
 
@@ -1018,6 +1066,18 @@ async def test_stopping_ends_agents_that_take_too_long() -> None:
             end = await host.end(run)
             assert end["error"]["code"] == "shutting_down"
             assert end["error"]["retryable"] is True
+
+
+async def test_stopping_publishes_the_last_summary_of_each_run() -> None:
+    held, bus = Held(), MemoryBus()
+    async with hosting(Scripted(held), bus=bus) as host:
+        run = await host.start()
+        await held.until_started()
+        while not (first := await bus.summaries([run])):
+            await checkpoint()
+        assert first[run].status in ("queued", "running")
+
+    assert (await bus.summaries([run]))[run].status == (await bus.info([run]))[run].status == "failed"
 
 
 async def test_stopping_an_idle_host_returns_at_once() -> None:

@@ -1,6 +1,7 @@
 """The reducer: what each event does to a run's state, its bounds, and that a snapshot is as good as the log (G10)."""
 
-from typing import Any
+from collections.abc import Generator
+from typing import Any, TypeVar
 
 import orjson
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from agentcast.server import state as module
 from agentcast.server.state import RunState
 
+T = TypeVar("T")
 QUEUED = {"event": "run_queued", "epoch": "e", "input": {"q": None}}
 FAILURE = {"code": "agent_error", "message": "no"}
 STOPPED = {"code": "cancelled", "message": "cancelled"}
@@ -404,6 +406,51 @@ def test_snapshot_and_the_rest_give_the_same_state_as_the_whole_log(log: list[di
         assert len(whole.document["messages"]) <= 2
         assert len(whole.document["validation_errors"]) <= 2
         assert len(whole.document["state"]) <= 3
+
+
+@given(log=logs)
+def test_state_is_encoded_as_one_item_per_line_and_decoded_from_that_in_steps(log: list[dict[str, Any]]) -> None:
+    state = fold(*log)
+    encoded = state.encode()
+
+    assert orjson.loads(encoded) == state.document
+    assert list(orjson.loads(encoded)) == list(state.document)
+    assert finish(state.encode_steps()) == (encoded, len(encoded.splitlines()))
+    decoded, steps = finish(RunState.decode_steps(encoded))
+    assert decoded.document == RunState.decode(encoded).document
+    assert steps == len(encoded.splitlines()) - 2
+    items = sum(len(state.document[name]) for name in ("spans", "messages", "validation_errors", "state"))
+    assert len(encoded.splitlines()) == 2 + len(state.document) + 4 + items
+
+
+def test_texts_that_look_like_the_end_of_a_line_are_decoded_too() -> None:
+    texts = ["\n", ":[", ":{", "]", "}", '",\n"', "a:{\n"]
+    state = fold(
+        QUEUED | {"input": {text: [text, {text: {}}] for text in texts}},
+        *({"event": "state", "patch": {text: value}} for text in texts for value in (text, [text], {"": text})),
+        *(span(text, args={text: text}) for text in texts),
+        message(":["),
+        token(":[", ":["),
+    )
+
+    assert finish(RunState.decode_steps(state.encode()))[0].document == state.document
+
+
+def test_state_of_one_line_is_decoded_in_steps_as_well() -> None:
+    state = fold(QUEUED, span())
+
+    assert finish(RunState.decode_steps(orjson.dumps(state.document)))[0].document == state.document
+
+
+def finish(steps: Generator[None, None, T]) -> tuple[T, int]:
+    """What the steps return, and how many there were."""
+    count = 0
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value, count
+        count += 1
 
 
 @given(log=logs)

@@ -46,7 +46,9 @@ from agentcast.server.bus.base import NewRun, Origin
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.client import connect
 from agentcast.server.runs import recorder as module
-from agentcast.server.runs.recorder import Recorder, Snapshots
+from agentcast.server.runs.publisher import SummaryPublisher
+from agentcast.server.runs.recorder import Recorder
+from agentcast.server.runs.snapshots import Snapshots
 from agentcast.server.state import RunState
 from tests.support.agents import agent
 from tests.support.hub import open_hub
@@ -288,7 +290,9 @@ async def test_a_real_provider_may_split_pairs_and_send_halves() -> None:
 @asynccontextmanager
 async def recording() -> AsyncIterator[tuple[Channel, MemoryBus]]:
     bus, channel = MemoryBus(), Channel()
-    recorder = Recorder(bus, "r", Origin("echo", "ann", None, 1.0), "e", fence=1, snapshots=Snapshots())
+    recorder = Recorder(
+        bus, "r", Origin("echo", "ann", None, 1.0), "e", fence=1, snapshots=Snapshots(), summaries=SummaryPublisher(bus)
+    )
     first = recorder.first_frame(1.0, RunQueued(epoch="e", input={}))
     await bus.create(NewRun(run="r", epoch="e", agent="echo", principal="ann", thread=None, created=1.0, first=first))
     with anyio.fail_after(10):
