@@ -12,7 +12,7 @@ from benchmarks.processes import Server, running
 from benchmarks.report import Row
 from benchmarks.sockets import Socket, Watchers, cut
 
-RUNS, EVERY, SECONDS = 10_000, 10.0, 10.0
+RUNS, EVERY, SECONDS = 10_000, 10.0, 7.0
 INTERVAL, SETTLING = 0.001, 2.0
 """Seconds between two starts, which come much faster than in any use, and after the last."""
 GROUP = f"{RUNS:,} active runs, each with a new status every {EVERY:g} s"
