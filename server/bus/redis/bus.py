@@ -23,8 +23,6 @@ from agentcast.server.bus.base import (
     KEY_TTL,
     LOG_BYTES,
     LOG_EVENTS,
-    PAGE_BYTES,
-    PAGE_EVENTS,
     TTL,
     Announce,
     Announcement,
@@ -51,7 +49,7 @@ from agentcast.server.bus.base import (
     stamp,
 )
 from agentcast.server.bus.redis import scripts
-from agentcast.server.bus.redis.codec import announcement, flags, unpack
+from agentcast.server.bus.redis.codec import announcement, flags
 from agentcast.server.bus.redis.commands import Commands
 from agentcast.server.bus.redis.feed import Feed
 from agentcast.server.bus.redis.heads import HeadTracker, Position
@@ -70,9 +68,9 @@ RESTORING = 5.0
 INDEXED = 3 * 24 * 3600.0
 """Seconds that a run's id stays in the indices; none lives that much longer than its creation."""
 
-CREATE, CLAIM, APPEND, REBASE, READ, SAVE_SNAPSHOT = map(
+CREATE, CLAIM, APPEND, REBASE, SAVE_SNAPSHOT = map(
     Script,
-    (scripts.CREATE, scripts.CLAIM, scripts.APPEND, scripts.REBASE, scripts.READ, scripts.SAVE_SNAPSHOT),
+    (scripts.CREATE, scripts.CLAIM, scripts.APPEND, scripts.REBASE, scripts.SAVE_SNAPSHOT),
 )
 logger = logging.getLogger(__name__)
 
@@ -231,12 +229,11 @@ class RedisBus:
         return found
 
     async def read(self, run: str, epoch: str, after: int) -> Page | None:
-        keys = [self._keys.run(run), self._keys.run_log(run)]
-        answer = await self._reads.script(READ, keys, epoch, after, PAGE_EVENTS, PAGE_BYTES, expects=PAGE_BYTES)
-        if answer[0] == b"gap":
-            return None
-        self._check(run, answer)
-        return Page(unpack(run, epoch, answer[2]), int(answer[1]))
+        answer = await self._queries.log(run, epoch, after)
+        if isinstance(answer, list):
+            self._check(run, answer)
+            return None  # it answered that the log has a gap there
+        return answer
 
     async def save_snapshot(self, fence: int, snapshot: Snapshot) -> None:
         run, epoch, seq = snapshot.run, snapshot.epoch, snapshot.seq

@@ -4,9 +4,6 @@ A piece that comes late, or twice, does no harm: where a state is staged is name
 gets the same bytes.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 from agentcast.server.bus.base import Snapshot
 from agentcast.server.bus.redis import scripts
 from agentcast.server.bus.redis.keys import Keys
@@ -49,24 +46,26 @@ class Pieces:
 
         :raises Unavailable: Redis is away, or the snapshot is replaced faster than it can be read.
         """
+        snapshot = self._keys.snapshot(run)
         for _ in range(_ATTEMPTS):
-            epoch, seq, count, state = await self._read(run, "pieces", "state")
+            # Most states are small, and many are loaded at the same time: they share round trips if that is known.
+            (epoch, seq, count), first = await self._connection.calls(
+                [("HMGET", snapshot, "epoch", "seq", "pieces"), ("HSTRLEN", snapshot, "state")]
+            )
             if epoch is None:
                 return None
-            pieces = [state]
-            for number in range(1, int(count or 1)):
-                *position, piece = await self._read(run, number)
-                if position != [epoch, seq]:
-                    break
-                pieces.append(piece)
-            else:
-                return Snapshot(run, epoch.decode(), int(seq), b"".join(pieces))
+            state = await self._load(snapshot, [epoch, seq], int(count or 1), first)
+            if state is not None:
+                return Snapshot(run, epoch.decode(), int(seq), state)
         raise Unavailable("the run's snapshot is being replaced; try again")
 
-    async def _read(self, run: str, *fields: str | int) -> Sequence[Any]:
-        """Epoch, seq and fields of a snapshot."""
-        snapshot = self._keys.snapshot(run)
-        answer: Sequence[Any] = await self._connection.call(
-            "HMGET", snapshot, "epoch", "seq", *fields, expects=PIECE_BYTES
-        )
-        return answer
+    async def _load(self, snapshot: str, position: list[bytes], count: int, first: int) -> bytes | None:
+        """The pieces of a state, whose first one has so many bytes; None if another state has replaced it."""
+        pieces = []
+        for number in range(count):
+            field, size = (number, PIECE_BYTES) if number else ("state", first)
+            *read, piece = await self._connection.call("HMGET", snapshot, "epoch", "seq", field, expects=size)
+            if read != position:
+                return None
+            pieces.append(piece)
+        return b"".join(pieces)

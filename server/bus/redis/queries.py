@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from agentcast.server.bus.base import LIST_EXAMINED, PAGE_BYTES, Ends, Filter, Listing, RunInfo
+from agentcast.server.bus.base import LIST_EXAMINED, PAGE_BYTES, PAGE_EVENTS, Ends, Filter, Listing, Page, RunInfo
 from agentcast.server.bus.redis import codec, scripts
 from agentcast.server.bus.redis.keys import Keys
 from agentcast.server.bus.redis.pipelined import PipelinedConnection, Script
@@ -12,6 +12,10 @@ ENDS_CHUNK = 500
 LIST_CHUNK = 200
 """Runs of a list that are looked at in two round trips."""
 
+SHORT_BYTES = 16 * 1024
+"""What of a log is asked for first: most of what is read is shorter, and then shares a round trip with other reads."""
+
+READ = Script(scripts.READ)
 READ_ENDS = Script(scripts.READ_ENDS)
 
 
@@ -27,6 +31,25 @@ class Queries:
         """See `Bus.info`."""
         answers = await self._reads.calls([("HMGET", self._keys.run(run), *codec.INFO) for run in runs])
         return codec.infos(runs, answers)
+
+    async def log(self, run: str, epoch: str, after: int) -> Page | list[bytes]:
+        """See `Bus.read`. Where there is no page, the script's answer says why."""
+        page = await self._part(run, epoch, after, PAGE_EVENTS, SHORT_BYTES)
+        if not isinstance(page, Page) or not page.frames:
+            return page
+        events, size = PAGE_EVENTS - len(page.frames), PAGE_BYTES - sum(len(frame.data) for frame in page.frames)
+        last = page.frames[-1].seq
+        if last == page.head or events <= 0 or size <= 0:
+            return page
+        rest = await self._part(run, epoch, last, events, size)
+        return Page([*page.frames, *rest.frames], rest.head) if isinstance(rest, Page) else page
+
+    async def _part(self, run: str, epoch: str, after: int, events: int, size: int) -> Page | list[bytes]:
+        keys = [self._keys.run(run), self._keys.run_log(run)]
+        answer: list[bytes] = await self._reads.script(READ, keys, epoch, after, events, size, expects=size)
+        if answer[0] != b"page":
+            return answer
+        return Page(codec.unpack(run, epoch, answer[2]), int(answer[1]))
 
     async def ends(self, runs: Sequence[str]) -> dict[str, Ends]:
         """See `Bus.read_ends`."""
