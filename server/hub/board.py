@@ -126,7 +126,8 @@ class Board:
     def _put(self, slot: Slot, record: Summary) -> None:
         self.number += 1
         slot.record, slot.number = record, self.number
-        self._changed[record.run] = slot
+        if any(watch.begun for group in slot.groups for watch in group.watches):
+            self._changed[record.run] = slot
         if slot.ended:
             self._ended[record.run] = slot
 

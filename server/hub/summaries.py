@@ -88,6 +88,7 @@ class Summaries:
             self._changed = anyio.Event()
             for _ in self.board.flush():
                 await checkpoint()
+            self.unwatch()  # a subscription to runs by name ends with them
             await sleep(INTERVAL)  # from the end of one to the beginning of the next: a run is never sent sooner
             if self.board.due:
                 self.wake()
@@ -105,7 +106,7 @@ class Summaries:
                 self._subscription = await self._bus.watch_summaries(self._deliver)
 
     def unwatch(self) -> None:
-        """Somebody has left the board."""
+        """Somebody may have left the board: if nobody is left, it need not be fed."""
         if self.board.unwatched and self._subscription is not None:
             self._subscription.close()
             self._subscription = None
@@ -116,7 +117,8 @@ class Summaries:
             return
         for record in records:
             self.board.take(record)
-        self.wake()
+        if self.board.due:
+            self.wake()
 
     # -- Joining ---------------------------------------------------------------------------------------------------
 

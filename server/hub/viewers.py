@@ -6,7 +6,7 @@ that has changed (latest wins), and only as far as its outbox has room. Without 
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 
 from agentcast.server import protocol
 from agentcast.server.bus.base import ACTIVE, Summary
@@ -110,13 +110,16 @@ class Viewer:
             number += 1
 
     def catch_up(self) -> Iterator[Collection[Slot]]:
-        """Queue the newest records of what it is behind with, in the same way."""
-        while self.behind:
-            slots = _fitting(self.behind.values(), min(FRAME_BYTES, self.outbox.space))
+        """Queue the newest records of what it is behind with, each once, in the same way."""
+        queued: set[str] = set()
+        while True:
+            rest = takewhile(lambda slot: slot.record.run not in queued, self.behind.values())
+            slots = _fitting(rest, min(FRAME_BYTES, self.outbox.space))
             if not slots:
                 return
             for slot in slots:
                 del self.behind[slot.record.run]
+                queued.add(slot.record.run)
             self.outbox.push(_framed(slots))
             yield slots
 
