@@ -158,9 +158,9 @@ class Board:
         self.widen(watch, keys)
         return watch
 
-    def begin(self, watch: Watch, slots: Mapping[str, Slot], awaited: Collection[str] = ()) -> None:
-        """The reply was queued: show these runs, and from now on each that changes. With `awaited` runs, the
-        subscription ends after the last record of all of them."""
+    def begin(self, watch: Watch, slots: Mapping[str, Slot] | None = None, awaited: Collection[str] = ()) -> None:
+        """The reply was queued: show these runs, or else all active ones, and from now on each that changes. With
+        `awaited` runs, the subscription ends after the last record of all of them."""
         viewer = watch.viewer
         if viewer.watches.get(watch.subscription) is not watch:
             return  # the connection has gone
@@ -170,7 +170,11 @@ class Board:
         watch.awaited = set(awaited)
         for run in awaited:
             viewer.awaiting.setdefault(run, {})[watch] = None
-        self.show(watch, slots)
+        if slots is None:
+            viewer.joined[watch] = None  # at the next flush: many may begin at once
+            self._behind[viewer] = None
+        else:
+            self.show(watch, slots)
 
     def show(self, watch: Watch, slots: Mapping[str, Slot]) -> None:
         """Have the viewer sent the newest records of these runs."""
@@ -223,7 +227,10 @@ class Board:
             viewer.awaiting[run].pop(watch)
             if not viewer.awaiting[run]:
                 del viewer.awaiting[run]
+        viewer.joined.pop(watch, None)
         viewer.forget_uncovered()
+        if not viewer.behind and not viewer.joined:
+            self._behind.pop(viewer, None)
         if not viewer.watches:
             del self._viewers[outbox]
 
@@ -279,6 +286,7 @@ class Board:
     def _serve(self, viewer: Viewer, groups: list[Group], cohorts: Mapping[Group, Cohort]) -> Iterator[None]:
         groups = [group for group in groups if group in viewer.groups]  # it may have left some meanwhile
         try:
+            viewer.enter()
             if len(groups) == 1 and not viewer.behind:
                 queued = viewer.share(groups[0], cohorts[groups[0]])
             else:
@@ -290,7 +298,7 @@ class Board:
                 yield
         except Exception as error:  # noqa: BLE001 -- the connection logs it
             viewer.outbox.fail(error)
-        if viewer.behind:
+        if viewer.behind or viewer.joined:
             self._behind[viewer] = None
         else:
             self._behind.pop(viewer, None)

@@ -52,8 +52,7 @@ class SummaryJoin:
         """From now on records are sent. Must follow the reply without an await in between."""
         board, watch = self._summaries.board, self._watch
         if self._found is None:
-            active = {run: slot for group in watch.groups for run, slot in group.slots.items() if not slot.ended}
-            board.begin(watch, active)
+            board.begin(watch)
         else:
             board.begin(watch, self._found, awaited=self._found)
         self._summaries.wake()

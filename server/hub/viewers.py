@@ -78,6 +78,15 @@ class Viewer:
     """Runs of which it lacks the newest record, in the order in which they changed."""
     awaiting: dict[str, dict[Watch, None]] = field(default_factory=dict)
     """Run → watches that end with it."""
+    joined: dict[Watch, None] = field(default_factory=dict)
+    """Watches whose active runs are yet to be shown."""
+
+    def enter(self) -> None:
+        """It is behind with the active runs of the watches that have begun."""
+        for watch in self.joined:
+            for group in watch.groups:
+                self.lag([slot for slot in group.slots.values() if not slot.ended])
+        self.joined.clear()
 
     def lag(self, slots: Collection[Slot]) -> None:
         """These have changed, and cannot be queued at once."""

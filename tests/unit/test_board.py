@@ -116,6 +116,28 @@ def test_nothing_is_sent_before_the_subscription_begins() -> None:
     assert shown(client) == [("a", 1)]
 
 
+def test_a_subscription_begins_with_the_active_runs_as_they_are_when_it_is_flushed() -> None:
+    board = Board()
+    first, client, left = watching(board), Client(), Client()
+    for run in "abc":
+        board.take(record(run))
+    flush(board)
+    for one in (client, left):
+        one.outbox.subscribe("s", single=True)
+        board.begin(board.watch(one.outbox, "s", [ALL]))
+    assert client.take() == []
+    board.take(record("a", 2))
+    with board.reading():
+        board.take(ended("b"))
+    board.leave(left.outbox, "s")
+    flush(board)
+
+    assert sorted(shown(client)) == [("a", 2), ("b", 99), ("c", 1)]
+    assert shown(first)[3:] == [("a", 2), ("b", 99)]
+    assert shown(left) == []
+    assert not board.due
+
+
 def test_subscriptions_that_overlap_bring_a_run_once() -> None:
     board = Board()
     client = watching(board)
