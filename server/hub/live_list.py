@@ -50,7 +50,6 @@ class Order:
 class Reader:
     """One client's subscription to a page."""
 
-    outbox: Outbox
     watch: Watch
     shown: Order | None = None
     """The order that it was sent last; None: its reply is still to come."""
@@ -156,10 +155,11 @@ class LiveLists:
         """Send the page's order, if it has changed. Whether there was no room for that."""
         if reader.shown is None or reader.shown == page.order:
             return False
+        outbox = reader.watch.viewer.outbox
         batch = Batch((protocol.page(reader.watch.subscription, page.order.runs, page.order.next),))
-        if not reader.outbox.fits(batch):
+        if not outbox.fits(batch):
             return True
-        reader.outbox.push(batch)
+        outbox.push(batch)
         reader.shown = page.order
         return False
 
@@ -259,7 +259,7 @@ class LiveLists:
             page = self._pages[filter] = Page(filter, self.wake)
             board.listen(page.key, page)
         keys = [run_key(filter.principal or "", run) for run in page.order.runs]
-        reader = Reader(outbox, board.watch(outbox, subscription, keys))
+        reader = Reader(board.watch(outbox, subscription, keys))
         page.readers[reader] = None
         self._readers.setdefault(outbox, {})[subscription] = page, reader
         return page, reader

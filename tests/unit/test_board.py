@@ -352,6 +352,22 @@ def test_who_leaves_in_the_midst_of_a_flush_gets_no_more_of_it() -> None:
     assert (len(board), board.unwatched, board.due) == (0, True, False)
 
 
+def test_who_leaves_one_of_two_subscriptions_before_its_turn_gets_what_the_other_covers() -> None:
+    board = Board()
+    first, client = watching(board), watching(board)
+    watching(board, ("ann", "agent", "echo"), name="s2", client=client)
+    board.take(record("a"))
+    board.take(record("b", agent="other"))
+    flushing = board.flush()
+    next(flushing)
+    assert shown(first) == [("a", 1), ("b", 1)], "it is served before"
+    board.leave(client.outbox, "s")
+    for _ in flushing:
+        pass
+
+    assert shown(client) == [("a", 1)]
+
+
 def test_a_connection_that_fails_does_not_keep_the_others_from_their_records(monkeypatch: pytest.MonkeyPatch) -> None:
     board = Board()
     broken, client = watching(board), watching(board)

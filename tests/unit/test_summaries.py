@@ -1,7 +1,7 @@
 """Detail `summary` on a bus: joining, changes, gaps, and how often (with a clock of the test's own)."""
 
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 import anyio
@@ -68,6 +68,9 @@ class CountingBus(HeldBus):
         if self.broken:
             raise Unavailable("away")
         return await super().list(filter)
+
+    async def summaries(self, runs: Collection[str]) -> dict[str, Summary]:
+        return await self._answer("summaries", super().summaries(runs))
 
     def is_watched(self) -> bool:
         return bool(self._summary_watchers)
@@ -561,17 +564,60 @@ async def test_a_run_that_ends_while_a_page_is_read_is_not_shown_as_running(stag
     (log,) = await stage.create()
     await stage.publish(log)
     client = Client()
-    caught = stage.bus.catch("list")
+    caught = stage.bus.catch("summaries")
+    replies: list[dict[str, Any]] = []
+
+    async def watch() -> None:
+        async with stage.hub.lists.join(client.outbox, "s", Filter(principal="ann")) as join:
+            replies.append(join.result)
+            join.commit()
+
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.watch_page, client)
+        tasks.start_soon(watch)
         await caught.asked.wait()
         await stage.finish(log)
         caught.release()
     await stage.clock.advance(1)
-    reply = await stage.hub.lists.read(Filter(principal="ann"))
 
-    assert orjson.loads(orjson.dumps(reply["runs"]))[0]["status"] == "done"
-    assert len(stage.hub.summaries.board) == 0
+    assert [item["status"] for item in orjson.loads(orjson.dumps(replies[0]["runs"]))] == ["done"]
+    assert len(stage.hub.summaries.board) == 0, "no answer from before its end has brought it back"
+
+
+async def test_a_list_that_lags_behind_the_records_is_read_once_more(stage: Stage) -> None:
+    (log,) = await stage.create()
+    await log.append()
+    await stage.publish(log)
+    client = Client()
+    assert await stage.watch_page(client, statuses=frozenset({"running"})) == [log.run]
+    await stage.clock.advance(1)
+    await stage.publish(log, 9, status="done")
+    await log.append(end=True)
+    await stage.clock.advance(1)
+
+    assert orders(client) == [[]]
+    stage.bus.lists.clear()
+    await stage.clock.advance(5)
+    assert stage.bus.lists == [], "and that is all"
+
+
+async def test_a_run_that_enters_a_page_and_is_known_already_has_its_record_sent(stage: Stage) -> None:
+    first, second = await stage.create(2)
+    await stage.publish(first, 7)
+    reader, other = Client(), Client()
+    await stage.join(other)
+    assert await stage.watch_page(reader, limit=1) == [second.run]
+    await stage.clock.advance(1)
+    reader.take()
+    del stage.bus._logs[second.run]  # forgotten, so that the page goes further back
+    stage.bus._ids.remove(second.run)
+    stage.bus.miss()
+    await settle()
+    await stage.clock.advance(1)
+
+    frames = reader.take()
+    assert [frame["runs"] for frame in frames if frame["type"] == "list"] == [[first.run]]
+    seen = [item for frame in frames if frame["type"] == "summary" for item in frame["runs"]]
+    assert {"run": first.run, "at": 7, "status": "running"} in seen
 
 
 async def test_a_slow_reader_gets_the_newest_order_once_it_has_room(stage: Stage) -> None:
