@@ -6,7 +6,8 @@ bytes are the same for every client. This module must not know sockets, the hub 
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, get_args
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
@@ -20,11 +21,19 @@ MESSAGE_BYTES = 256 * 1024
 MAX_SUBSCRIPTIONS = 128
 MAX_COMMANDS = 64
 MAX_SINCE = 5_000
+MAX_RUNS = 5_000
+"""Runs that one subscription may name."""
+MAX_PAGE = 1_000
+"""Runs of one page of the list."""
 PROTOCOL_ERRORS_PER_MINUTE = 20
 
 ID_CHARS = 128
 
 Detail = Literal["full", "progress"]
+"""Which events of a run."""
+AnyDetail = Literal["full", "progress", "summary"]
+Status = Literal["queued", "running", "cancelling", "done", "failed", "cancelled"]
+STATUSES: tuple[Status, ...] = get_args(Status)
 CommandId = Annotated[str, StringConstraints(max_length=ID_CHARS)] | int
 Key = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
@@ -49,13 +58,27 @@ class To(_Shape):
     """What a subscription is to: exactly one of the fields."""
 
     run: Key | None = None
+    runs: Annotated[list[Key], Field(min_length=1, max_length=MAX_RUNS)] | None = None
     thread: Key | None = None
     agent: Key | None = None
     all: Annotated[Literal[True], BeforeValidator(_exactly_true)] | None = None
 
     def model_post_init(self, context: Any) -> None:
         if len(self.model_fields_set) != 1 or not any(self.__dict__.values()):
-            raise ValueError('give exactly one of {"run": id}, {"thread": id}, {"agent": name}, {"all": true}')
+            raise ValueError(
+                'give exactly one of {"run": id}, {"runs": [id, …]}, {"thread": id}, {"agent": name}, {"all": true}'
+            )
+
+    @property
+    def named(self) -> Sequence[str] | None:
+        """The runs that it names; None if it is open-ended."""
+        return self.runs if self.run is None else (self.run,)
+
+    def key(self, principal: str) -> tuple[str, str, str]:
+        """What an open-ended one asks for: principal, kind, value."""
+        if self.agent is not None:
+            return principal, "agent", self.agent
+        return (principal, "all", "") if self.thread is None else (principal, "thread", self.thread)
 
 
 class _Command(_Shape):
@@ -69,15 +92,23 @@ class Start(_Command):
     thread: Key | None = None
     key: Key | None = None
     subscribe: bool = True
-    detail: Detail = "full"
+    detail: AnyDetail = "full"
 
 
 class Subscribe(_Command):
     op: Literal["subscribe"]
     to: To
-    detail: Detail = "full"
+    detail: AnyDetail = "full"
     since: dict[str, Position] = Field(default_factory=dict, max_length=MAX_SINCE)
     feed: Key | None = None
+
+    def model_post_init(self, context: Any) -> None:
+        if self.detail != "summary" and self.to.runs is not None:
+            raise ValueError('`to.runs` needs "detail": "summary"; for the events of runs, subscribe to each of them')
+        if self.detail == "summary" and (self.since or self.feed is not None):
+            raise ValueError(
+                'detail "summary" has no positions: leave out `since` and `feed`; the present records always come'
+            )
 
 
 class Unsubscribe(_Command):
@@ -91,16 +122,28 @@ class Cancel(_Command):
     reason: Annotated[str, StringConstraints(max_length=1_000)] | None = None
 
 
+class List(_Command):
+    op: Literal["list"]
+    agent: Key | None = None
+    thread: Key | None = None
+    status: Annotated[list[Status], Field(min_length=1, max_length=len(STATUSES))] | None = None
+    order: Literal["newest", "oldest"] = "newest"
+    limit: int = Field(default=100, ge=1, le=MAX_PAGE)
+    after: Key | None = None
+    subscribe: bool = False
+
+
 class Ping(_Command):
     op: Literal["ping"]
 
 
-Command = Start | Subscribe | Unsubscribe | Cancel | Ping
+Command = Start | Subscribe | Unsubscribe | Cancel | List | Ping
 _COMMANDS: dict[str, TypeAdapter[Command]] = {
     "start": TypeAdapter(Start),
     "subscribe": TypeAdapter(Subscribe),
     "unsubscribe": TypeAdapter(Unsubscribe),
     "cancel": TypeAdapter(Cancel),
+    "list": TypeAdapter(List),
     "ping": TypeAdapter(Ping),
 }
 
@@ -277,6 +320,17 @@ def gap(run: str, first: int, last: int, reason: Literal["trimmed", "overflow", 
 def truncated(subscription: str, runs: int) -> bytes:
     """So many runs more are covered by a subscription than the connection may follow."""
     return encode({"type": "truncated", "subscription": subscription, "runs": runs})
+
+
+def summaries(records: Iterable[bytes]) -> bytes:
+    """The newest summaries of some runs, each an encoded object, put in as it is."""
+    return b'{"type":"summary","runs":[' + b",".join(records) + b"]}"
+
+
+def page(subscription: str, runs: Sequence[str], next: str | None) -> bytes:
+    """What a page of the list that a client watches shows now, in its order."""
+    following = {} if next is None else {"next": next}
+    return encode({"type": "list", "subscription": subscription, "runs": runs, **following})
 
 
 def feed(position: str) -> bytes:

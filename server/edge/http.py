@@ -5,7 +5,6 @@ Every error has one shape, `{"error": {code, message, retryable, details?}}`, an
 
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,20 +21,20 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from agentcast.agents.base import Agent, AgentSpec, unavailable
 from agentcast.agents.llm import ModelInfo
 from agentcast.server import protocol
-from agentcast.server.bus.base import ACTIVE, Bus, Filter, RunInfo
-from agentcast.server.edge.session import ANONYMOUS, authorize
+from agentcast.server.bus.base import Bus
+from agentcast.server.edge.session import ANONYMOUS, authorize, filter_of
 from agentcast.server.errors import BadRequest, CommandError, Forbidden, NotFound, Unavailable
 from agentcast.server.hub.hub import Hub
-from agentcast.server.protocol import Cancel, Start
+from agentcast.server.protocol import Cancel, List, Start
 from agentcast.server.runs.runs import Runs
 
 PAGE = Path(__file__).parents[1] / "web" / "index.html"
-STATUSES = ("queued", "running", "cancelling", "done", "failed", "cancelled")
 
 logger = logging.getLogger(__name__)
 
 _START = TypeAdapter(Start)
 _CANCEL = TypeAdapter(Cancel)
+_LIST = TypeAdapter(List)
 
 
 class NotJson(BadRequest):
@@ -105,9 +104,9 @@ class Api:
         return {"run": created.run, "epoch": created.epoch}
 
     async def _list(self, request: Request) -> Any:
-        authorize(ANONYMOUS, "subscribe")
-        runs = await self._bus.list(_filter(request))
-        return {"runs": [_listed(run) for run in runs]}
+        command: List = protocol.parse(_LIST, _query(request))
+        authorize(ANONYMOUS, "list")
+        return await self._hub.lists.rows(filter_of(ANONYMOUS, command))
 
     async def _show(self, request: Request) -> Any:
         authorize(ANONYMOUS, "subscribe")
@@ -186,26 +185,20 @@ async def _body(request: Request, *, optional: bool = False) -> dict[str, Any]:
     return document
 
 
-def _filter(request: Request) -> Filter:
+def _query(request: Request) -> dict[str, Any]:
+    """The query of a list as the fields of the command `list`."""
     query = request.query_params
-    unknown = set(query) - {"agent", "thread", "status", "limit", "before"}
+    known = List.model_fields.keys() - {"op", "id", "subscribe"}
+    unknown = set(query) - known
     if unknown:
-        raise BadRequest(f"unknown parameter {sorted(unknown)[0]!r}; known are agent, thread, status, limit, before")
-    statuses = [part for value in query.getlist("status") for part in value.split(",")] or None
-    for status in statuses or ():
-        if status not in STATUSES:
-            raise BadRequest(f"status: {status[:64]!r} is none of {', '.join(STATUSES)}")
-    limit = query.get("limit", "100")
-    if len(limit) > 4 or not limit.isdecimal() or not 1 <= int(limit) <= 1_000:
-        raise BadRequest("limit: must be a number from 1 to 1000")
-    return Filter(
-        principal=ANONYMOUS,
-        agent=query.get("agent"),
-        thread=query.get("thread"),
-        statuses=statuses,  # type: ignore[arg-type]  # checked above
-        before=query.get("before"),
-        limit=int(limit),
-    )
+        raise BadRequest(f"unknown parameter {sorted(unknown)[0]!r}; known are {', '.join(sorted(known))}")
+    fields: dict[str, Any] = {"op": "list", **query}
+    if "status" in query:
+        fields["status"] = [part for value in query.getlist("status") for part in value.split(",")]
+    if "limit" in query:
+        limit = query["limit"]
+        fields["limit"] = int(limit) if len(limit) < 10 and limit.isdecimal() else limit
+    return fields
 
 
 def _described(spec: AgentSpec) -> dict[str, Any]:
@@ -219,14 +212,6 @@ def _described(spec: AgentSpec) -> dict[str, Any]:
         "max_concurrent": spec.max_concurrent,
     }
     return described if spec.graph is None else described | {"graph": orjson.Fragment(orjson.dumps(spec.graph))}
-
-
-def _listed(run: RunInfo) -> dict[str, Any]:
-    fields = asdict(run)
-    del fields["principal"], fields["oldest"]
-    fields["seq"] = fields.pop("head")
-    fields["active"] = run.status in ACTIVE
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 class Guard:

@@ -5,14 +5,29 @@ All rights are asked of one function, `authorize`.
 
 import logging
 from collections import deque
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from time import monotonic
-from typing import Any, assert_never
+from typing import Any, Protocol, assert_never
 
 from agentcast.server import protocol
+from agentcast.server.bus.base import Filter
 from agentcast.server.errors import PROTOCOL_ERROR, CloseReason, CommandError, NotFound
 from agentcast.server.hub.hub import Hub
 from agentcast.server.hub.outbox import Outbox
-from agentcast.server.protocol import Cancel, Command, Malformed, Ping, Position, Start, Subscribe, To, Unsubscribe
+from agentcast.server.protocol import (
+    AnyDetail,
+    Cancel,
+    Command,
+    List,
+    Malformed,
+    Ping,
+    Position,
+    Start,
+    Subscribe,
+    To,
+    Unsubscribe,
+)
 from agentcast.server.runs.runs import Runs
 
 ANONYMOUS = "anonymous"
@@ -25,6 +40,27 @@ def authorize(principal: str, op: str) -> None:
 
     :raises Forbidden: it may not.
     """
+
+
+class Join(Protocol):
+    """A subscription that adds no frame yet: reply with `result`, then `commit`, without an await in between."""
+
+    result: dict[str, Any]
+
+    def commit(self) -> None: ...
+
+
+def filter_of(principal: str, command: List) -> Filter:
+    """What the bus is asked for a page of the list that `principal` may see."""
+    return Filter(
+        principal=principal,
+        agent=command.agent,
+        thread=command.thread,
+        statuses=None if command.status is None else frozenset(command.status),
+        order=command.order,
+        before=command.after,
+        limit=command.limit,
+    )
 
 
 class InternalError(CommandError):
@@ -71,6 +107,8 @@ class Session:
                     raise NotFound(f"this connection has no subscription {command.subscription[:64]!r}")
                 self._hub.leave(self._outbox, command.subscription)
                 self._reply(command, {})
+            case List():
+                await self._list(command)
             case Cancel():
                 await self._runs.cancel(self.principal, command.run, command.reason)
                 self._reply(command, {})
@@ -96,15 +134,36 @@ class Session:
             self._reply(command, result)
             return
         to, since = To(run=created.run), {created.run: Position(seq=0)}
-        async with self._hub.join(self._outbox, subscription, self.principal, to, command.detail, since) as join:
-            self._reply(command, result)
+        async with self._join(subscription, to, command.detail, since) as join:
+            # It may follow as many runs as it may: then there is no subscription, and `truncated` says so.
+            result = {name: join.result[name] for name in ("subscription", "truncated") if name in join.result}
+            self._reply(command, {"run": created.run, "epoch": created.epoch, **result})
             join.commit()
 
     async def _subscribe(self, command: Subscribe) -> None:
         subscription = self._new_subscription()
-        async with self._hub.join(
-            self._outbox, subscription, self.principal, command.to, command.detail, command.since, command.feed
-        ) as join:
+        async with self._join(subscription, command.to, command.detail, command.since, command.feed) as join:
+            self._reply(command, join.result)
+            join.commit()
+
+    def _join(
+        self,
+        subscription: str,
+        to: To,
+        detail: AnyDetail,
+        since: Mapping[str, Position],
+        feed: str | None = None,
+    ) -> AbstractAsyncContextManager[Join]:
+        if detail == "summary":
+            return self._hub.summaries.join(self._outbox, subscription, self.principal, to)
+        return self._hub.join(self._outbox, subscription, self.principal, to, detail, since, feed)
+
+    async def _list(self, command: List) -> None:
+        filter = filter_of(self.principal, command)
+        if not command.subscribe:
+            self._reply(command, await self._hub.lists.read(filter))
+            return
+        async with self._hub.lists.join(self._outbox, self._new_subscription(), filter) as join:
             self._reply(command, join.result)
             join.commit()
 

@@ -16,13 +16,15 @@ import anyio
 from anyio.abc import TaskGroup, TaskStatus
 from anyio.lowlevel import checkpoint
 
-from agentcast.server.bus.base import ACTIVE, Announcement, Bus, Filter, RunInfo, Snapshot, Subscription
+from agentcast.server.bus.base import Announcement, Bus, Filter, RunInfo, Snapshot, Subscription
 from agentcast.server.errors import NotFound, Unavailable
 from agentcast.server.hub.catch_up import CatchUp, jitter
 from agentcast.server.hub.follower import Follower
+from agentcast.server.hub.live_list import LiveLists
 from agentcast.server.hub.outbox import Outbox
 from agentcast.server.hub.ring import Rings
-from agentcast.server.hub.rules import MAX_LISTED, Arrival, FeedReader, Rule, Rules
+from agentcast.server.hub.rules import MAX_LISTED, Arrival, FeedReader, Rule, Rules, list_active
+from agentcast.server.hub.summaries import Summaries
 from agentcast.server.hub.topic import RunTopic
 from agentcast.server.protocol import Detail, Position, To
 
@@ -64,6 +66,8 @@ class Hub:
         self.topics: dict[str, RunTopic] = {}
         self.rules = Rules()
         self.feed = FeedReader(bus, self.rules)
+        self.summaries = Summaries(bus)
+        self.lists = LiveLists(bus, self.summaries)
         self._catch_up = CatchUp(bus)
         self._rings = Rings()
         self._announced = anyio.Event()
@@ -75,6 +79,8 @@ class Hub:
         subscription = await self._watch_feed()
         try:
             async with anyio.create_task_group() as self._tasks:
+                await self._tasks.start(self.summaries.run)
+                await self._tasks.start(self.lists.run)
                 task_status.started()
                 await self._follow_feed()
         finally:
@@ -134,7 +140,8 @@ class Hub:
                     join = Join(self, outbox, [_placed(topic, outbox, wants, since.get(to.run))])
                     join.result = {"subscription": subscription, "runs": _described(join.followers)}
                     if to.run not in outbox.followers and outbox.room <= 0:
-                        join.result.update(runs=[], truncated=True)
+                        del outbox.subscriptions[subscription]
+                        join.result = {"runs": [], "truncated": 1}
                     yield join
             else:
                 async with self._joined(Rule(subscription, outbox, principal, to, detail), since, feed) as join:
@@ -169,28 +176,21 @@ class Hub:
             if feed is not None:
                 result["feed_recovered"] = announced is not None
             if left_out:
-                result["truncated"] = True
+                result["truncated"] = left_out
             yield join
 
     async def _wanted(
         self, rule: Rule, named: Mapping[str, RunInfo], announced: Sequence[Announcement]
-    ) -> tuple[list[str], bool]:
-        """The runs that an open-ended subscription begins with: active, named by `since`, or announced. Whether some
-        had to be left out, since a connection may follow only so many: the oldest of the active ones go first."""
-        active = await self.bus.list(
-            Filter(
-                principal=rule.principal,
-                agent=rule.to.agent,
-                thread=rule.to.thread,
-                statuses=ACTIVE,
-                limit=MAX_LISTED + 1,
-            )
-        )
+    ) -> tuple[list[str], int]:
+        """The runs that an open-ended subscription begins with: active, named by `since`, or announced. And how many,
+        at least, a connection cannot follow as well: the oldest of the active ones are left out first."""
+        filter = Filter(principal=rule.principal, agent=rule.to.agent, thread=rule.to.thread)
+        active = await list_active(self.bus, filter, MAX_LISTED + 1)
         runs: list[RunInfo | Announcement] = [*named.values(), *reversed(announced), *active]
         wanted = list(dict.fromkeys(run.run for run in runs if rule.matches(run)))
         new = [run for run in wanted if run not in rule.outbox.followers]
         left_out = set(new[max(rule.outbox.room, 0) :])
-        return sorted(run for run in wanted if run not in left_out), bool(left_out)
+        return sorted(run for run in wanted if run not in left_out), len(left_out)
 
     async def _check_heads(self, topics: Mapping[str, RunTopic], since: Mapping[str, Position]) -> None:
         """A client may be ahead of what was delivered here, as from another process: then ask the bus."""
@@ -209,8 +209,7 @@ class Hub:
         if not follower.wants.keys() <= outbox.subscriptions.keys():
             return None
         if topic.run not in outbox.followers and outbox.room <= 0:
-            for subscription in follower.wants:
-                outbox.truncate(subscription)
+            outbox.refuse(follower)
             return None
         return topic.admit(follower)
 
@@ -290,6 +289,8 @@ class Hub:
     def leave(self, outbox: Outbox, subscription: str) -> None:
         """End a subscription, if the connection has it: no frame that only it asked for is queued any more."""
         self.rules.remove(outbox, subscription)
+        self.lists.leave(outbox, subscription)
+        self.summaries.leave(outbox, subscription)
         if outbox.subscriptions.pop(subscription, None) is None:
             return
         for follower in list(outbox.followers.values()):
@@ -304,6 +305,8 @@ class Hub:
         """The connection is gone, or broken."""
         for subscription in list(outbox.subscriptions):
             self.rules.remove(outbox, subscription)
+        self.lists.disconnect(outbox)
+        self.summaries.disconnect(outbox)
         if outbox.broken:
             topics = list(self.topics.values())
             followers = [one for topic in topics for one in topic.followers if one.outbox is outbox]

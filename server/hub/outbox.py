@@ -76,7 +76,8 @@ class Outbox:
         self._truncated: dict[str, int] = {}
         self.followers: dict[str, Follower] = {}
         self.subscriptions: dict[str, bool] = {}
-        """Subscription → whether it is to a single run, and so ends with it."""
+        """Subscription → whether the feed brings it nothing: it is to a single run, and so ends with it, or to
+        summaries."""
         self.feed = FeedPlace()
         self.broken = False
         """Whether it failed, so that its books may be wrong."""
@@ -91,6 +92,11 @@ class Outbox:
     def full(self) -> bool:
         """Whether run events are refused at the moment."""
         return self._frames >= self._queue_frames or self._bytes >= self._queue_bytes
+
+    @property
+    def space(self) -> int:
+        """Bytes that fit into it as one more frame."""
+        return 0 if self.full else self._queue_bytes - self._bytes
 
     def put(self, payload: bytes) -> None:
         """Send one frame, or queue it, whatever the queue holds."""
@@ -199,9 +205,18 @@ class Outbox:
         self._line.clear()
 
     def truncate(self, subscription: str) -> None:
-        """A subscription covers a run that it cannot bring: the connection follows as many as it may."""
+        """A subscription covers a run that it cannot bring, for lack of room."""
         if subscription in self.subscriptions:
             self._truncated[subscription] = self._truncated.get(subscription, 0) + 1
+
+    def refuse(self, follower: Follower) -> None:
+        """The connection follows as many runs as it may: this one it cannot. Subscriptions to it alone end."""
+        for subscription in follower.wants:
+            if self.subscriptions.get(subscription):
+                del self.subscriptions[subscription]
+                self.put(protocol.truncated(subscription, 1))
+            else:
+                self.truncate(subscription)
 
     # -- The line --------------------------------------------------------------------------------------------------
 

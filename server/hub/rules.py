@@ -13,17 +13,19 @@ follows which run.
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from anyio.lowlevel import checkpoint
 
-from agentcast.server.bus.base import ACTIVE, Announce, Announcement, Bus, Filter, RunInfo, Subscription
+from agentcast.server.bus.base import ACTIVE, Announce, Announcement, Bus, Filter, RunInfo, Subscription, Summary
 from agentcast.server.hub.feed_place import FeedPosition
 from agentcast.server.hub.outbox import MAX_FOLLOWED, Outbox
 from agentcast.server.protocol import Detail, To
 
 MAX_LISTED = MAX_FOLLOWED
 """Active runs that an open-ended subscription begins with, the newest."""
+LIST_PAGE = 1_000
+"""Runs that are listed at a time."""
 SLICE = 200
 """Rules that are told of a run in one turn of the loop."""
 
@@ -50,14 +52,13 @@ class Rule:
     @property
     def key(self) -> tuple[str, str, str]:
         """What it asks for."""
-        kind, value = next(iter(self.to.model_dump(exclude_none=True).items()))
-        return self.principal, kind, "" if kind == "all" else value
+        return self.to.key(self.principal)
 
     def matches(self, run: Announcement | RunInfo) -> bool:
         return self.key in keys_of(run)
 
 
-def keys_of(run: Announcement | RunInfo) -> list[tuple[str, str, str]]:
+def keys_of(run: Announcement | RunInfo | Summary) -> list[tuple[str, str, str]]:
     """The keys of the rules that cover a run."""
     keys = [(run.principal, "all", ""), (run.principal, "agent", run.agent)]
     return keys if run.thread is None else [*keys, (run.principal, "thread", run.thread)]
@@ -200,9 +201,24 @@ class FeedReader:
     async def _list_active(self) -> list[Announcement]:
         """Every active run, as if it were announced at the feed's position now."""
         position = await self.end()
-        active = await self._bus.list(Filter(statuses=ACTIVE, limit=MAX_LISTED))
+        active = await list_active(self._bus, Filter())  # more than a connection may follow: those say `truncated`
         self.place.position = position
         return [Announcement(position, run.run, run.epoch, run.agent, run.thread, run.principal) for run in active]
+
+
+async def list_active(bus: Bus, filter: Filter, most: int | None = None) -> list[RunInfo]:
+    """The active runs that pass the filter, page by page: all, or the first so many."""
+    found: list[RunInfo] = []
+    before: str | None = None
+    while most is None or len(found) < most:
+        limit = LIST_PAGE if most is None else min(LIST_PAGE, most - len(found))
+        page = await bus.list(replace(filter, statuses=ACTIVE, before=before, limit=limit))
+        found += page
+        before = page.next
+        if before is None:
+            break
+        await checkpoint()
+    return found
 
 
 def _expects(rule: Rule, arrival: Arrival) -> bool:

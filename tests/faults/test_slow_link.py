@@ -1,4 +1,4 @@
-"""A hub whose link to Redis carries 2 MB/s, and a run with a state of 30 MB: nobody else's run is hurt (G1, G4, G7)."""
+"""A hub whose link to Redis carries 250 kB/s, and a run whose state has over 2 MB: other runs go on (G1, G4, G7)."""
 
 import signal
 import time
@@ -16,8 +16,8 @@ from tests.support.redis import Redis, running_redis
 from tests.support.waiting import eventually
 
 AGENTS = "tests.support.ticking:registry"
-RATE = 2_000_000.0
-BIG = 25_000_000
+RATE = 250_000.0
+BIG = 2_000_000
 
 
 @asynccontextmanager
@@ -53,7 +53,8 @@ async def test_saving_a_large_state_over_a_slow_link_costs_no_other_run_its_life
         await client.ask("cancel", run=large)  # its last state is saved now
 
         async def saved() -> bool:
-            return int(redis.do("MEMORY", "USAGE", f"agentcast:snap:{large}").lstrip(b":")) > BIG
+            head = redis.do("HGET", f"agentcast:run:{large}", "head")
+            return redis.do("HGET", f"agentcast:snap:{large}", "seq") == head
 
         began, late = time.monotonic(), []
 
@@ -67,6 +68,7 @@ async def test_saving_a_large_state_over_a_slow_link_costs_no_other_run_its_life
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(listen)
             await eventually(saved, within=40.0)
+            assert int(redis.do("MEMORY", "USAGE", f"agentcast:snap:{large}").lstrip(b":")) > BIG
             assert time.monotonic() - began > BIG / RATE / 2, "the link was not slow at all"
             tasks.cancel_scope.cancel()
         assert len(late) > 5 * 20
@@ -88,4 +90,4 @@ async def test_a_hub_that_stops_does_not_wait_for_a_large_state(tmp_path: Path) 
         await watcher.ask("subscribe", to={"run": large})
         view = await watcher.view(large)
         assert view.document["error"]["code"] == "shutting_down"
-        assert len(view.document["state"]) == 480, "what was not saved is folded out of the log"
+        assert "field 479" in view.document["state"], "what was not saved is folded out of the log"

@@ -238,10 +238,10 @@ async def test_runs_are_listed_newest_first_and_filtered() -> None:
         assert await listed(status="done,running") == [running, *reversed(done)]
         assert await listed(status="failed") == []
         assert await listed(limit="2") == [running, done[1]]
-        assert await listed(before=running) == [*reversed(done)]
-        assert await listed(before=done[0]) == []
+        assert await listed(after=running) == [*reversed(done)]
+        assert await listed(after=done[0]) == []
         items = (await http.get("/v1/runs")).json()["runs"]
-        assert items[0].keys() == {"run", "agent", "epoch", "status", "created", "seq", "active"}
+        assert items[0].keys() == {"run", "agent", "epoch", "status", "created", "seq", "active", "summary"}
         assert items[1].keys() == items[0].keys() | {"thread", "ended"}
         assert (items[0]["active"], items[1]["active"]) == (True, False)
         assert items[1]["seq"] == 4
@@ -257,7 +257,7 @@ async def test_paging_shows_every_run_once_however_fast_they_were_started() -> N
         query = {"limit": "7"}
         while page := (await http.get("/v1/runs", params=query)).json()["runs"]:
             seen += [item["run"] for item in page]
-            query["before"] = seen[-1]
+            query["after"] = seen[-1]
         assert seen == runs[::-1]
 
 

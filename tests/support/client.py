@@ -31,6 +31,8 @@ _OF_FRAMES = {
     "snapshot": {"type", "run", "epoch", "seq", "state"},
     "gap": {"type", "run", "from", "to", "reason"},
     "feed": {"type", "position"},
+    "summary": {"type", "runs"},
+    "truncated": {"type", "subscription", "runs"},
     "ping": {"type"},
 }
 _USER_DATA = frozenset({"input", "inputs", "patch", "result", "args", "state", "value", "details"})
@@ -235,6 +237,13 @@ class Client:
                 view.gaps.append(frame)
             case "feed":
                 self.memory.feed = frame["position"]
+            case "summary":
+                assert frame["runs"], "a frame of summaries holds at least one"
+                assert all(record.keys() >= {"run", "agent", "status"} for record in frame["runs"]), frame
+            case "list":
+                assert frame.keys() - {"next"} == {"type", "subscription", "runs"}, frame
+            case "truncated":
+                assert frame["runs"] > 0, frame
             case "hello" | "ping":
                 pass
             case other:

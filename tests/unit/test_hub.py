@@ -466,7 +466,7 @@ async def test_a_subscription_that_covers_more_runs_than_a_connection_may_follow
 
     reply = await stage.join(client)
 
-    assert reply["truncated"] is True
+    assert reply["truncated"] == 2
     assert [entry["run"] for entry in reply["runs"]] == runs[2:], "the oldest are left out"
     assert set(client.outbox.followers) == set(runs[2:])
     client.outbox.put_notices()
@@ -489,11 +489,26 @@ async def test_a_subscription_to_one_run_too_many_says_so(stage: Stage, monkeypa
     first, second = await Log.create(stage.bus), await Log.create(stage.bus)
     client = await stage.live(first)
 
-    assert await stage.join(client, name="s2", run=second.run) == {"subscription": "s2", "runs": [], "truncated": True}
+    assert await stage.join(client, name="s2", run=second.run) == {"runs": [], "truncated": 1}
     client.outbox.put_notices()
 
-    assert client.take() == [{"type": "truncated", "subscription": "s2", "runs": 1}]
+    assert client.take() == [], "the reply says it"
+    assert client.outbox.subscriptions.keys() == {"s"}, "it takes no place"
     assert "truncated" not in await stage.join(client, name="s3", run=first.run), "that one it follows"
+
+
+async def test_a_subscription_to_one_run_whose_room_is_taken_meanwhile_ends_and_says_so(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "MAX_FOLLOWED", 1)
+    first, second = await Log.create(stage.bus), await Log.create(stage.bus)
+    client = Client()
+    async with stage.hub.join(client.outbox, "s1", "ann", To(run=first.run), "full", {}) as join:
+        await stage.join(client, name="s2", run=second.run)
+        join.commit()
+
+    assert {"type": "truncated", "subscription": "s1", "runs": 1} in client.take()
+    assert client.outbox.subscriptions.keys() == {"s2"}
 
 
 async def test_one_that_has_room_says_nothing_of_it(stage: Stage) -> None:
@@ -519,6 +534,26 @@ async def test_an_open_ended_subscription_asks_for_no_more_runs_than_it_can_brin
 
     assert limits == [8], "one more tells whether some are left out"
     assert rules.MAX_LISTED == outbox.MAX_FOLLOWED
+
+
+async def test_active_runs_are_listed_page_by_page(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "LIST_PAGE", 2)
+    runs = [(await Log.create(stage.bus)).run for _ in range(7)]
+
+    assert [info.run for info in await rules.list_active(stage.bus, Filter())] == runs[::-1]
+    assert [info.run for info in await rules.list_active(stage.bus, Filter(), 5)] == runs[:1:-1]
+
+
+async def test_after_a_hole_in_the_feed_every_active_run_comes(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "LIST_PAGE", 2)
+    client = Client()
+    await stage.join(client)
+    await stage.turns()
+    stage.hub.feed.place.position = "another:1"
+    runs = {(await Log.create(stage.bus)).run for _ in range(7)}
+    await stage.turns()
+
+    assert set(client.outbox.followers) == runs
 
 
 async def test_followers_of_one_connection_that_are_pulled_for_at_once_are_bounded(

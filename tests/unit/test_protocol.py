@@ -217,7 +217,7 @@ def test_missing_op_lists_the_known_ones(message: dict[str, Any]) -> None:
     refusal = refused(message)
 
     assert (refusal.error.code, refusal.id) == ("bad_request", 7)
-    assert "start, subscribe, unsubscribe, cancel, ping" in refusal.error.message
+    assert "start, subscribe, unsubscribe, cancel, list, ping" in refusal.error.message
 
 
 def test_unknown_op_is_named_and_lists_the_known_ones() -> None:
