@@ -23,6 +23,7 @@ from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.config import Settings
 from agentcast.server.edge.admission import ADMISSION, Admission
 from agentcast.server.edge.connections import Connections
+from agentcast.server.edge.costs import Costs
 from agentcast.server.edge.http import Api, Guard, no_route
 from agentcast.server.hub.hub import Hub
 from agentcast.server.runs.runs import Runs
@@ -53,8 +54,9 @@ class AgentCast:
             _descriptors(),
             settings.trusted_proxies,
         )
+        costs = Costs()
         self.connections = Connections(
-            self.hub, self.runs, settings, self.admission, degraded=lambda: self.bus.degraded
+            self.hub, self.runs, settings, self.admission, costs, degraded=lambda: self.bus.degraded
         )
         self.watchdog = Watchdog()
         self.mcp_servers = servers_used(agents.values())
@@ -62,7 +64,7 @@ class AgentCast:
         """The part that broke, if one did: the hub is not ready from then on, and its server should exit."""
         self._started = False
         self._stopping = False
-        api = Api(self.bus, self.hub, self.runs, model, ready=lambda: self.ready)
+        api = Api(self.bus, self.hub, self.runs, costs, model, ready=lambda: self.ready)
         self.app = Starlette(
             routes=[*api.routes, WebSocketRoute("/ws", self.connections.endpoint)],
             middleware=[Middleware(Guard, allowed=settings.allowed_hosts)],

@@ -18,6 +18,7 @@ from agentcast.server import protocol
 from agentcast.server.config import Settings
 from agentcast.server.edge.admission import BUSY, BUSY_HEADERS, Admission
 from agentcast.server.edge.asgi_socket import AsgiSocket
+from agentcast.server.edge.costs import Costs
 from agentcast.server.edge.endpoint import Connection
 from agentcast.server.edge.frame_socket import CLOSE_TIMEOUT, FrameWriter
 from agentcast.server.edge.websocket import EXTENSION, HandOver
@@ -39,12 +40,14 @@ class Connections:
         runs: Runs,
         settings: Settings,
         admission: Admission,
+        costs: Costs,
         degraded: Callable[[], str | None] = lambda: None,
     ) -> None:
         """`degraded` says why the bus does not work at the moment, if so."""
         self.hub = hub
         self.runs = runs
         self.settings = settings
+        self.costs = costs
         self.flusher = Flusher()
         self._admission = admission
         self._degraded = degraded

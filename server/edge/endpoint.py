@@ -21,6 +21,7 @@ from anyio.abc import TaskGroup
 from agentcast import __version__
 from agentcast.server import protocol
 from agentcast.server.config import Settings
+from agentcast.server.edge.costs import Costs
 from agentcast.server.edge.frame_socket import CLOSE_TIMEOUT, FrameWriter
 from agentcast.server.edge.session import ANONYMOUS, Session
 from agentcast.server.errors import BINARY_MESSAGE, INTERNAL_ERROR, SHUTTING_DOWN, CloseReason
@@ -62,6 +63,7 @@ class Process(Protocol):
     hub: Hub
     runs: Runs
     settings: Settings
+    costs: Costs
 
     @property
     def flusher(self) -> Flushing: ...
@@ -98,7 +100,7 @@ class Connection:
     def __init__(self, process: Process) -> None:
         self._process = process
         self._outbox = Outbox(self)
-        self._session = Session(secrets.token_hex(8), ANONYMOUS, process.hub, process.runs, self._outbox)
+        self._session = Session(secrets.token_hex(8), ANONYMOUS, process.hub, process.runs, self._outbox, process.costs)
         self._phase = Phase.OPEN
         self._reason: CloseReason | None = None
         self._woken = True  # until there is a socket, nothing can be flushed

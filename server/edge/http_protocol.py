@@ -10,11 +10,12 @@ Relies on inner parts of uvicorn's `HttpToolsProtocol`: checked against 0.54.
 """
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from agentcast.server.edge.admission import ADMISSION, BUSY, BUSY_HEADERS, Admission, Entry
+from agentcast.server.edge.costs import ACCOUNT, Account
 from agentcast.server.edge.websocket import FrameProtocol
 
 HEAD_TIMEOUT = 10.0
@@ -44,6 +45,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     _entry: Entry | None = None
     """What the connection is counted as, as long as it is this protocol's."""
+    _account: Account | None = None
     _refused = False
     """Whether the request is."""
 
@@ -91,6 +93,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._refused = not self._may_ask()
         self.app = _refuse if self._refused else self.config.loaded_app
         super().on_headers_complete()
+        if self._account is None:
+            self._account = Account()
+        cast(dict[str, Any], self.scope)["extensions"] = {ACCOUNT: self._account}
         self._head = None
         if self._admitted:
             self._expect_within(BODY_TIMEOUT)

@@ -9,7 +9,8 @@ from time import monotonic
 from typing import Any, assert_never
 
 from agentcast.server import protocol
-from agentcast.server.errors import PROTOCOL_ERROR, CloseReason, CommandError, NotFound
+from agentcast.server.edge.costs import Account, Costs, doing, reading, replying
+from agentcast.server.errors import PROTOCOL_ERROR, CloseReason, CommandError, NotFound, TooMany
 from agentcast.server.hub.hub import Hub
 from agentcast.server.hub.outbox import Outbox
 from agentcast.server.protocol import Cancel, Command, Malformed, Ping, Position, Start, Subscribe, To, Unsubscribe
@@ -34,17 +35,24 @@ class InternalError(CommandError):
 class Session:
     """The commands of one connection. `handle` may run many at once; replies may come in another order."""
 
-    def __init__(self, id: str, principal: str, hub: Hub, runs: Runs, outbox: Outbox) -> None:
+    def __init__(self, id: str, principal: str, hub: Hub, runs: Runs, outbox: Outbox, costs: Costs) -> None:
         self.id = id
         self.principal = principal
         self._hub = hub
         self._runs = runs
         self._outbox = outbox
+        self._costs = costs
+        self._account = Account()
         self._subscriptions = 0
         self._malformed: deque[float] = deque(maxlen=protocol.PROTOCOL_ERRORS_PER_MINUTE)
 
     async def handle(self, text: str) -> CloseReason | None:
         """Do what one message asks and queue the reply. Gives a reason to close the connection, if there is one."""
+        try:
+            await self._costs.turn(self._account, reading(len(text)))
+        except TooMany as error:
+            self._outbox.put(protocol.error_reply(protocol.find_id(text), error))
+            return None
         try:
             command = protocol.parse_command(text)
         except Malformed as malformed:
@@ -52,6 +60,7 @@ class Session:
             return self._count_malformed()
         try:
             authorize(self.principal, command.op)
+            self._costs.charge(self._account, doing(command))
             await self._do(command)
         except CommandError as error:
             self._outbox.put(protocol.error_reply(command.id, error))
@@ -113,7 +122,9 @@ class Session:
         return f"s{self._subscriptions}"
 
     def _reply(self, command: Command, result: dict[str, Any]) -> None:
-        self._outbox.put(protocol.reply(command.id, result))
+        frame = protocol.reply(command.id, result)
+        self._costs.charge(self._account, replying(len(frame), len(result.get("runs", ()))))
+        self._outbox.put(frame)
 
     def _count_malformed(self) -> CloseReason | None:
         now = monotonic()

@@ -32,6 +32,7 @@ from agentcast.server.bus.base import (
     Subscription,
 )
 from agentcast.server.bus.memory import MemoryBus
+from agentcast.server.edge.costs import Costs
 from agentcast.server.edge.session import Session
 from agentcast.server.errors import CloseReason, Unavailable
 from agentcast.server.hub.hub import Hub
@@ -291,7 +292,7 @@ class Connection:
     def __init__(self, hub: Hub, starter: object, queue_frames: int) -> None:
         self._hub = hub
         self.outbox = Outbox(self, queue_frames=queue_frames)
-        self._session = Session("x", PRINCIPAL, hub, cast(Runs, starter), self.outbox)
+        self._session = Session("x", PRINCIPAL, hub, cast(Runs, starter), self.outbox, Costs())
         self._tasks: TaskGroup | None = None
         self._pulling = False
         self._taken: deque[bytes] = deque()
