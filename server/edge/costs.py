@@ -4,8 +4,8 @@ Each connection has an account. A command waits for its turn with `Costs.turn` b
 with `Costs.charge` for what it turns out to do. Two budgets make it wait:
 
 - the *account's*: units accrue with time, some can be saved up, and an account in debt waits until it is out of it;
-- the *process's*: a turn of the loop begins only so much work. What is left for later turns goes to the account that
-  was served least, so a small command of one client never waits for the large ones of another.
+- the *process's*: a turn of the loop begins only so much work. What waits goes in the order of what its account will
+  have been served, so that a small command of one client does not wait for the large ones of many others.
 
 Nothing is refused, until it has waited for `LONGEST_WAIT` seconds. Without a socket; `Line` is without I/O as well.
 This module must not know how commands are done.
@@ -82,16 +82,18 @@ Go = Callable[[], None]
 class Account:
     """What one connection was charged."""
 
-    __slots__ = ("in_line", "paid_until", "served", "waiting")
+    __slots__ = ("going", "in_line", "paid_until", "served", "waiting")
 
     def __init__(self) -> None:
         self.paid_until = 0.0
         """When all that was charged will have accrued, if nothing had been saved up."""
         self.served = 0.0
-        """Units that it was charged, raised to those of the others when it has been idle."""
+        """Units that it was charged, and no less than its share of when it was idle."""
         self.waiting: deque[tuple[int, Go]] | None = None
         """Its commands that wait, in order: the price, and what to call when it is their turn."""
         self.in_line = False
+        self.going = 0
+        """Commands that were let go and have not gone on yet: none may overtake them."""
 
     def delay(self, now: float) -> float:
         """Seconds until it is out of debt."""
@@ -104,17 +106,18 @@ class Line:
 
     def __init__(self) -> None:
         self._left = PER_TURN
-        self._served = 0.0
-        """Of the account that was let go last: the least that the others have, or had."""
+        self._share = 0.0
+        """Units that an account would have been served that had always waited. One that was idle has no less."""
         self._indebted: list[tuple[float, int, Account]] = []
         """Heap of accounts that wait for their own budget."""
         self._ready: list[tuple[float, int, Account]] = []
-        """Heap of accounts that wait for the process's."""
+        """Heap of accounts that wait for the process's, by what they will have been served after their next command
+        (weighted fair queueing)."""
         self._entered = 0
 
     def ask(self, account: Account, price: int, go: Go, now: float) -> bool:
         """Whether a command may go at once, and is charged; otherwise it waits, and `go` is called later."""
-        if not (self._left <= 0 or self._ready or account.waiting or account.delay(now)):
+        if not (self._left <= 0 or self._ready or account.going or account.waiting or account.delay(now)):
             self.charge(account, price, now)
             return True
         if account.waiting is None:
@@ -123,6 +126,10 @@ class Line:
         if not account.in_line:
             self._enter(account, now)
         return False
+
+    def went(self, account: Account) -> None:
+        """A command that was let go goes on."""
+        account.going -= 1
 
     def withdraw(self, account: Account, price: int, go: Go) -> None:
         """A command that waits waits no longer."""
@@ -133,7 +140,8 @@ class Line:
         """Charge for what is being done. Never waits: what comes next does."""
         paid_until = max(account.paid_until, now) + units / PER_SECOND
         account.paid_until = min(paid_until, now + SAVED / PER_SECOND + LONGEST_DEBT)
-        account.served = max(account.served, self._served) + units
+        account.served = max(account.served, self._share) + units
+        self._share += units / (len(self._ready) + 1)
         self._left -= units
 
     @property
@@ -148,7 +156,7 @@ class Line:
         return max(self._indebted[0][0] - now, 0.0) if self._indebted else None
 
     def begin_turn(self, now: float) -> None:
-        """Let go what this turn has room for: who was served least first."""
+        """Let go what this turn has room for."""
         self._left = PER_TURN
         while self._indebted and self._indebted[0][0] <= now:
             self._enter(heappop(self._indebted)[2], now)
@@ -157,8 +165,8 @@ class Line:
             account.in_line = False
             if account.waiting and not account.delay(now):
                 price, go = account.waiting.popleft()
-                self._served = max(self._served, account.served)
                 self.charge(account, price, now)
+                account.going += 1
                 go()
             if account.waiting:
                 self._enter(account, now)
@@ -169,8 +177,8 @@ class Line:
         if delay := account.delay(now):
             heappush(self._indebted, (now + delay, self._entered, account))
         else:
-            account.served = max(account.served, self._served)
-            heappush(self._ready, (account.served, self._entered, account))
+            price = account.waiting[0][0] if account.waiting else 0
+            heappush(self._ready, (max(account.served, self._share) + price, self._entered, account))
 
 
 class Costs:
@@ -197,7 +205,9 @@ class Costs:
             with anyio.move_on_after(LONGEST_WAIT):
                 await gone.wait()
         finally:
-            if not gone.is_set():
+            if gone.is_set():
+                self._line.went(account)
+            else:
                 self._line.withdraw(account, price, gone.set)
         if not gone.is_set():
             raise TooMany(
