@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 
-from benchmarks import channel, fanout, graphs, latency, memory, react, redis, stall, startup, streaming
+from benchmarks import attacks, channel, fanout, graphs, latency, memory, react, redis, stall, startup, streaming
 from benchmarks.processes import set_up_watcher
 from benchmarks.report import Report
 
@@ -19,13 +19,14 @@ BENCHMARKS = {
     "redis": redis.measure,
     "graphs": graphs.measure,
     "startup": startup.measure,
+    "attacks": attacks.measure,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure the hub on this machine. Everything takes about four minutes; leave the machine alone "
+        description="Measure the hub on this machine. Everything takes about eight minutes; leave the machine alone "
         "meanwhile. Each number is the median of its rounds.",
     )
     parser.add_argument(
