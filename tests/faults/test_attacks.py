@@ -5,16 +5,19 @@ Hub, attackers and innocents are processes of their own. How long the innocents'
 """
 
 import json
+from collections import Counter
 from typing import Any
 
 import anyio
 import httpx
 import pytest
 
+from agentcast.server.bus.redis.workers import SETTLE
 from tests.support.attacks import run
 from tests.support.forking import ForkedProcess, fork
 from tests.support.innocents import Innocents, innocents
-from tests.support.process import ServedHub, serve
+from tests.support.process import ServedHub, serve, serve_confined
+from tests.support.redis import running_redis
 
 SECONDS = 4.0
 PROMPT = 2.0
@@ -81,22 +84,48 @@ async def test_half_open_handshakes_are_dropped_and_the_hub_serves_meanwhile() -
         check(seen)
 
 
-async def test_idle_sockets_are_refused_and_health_is_served() -> None:
-    async with serve("--max-connections-per-address", "200") as hub, innocents(hub.url) as seen:
+LIMITS = {
+    "of an address": lambda: serve("--max-connections-per-address", "200"),
+    "in total": lambda: serve("--max-connections", "200"),
+    "of descriptors": lambda: serve_confined(250),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+async def test_idle_sockets_are_refused_and_health_is_served(limit: str) -> None:
+    statuses: Counter[tuple[str, int]] = Counter()
+    async with LIMITS[limit]() as hub, innocents(hub.url) as seen:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_probe, hub, tasks.cancel_scope)
+            tasks.start_soon(_probe, hub, statuses)
             outcome = await attack(hub, "idle sockets", 6)
             tasks.cancel_scope.cancel()
     assert outcome["connected"] == 400
-    assert 400 - 200 <= outcome["503"] <= outcome["dropped"]
+    assert 200 <= outcome["503"] <= outcome["dropped"]
+    assert statuses["/healthz", 200] >= statuses["/readyz", 200] > 10
+    assert statuses["/healthz", 503] == statuses["/readyz", 503] == 0
+    assert statuses["/v1/agents", 503] > 10
     check(seen)
 
 
-async def _probe(hub: ServedHub, scope: anyio.CancelScope) -> None:
-    """Ask for health all the time, and once for something else while there is no room."""
-    refused = False
+async def _probe(hub: ServedHub, statuses: Counter[tuple[str, int]]) -> None:
+    """Ask for health all the time, and for something else."""
     while True:
-        assert await status(hub, "/healthz") == 200
-        assert await status(hub, "/readyz") == 200
-        refused = refused or await status(hub, "/v1/agents") == 503
-        await anyio.sleep(0.1)
+        for path in ("/healthz", "/readyz", "/v1/agents"):
+            statuses[path, await status(hub, path)] += 1
+        await anyio.sleep(0.05)
+
+
+# -- Two hubs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["empty pongs", "starts"])
+async def test_a_hub_under_attack_loses_no_run_to_another(name: str) -> None:
+    """Another hub ends the runs of one that misses its heartbeats, as `worker_lost`."""
+    with running_redis() as redis:
+        async with serve("--redis", redis.url) as attacked, serve("--redis", redis.url) as other:
+            async with innocents(attacked.url) as here, innocents(other.url) as there:
+                await attack(attacked, name, 2 * SETTLE)
+            check(here)
+            check(there)
+            assert not await failed(other)
+            assert not await failed(attacked)

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -26,6 +26,8 @@ _HEAD = b"GET /ws HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnectio
 _POST = b"POST /v1/runs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 99999\r\n\r\n"
 _LIST = b"GET /v1/runs?limit=1000 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 _GONE = (anyio.BrokenResourceError, anyio.EndOfStream, anyio.ClosedResourceError, OSError, WebSocketException)
+
+_LONG = {"agent": "counter", "input": {"n": 2, "pause": 3_600}}
 
 Outcome = Counter[str]
 Command = dict[str, Any]
@@ -127,8 +129,11 @@ async def starts(port: int, outcome: Outcome) -> None:
 
 
 async def joins(port: int, outcome: Outcome) -> None:
-    """Subscriptions to everything, and out of them, on four connections."""
-    await _many(4, _command, port, outcome, _subscribe_and_unsubscribe)
+    """Subscriptions to everything, which is 300 runs at least, and out of them, on four connections."""
+    async with deaf(port, receive_buffer=2**20) as client:
+        for number in range(300):
+            await client.send(json.dumps({"op": "start", "id": number, "subscribe": False} | _LONG))
+        await _many(4, _command, port, outcome, _subscribe_and_unsubscribe)
 
 
 def _subscribe_and_unsubscribe(number: int) -> Command:
@@ -233,7 +238,7 @@ async def _ask(stream: SocketStream) -> None:
 # -- Processes ---------------------------------------------------------------------------------------------------------
 
 
-async def _many(number: int, attacker: Callable[..., Awaitable[None]], *args: Any) -> None:
+async def _many(number: int, attacker: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
     """So many attackers at once; each is given its number."""
     async with anyio.create_task_group() as tasks:
         for which in range(number):
