@@ -58,18 +58,13 @@ def reading(size: int) -> int:
     return COMMAND + size // BYTES
 
 
-def replying(size: int, runs: int = 0) -> int:
-    """What it costs to answer with `size` bytes, and to join `runs`."""
-    return size // REPLIED + JOIN * runs
-
-
 def doing(command: Command) -> int:
-    """What it costs to do a command, as far as that can be seen beforehand."""
+    """What it costs to do a command, besides reading it and what a subscription joins."""
     match command:
         case Start():
             return START
         case Subscribe():
-            return LOOKUP * len(command.since) + (SUBSCRIBE if command.to.run is None else LOOKUP)
+            return LOOKUP * len(command.since) + (SUBSCRIBE if command.to.run is None else 0)
         case Cancel():
             return CANCEL
         case _:
@@ -115,14 +110,19 @@ class Line:
         (weighted fair queueing)."""
         self._entered = 0
 
-    def ask(self, account: Account, price: int, go: Go, now: float) -> bool:
-        """Whether a command may go at once, and is charged; otherwise it waits, and `go` is called later."""
-        if not (self._left <= 0 or self._ready or account.going or account.waiting or account.delay(now)):
+    def ask(self, account: Account, price: int, go: Go, now: float, *, ahead: bool = False) -> bool:
+        """Whether a command may go at once, and is charged; otherwise it waits, and `go` is called later: after the
+        account's other commands, or, if it has begun already, `ahead` of them."""
+        overtakes = not ahead and (account.going or account.waiting)
+        if not (self._left <= 0 or self._ready or overtakes or account.delay(now)):
             self.charge(account, price, now)
             return True
         if account.waiting is None:
             account.waiting = deque()
-        account.waiting.append((price, go))
+        if ahead:
+            account.waiting.appendleft((price, go))
+        else:
+            account.waiting.append((price, go))
         if not account.in_line:
             self._enter(account, now)
         return False
@@ -191,13 +191,14 @@ class Costs:
         self._later: asyncio.TimerHandle | None = None
         """The same, for when an account is out of debt."""
 
-    async def turn(self, account: Account, price: int) -> None:
-        """Wait for the turn of a command or request, and charge its price.
+    async def turn(self, account: Account, price: int, *, begun: bool = False) -> None:
+        """Wait for the turn of a command or request, and charge its price. One that was `begun`, and turns out to cost
+        more, goes before the others of its account.
 
         :raises TooMany: it has waited for `LONGEST_WAIT` seconds, and was not charged.
         """
         gone = anyio.Event()
-        if self._line.ask(account, price, gone.set, monotonic()):
+        if self._line.ask(account, price, gone.set, monotonic(), ahead=begun):
             self._plan()
             return
         self._plan()
@@ -216,7 +217,7 @@ class Costs:
             )
 
     def charge(self, account: Account, units: int) -> None:
-        """Charge for what is being done: the next command waits for it."""
+        """Charge for what is being done: the next command waits for it. Less than nothing gives back what was paid."""
         self._line.charge(account, units, monotonic())
         self._plan()
 

@@ -29,12 +29,12 @@ from agentcast.server.edge.costs import (
     COMMAND,
     JOIN,
     LOOKUP,
+    REPLIED,
     START,
     SUBSCRIBE,
     Account,
     Costs,
     reading,
-    replying,
 )
 from agentcast.server.edge.session import ANONYMOUS, authorize
 from agentcast.server.errors import BadRequest, CommandError, Forbidden, NotFound, Unavailable
@@ -102,11 +102,12 @@ class Api:
         async def respond(request: Request) -> Any:
             account = request.scope.get("extensions", {}).get(ACCOUNT) or Account()  # one for all of a connection
             await self._costs.turn(account, COMMAND + price)
+            request.state.account = account
             content = await handler(request)
             data = content if isinstance(content, bytes) else orjson.dumps(content)
             runs = len(content.get("runs", ())) if isinstance(content, dict) else 0
             size = int(request.headers.get("content-length", 0))
-            self._costs.charge(account, reading(size) + replying(len(data)) + LOOKUP * runs)
+            self._costs.charge(account, reading(size) + len(data) // REPLIED + LOOKUP * runs)
             return data
 
         return _json(respond)
@@ -132,7 +133,7 @@ class Api:
         document = await _body(request)
         command: Start = protocol.parse(_START, document | {"op": "start"})
         authorize(ANONYMOUS, "start")
-        created = await self._runs.start(ANONYMOUS, command)
+        created = await self._runs.start(ANONYMOUS, command, request.state.account)
         return {"run": created.run, "epoch": created.epoch}
 
     async def _list(self, request: Request) -> Any:

@@ -9,7 +9,7 @@ from time import monotonic
 from typing import Any, assert_never
 
 from agentcast.server import protocol
-from agentcast.server.edge.costs import Account, Costs, doing, reading, replying
+from agentcast.server.edge.costs import JOIN, REPLIED, Account, Costs, doing, reading
 from agentcast.server.errors import PROTOCOL_ERROR, CloseReason, CommandError, NotFound, TooMany
 from agentcast.server.hub.hub import Hub
 from agentcast.server.hub.outbox import Outbox
@@ -90,13 +90,13 @@ class Session:
 
     async def _start(self, command: Start) -> None:
         if not command.subscribe:
-            created = await self._runs.start(self.principal, command)
+            created = await self._runs.start(self.principal, command, self._account)
             self._reply(command, {"run": created.run, "epoch": created.epoch})
             return
         subscription = self._new_subscription()
         self._outbox.subscribe(subscription, single=True)  # before the run: a start that is refused starts nothing
         try:
-            created = await self._runs.start(self.principal, command)
+            created = await self._runs.start(self.principal, command, self._account)
         except BaseException:
             self._hub.leave(self._outbox, subscription)
             raise
@@ -110,12 +110,17 @@ class Session:
             join.commit()
 
     async def _subscribe(self, command: Subscribe) -> None:
+        # What it will join is known afterwards only; about so many may be active.
+        many = command.to.all is not None or command.to.agent is not None
+        expected = max(self._runs.active, len(self._hub.topics)) if many else 1
+        await self._costs.turn(self._account, JOIN * expected, begun=True)
         subscription = self._new_subscription()
         async with self._hub.join(
             self._outbox, subscription, self.principal, command.to, command.detail, command.since, command.feed
         ) as join:
             self._reply(command, join.result)
             join.commit()
+        self._costs.charge(self._account, JOIN * (len(join.result["runs"]) - expected))
 
     def _new_subscription(self) -> str:
         self._subscriptions += 1
@@ -123,7 +128,7 @@ class Session:
 
     def _reply(self, command: Command, result: dict[str, Any]) -> None:
         frame = protocol.reply(command.id, result)
-        self._costs.charge(self._account, replying(len(frame), len(result.get("runs", ()))))
+        self._costs.charge(self._account, len(frame) // REPLIED)
         self._outbox.put(frame)
 
     def _count_malformed(self) -> CloseReason | None:

@@ -414,7 +414,10 @@ class World:
         self.runs.append(run)
         return await run.create(self.bus)
 
-    async def start(self, principal: str, command: Start) -> Created:
+    active = 0
+    """Stands in for `Runs.active`."""
+
+    async def start(self, principal: str, command: Start, starter: object) -> Created:
         """Stands in for `Runs.start`."""
         return await self.create(command.agent, command.thread)
 

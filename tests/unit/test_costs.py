@@ -135,6 +135,14 @@ def test_commands_of_one_account_go_in_order() -> None:
     assert clock.turn() == ["b", "c", "d"]
 
 
+def test_a_command_that_was_begun_goes_before_the_others_of_its_account() -> None:
+    clock, account = Clock(), Account()
+    assert clock.ask(account, PER_TURN)
+    assert not clock.ask(account, 1, "next")
+    assert not clock.line.ask(account, 1, lambda: clock.went.append("begun"), clock.now, ahead=True)
+    assert clock.turn() == ["begun", "next"]
+
+
 def test_a_command_does_not_overtake_one_that_was_let_go() -> None:
     line, account = Line(), Account()
     line.charge(account, PER_TURN, 0.0)
