@@ -32,19 +32,19 @@ BYTES = 256
 """Bytes that a unit reads, when they are parsed."""
 REPLIED = 1_024
 """Bytes that a unit answers."""
-LOOKUP = 1
+LOOKUP = 3
 """A run that is looked up, or listed."""
 JOIN = 10
 """A run that a subscription joins, with its snapshot."""
 SUBSCRIBE = 50
 """An open-ended subscription, which asks for what is active."""
-START = 50
+START = 100
 CANCEL = 20
 
 PER_SECOND = 10_000
-"""Units that accrue to an account: a tenth of the loop, or 200 starts, or 900 joins."""
-SAVED = 30_000
-"""Units that an account can save up, and begins with: 2,500 joins at once, or 600 starts."""
+"""Units that accrue to an account: a tenth of the loop, or 100 starts, or 900 joins."""
+SAVED = 50_000
+"""Units that an account can save up, and begins with: 4,500 joins at once, or 500 starts."""
 PER_TURN = 1_000
 """Units that one turn of the loop begins."""
 LONGEST_DEBT = 5.0
