@@ -29,6 +29,8 @@ from agentcast.server.hub.hub import Hub
 from agentcast.server.hub.outbox import Outbox
 from agentcast.server.runs.runs import Runs
 
+COMMANDS_SIZE = 512 * 1024
+"""Characters of commands in progress past which no more are read: a client that waits for its turn sends no further."""
 DEGRADED_EVERY = 5.0
 """Seconds between two pings that say that the bus is away."""
 
@@ -79,6 +81,7 @@ class Connection:
 
     __slots__ = (
         "_commands",
+        "_commands_size",
         "_deadline",
         "_degraded_told_at",
         "_outbox",
@@ -106,6 +109,8 @@ class Connection:
         self._woken = True  # until there is a socket, nothing can be flushed
         self._commands = 0
         """Commands in progress."""
+        self._commands_size = 0
+        """Of their texts."""
         self._pulling = False
         self._scopes: set[anyio.CancelScope] | None = None
         """Of the tasks that work for this connection."""
@@ -166,6 +171,7 @@ class Connection:
     def on_text(self, text: str) -> None:
         if self._phase is Phase.OPEN:
             self._commands += 1
+            self._commands_size += len(text)
             self._pace()
             self._spawn(self._handle, text)
 
@@ -177,13 +183,15 @@ class Connection:
             reason = await self._session.handle(text)
         finally:
             self._commands -= 1
+            self._commands_size -= len(text)
             self._pace()
         if reason is not None:
             self.leave(reason)
 
     def _pace(self) -> None:
-        """Read on only while there is room for the replies."""
-        self._writer.hold(self._commands >= protocol.MAX_COMMANDS or self._outbox.full)
+        """Read on only while there is room for the replies, and the commands that were read have had their turn."""
+        busy = self._commands >= protocol.MAX_COMMANDS or self._commands_size >= COMMANDS_SIZE
+        self._writer.hold(busy or self._outbox.full)
 
     def _spawn(self, work: Callable[[*Args], Awaitable[None]], *args: *Args) -> None:
         self._process.tasks.start_soon(self._guarded, work, *args)

@@ -5,7 +5,6 @@ PORT SECONDS` prints, as JSON, what became of it.
 """
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
@@ -114,8 +113,8 @@ async def _connect_again_and_again(which: int, port: int, outcome: Outcome) -> N
 
 
 async def unknown_runs(port: int, outcome: Outcome) -> None:
-    """64 subscribes at once, of 5,000 runs each that nobody knows, on four connections, without end."""
-    await _many(4, _command, port, outcome, _subscribe_to_unknown)
+    """64 subscribes at once, of 5,000 runs each that nobody knows, on eight connections, without end."""
+    await _many(8, _command, port, outcome, _subscribe_to_unknown)
 
 
 def _subscribe_to_unknown(number: int) -> Command:
@@ -129,11 +128,11 @@ async def starts(port: int, outcome: Outcome) -> None:
 
 
 async def joins(port: int, outcome: Outcome) -> None:
-    """Subscriptions to everything, which is 300 runs at least, and out of them, on four connections."""
+    """Subscriptions to everything, which is 300 runs at least, and out of them, on eight connections."""
     async with deaf(port, receive_buffer=2**20) as client:
         for number in range(300):
             await client.send(json.dumps({"op": "start", "id": number, "subscribe": False} | _LONG))
-        await _many(4, _command, port, outcome, _subscribe_and_unsubscribe)
+        await _many(8, _command, port, outcome, _subscribe_and_unsubscribe)
 
 
 def _subscribe_and_unsubscribe(number: int) -> Command:
@@ -262,7 +261,6 @@ ATTACKS: dict[str, Callable[[int, Outcome], Awaitable[None]]] = {
 
 def run(name: str, port: str, seconds: str) -> None:
     """Attack for some time, or until the attack is over."""
-    os.nice(5)  # this is not to be a race for the processor
     outcome: Outcome = Counter()
     anyio.run(_attack, ATTACKS[name], int(port), float(seconds), outcome, backend_options={"use_uvloop": True})
     sys.stdout.write(json.dumps(outcome))
