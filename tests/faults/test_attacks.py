@@ -40,7 +40,7 @@ async def attack(hub: ServedHub, name: str, seconds: float = SECONDS) -> dict[st
 
 def check(seen: Innocents) -> None:
     assert set(seen.waits) == {"ping", "start", "first event", "cancel", "token", "request"}
-    assert all(len(waits) >= 5 for waits in seen.waits.values()), {kind: len(w) for kind, w in seen.waits.items()}
+    assert all(len(waits) >= 3 for waits in seen.waits.values()), {kind: len(w) for kind, w in seen.waits.items()}
     assert max(seen.slowest.values()) < PROMPT, seen.slowest
 
 
