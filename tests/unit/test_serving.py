@@ -4,7 +4,6 @@ import resource
 
 import pytest
 
-from agentcast.server.cli import serving
 from agentcast.server.cli.serving import DESCRIPTORS, raise_descriptor_limit
 
 INFINITY = resource.RLIM_INFINITY
@@ -25,8 +24,8 @@ def test_the_soft_limit_of_descriptors_is_raised(
     limits: tuple[int, int], wanted: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[tuple[int, int]] = []
-    monkeypatch.setattr(serving.resource, "getrlimit", lambda which: limits)
-    monkeypatch.setattr(serving.resource, "setrlimit", lambda which, to: given.append(to))
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda which, to: given.append(to))
     raise_descriptor_limit()
     assert given == ([] if wanted is None else [wanted])
 
@@ -35,6 +34,6 @@ def test_a_system_that_refuses_is_left_alone(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(which: int, limits: tuple[int, int]) -> None:
         raise ValueError("not allowed to raise maximum limit")
 
-    monkeypatch.setattr(serving.resource, "getrlimit", lambda which: (256, INFINITY))
-    monkeypatch.setattr(serving.resource, "setrlimit", refuse)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (256, INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
     raise_descriptor_limit()
