@@ -193,7 +193,9 @@ AGENTS = (
 
 
 async def main() -> None:
-    settings = Settings(heartbeat=3600.0, max_active=MAX_ACTIVE)
+    settings = Settings(
+        heartbeat=3600.0, max_active=MAX_ACTIVE, max_connections=20_000, max_connections_per_address=20_000
+    )
     core = AgentCast({one.spec.name: one for one in AGENTS}, ModelInfo("none", True), settings)
     ticker, starter = Ticker(), Starter(core.runs)
     core.app.router.routes += [

@@ -65,7 +65,7 @@ def running(*args: str, with_servers: bool = True, **variables: str) -> Iterator
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, **variables},
-        preexec_fn=_set_up_child if with_servers else raise_file_limit,
+        preexec_fn=set_up_child if with_servers else raise_file_limit,
     )
     assert process.stdout is not None
     try:
@@ -96,7 +96,7 @@ def running_redis() -> Iterator[RedisServer]:
     process = subprocess.Popen(
         ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"],
         stdout=subprocess.PIPE,
-        preexec_fn=_set_up_child,
+        preexec_fn=set_up_child,
     )
     assert process.stdout is not None
     try:
@@ -137,7 +137,8 @@ def use_all_cores() -> None:
             os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
-def _set_up_child() -> None:
+def set_up_child() -> None:
+    """In a child process, before it begins: many sockets, and the first core."""
     raise_file_limit()
     use_all_cores()
     if hasattr(os, "sched_setaffinity"):

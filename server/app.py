@@ -1,9 +1,12 @@
 """The composition root: the one place where the parts of a hub are put together."""
 
 import logging
+import resource
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from secrets import token_hex
+from typing import Any
 
 import anyio
 from starlette.applications import Starlette
@@ -18,7 +21,9 @@ from agentcast.agents.registry import servers_used
 from agentcast.server.bus.base import Bus
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.config import Settings
+from agentcast.server.edge.admission import ADMISSION, Admission
 from agentcast.server.edge.connections import Connections
+from agentcast.server.edge.costs import Costs
 from agentcast.server.edge.http import Api, Guard, no_route
 from agentcast.server.hub.hub import Hub
 from agentcast.server.runs.runs import Runs
@@ -43,14 +48,23 @@ class AgentCast:
         self.bus: Bus = bus or _bus(settings, worker)
         self.hub = Hub(self.bus)
         self.runs = Runs(self.bus, agents, settings, worker)
-        self.connections = Connections(self.hub, self.runs, settings, degraded=lambda: self.bus.degraded)
+        self.admission = Admission(
+            settings.max_connections,
+            settings.max_connections_per_address,
+            _descriptors(),
+            settings.trusted_proxies,
+        )
+        costs = Costs()
+        self.connections = Connections(
+            self.hub, self.runs, settings, self.admission, costs, degraded=lambda: self.bus.degraded
+        )
         self.watchdog = Watchdog()
         self.mcp_servers = servers_used(agents.values())
         self.crashed: str | None = None
         """The part that broke, if one did: the hub is not ready from then on, and its server should exit."""
         self._started = False
         self._stopping = False
-        api = Api(self.bus, self.hub, self.runs, model, ready=lambda: self.ready)
+        api = Api(self.bus, self.hub, self.runs, costs, model, ready=lambda: self.ready)
         self.app = Starlette(
             routes=[*api.routes, WebSocketRoute("/ws", self.connections.endpoint)],
             middleware=[Middleware(Guard, allowed=settings.allowed_hosts)],
@@ -76,7 +90,7 @@ class AgentCast:
         self.runs.hurry()
 
     @asynccontextmanager
-    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[dict[str, Any]]:
         async with anyio.create_task_group() as tasks:
             await tasks.start(self._guarded, "bus", self.bus.run)
             await tasks.start(self._guarded, "hub", self.hub.run)
@@ -86,7 +100,7 @@ class AgentCast:
             tasks.start_soon(self._guarded, "MCP servers", lambda: supervise(self.mcp_servers))
             self._started = True
             try:
-                yield
+                yield {ADMISSION: self.admission}
             finally:
                 await self.stop()
                 tasks.cancel_scope.cancel()
@@ -110,6 +124,12 @@ class AgentCast:
         except Exception:
             logger.critical("%s crashed; this hub is going down", part, exc_info=True)
             self.crashed = part
+
+
+def _descriptors() -> int:
+    """How many this process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def _bus(settings: Settings, worker: str) -> Bus:

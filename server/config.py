@@ -3,7 +3,7 @@ they are used."""
 
 from typing import Annotated
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, IPvAnyNetwork, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 DEMO_AGENTS = "agentcast.agents.demo:registry"
@@ -52,7 +52,16 @@ class Settings(BaseSettings):
     max_active: int = Field(default=1_000, ge=1)
     """Runs that may be queued or running in this process; more are refused with `too_many`."""
 
-    @field_validator("agents", "hosts", mode="before")
+    max_connections: int = Field(default=10_000, ge=1)
+    """TCP connections that the hub keeps; more are refused with status 503. 80 % of the process's descriptors is a
+    limit, too. Health is answered in any case."""
+    max_connections_per_address: int = Field(default=2_500, ge=1)
+    """The same, of one address (of IPv6: of one /64)."""
+    trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = ()
+    """Addresses or networks of reverse proxies, comma separated in the environment. A connection from one of them
+    counts for the client that its `X-Forwarded-For` names; without this, all clients of a proxy share one limit."""
+
+    @field_validator("agents", "hosts", "trusted_proxies", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

@@ -165,12 +165,12 @@ def parse_command(text: str | bytes) -> Command:
     try:
         document = read_json(text)
     except BadRequest as error:
-        raise Malformed(error, _find_id(text)) from None
+        raise Malformed(error, find_id(text)) from None
     if not isinstance(document, dict):
         raise Malformed(BadRequest("a message must be one JSON object"), None)
     id = document.get("id")
     if isinstance(id, float) or (isinstance(id, str) and "?" in id):  # it may have been another one when it came
-        id = _find_id(text)
+        id = find_id(text)
     id = id if (isinstance(id, str) and len(id) <= ID_CHARS) or type(id) is int else None
     op = document.get("op")
     if not isinstance(op, str):
@@ -218,7 +218,7 @@ _TOKEN = re.compile(r"""'id'|"(?:[^"\\]++|\\.)*+"?|(?P<open>[{\[]+)|(?P<close>[}
 _ID = re.compile(r"""\s*:\s*(?:("(?:[^"\\]|\\.)*+")|(0|-?[1-9]\d{0,127})(?=[\s,}\]]|$))""")
 
 
-def _find_id(text: str | bytes) -> CommandId | None:
+def find_id(text: str | bytes) -> CommandId | None:
     """The `id` of the outermost object in a text that may be no JSON, or None; the last one, as for a parser.
 
     Linear in the length of the text, however it is nested.

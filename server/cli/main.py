@@ -114,6 +114,31 @@ def serve(
     mcp_config: McpConfig = None,
     lm: Model = None,
     redis: RedisUrl = None,
+    max_connections: Annotated[
+        int | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="Connections that the hub keeps at once; others get status 503 and come back later. Health is always "
+            "answered. [env: AGENTCAST_MAX_CONNECTIONS; default: 10000, and no more than 80 % of the descriptors]",
+        ),
+    ] = None,
+    max_connections_per_address: Annotated[
+        int | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="The same for each client address, of IPv6 for each /64. "
+            "[env: AGENTCAST_MAX_CONNECTIONS_PER_ADDRESS; default: 2500]",
+        ),
+    ] = None,
+    trusted_proxies: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESSES",
+            help="Reverse proxies before this hub, as addresses or networks, comma separated "
+            "(`127.0.0.1,10.0.0.0/24`): their `X-Forwarded-For` says which address a connection counts for. Without "
+            "it all clients of a proxy share the limit of its address. [env: AGENTCAST_TRUSTED_PROXIES; default: none]",
+        ),
+    ] = None,
     log_level: Annotated[
         str | None,
         typer.Option(metavar="LEVEL", help="debug, info, warning or error. [env: AGENTCAST_LOG_LEVEL; default: info]"),
@@ -140,6 +165,8 @@ def serve(
 
     given = {"agents": agents, "host": host, "port": port, "hosts": hosts, "lm": lm}
     given |= {"mcp_config": mcp_config, "redis": redis, "log_level": log_level}
+    given |= {"max_connections": max_connections, "max_connections_per_address": max_connections_per_address}
+    given |= {"trusted_proxies": trusted_proxies}
     settings = _settings({name: value for name, value in given.items() if value is not None})
     try:
         code = serving.serve(settings)

@@ -8,9 +8,11 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import socket
 import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -31,6 +33,7 @@ from agentcast.server.edge.websocket import FrameProtocol
 from agentcast.server.errors import BusError
 from agentcast.server.protocol import MESSAGE_BYTES
 
+DESCRIPTORS = 65_536
 LEAVING = 1.0
 """Seconds that tasks which agents have left behind get to end, once the hub has stopped."""
 
@@ -47,6 +50,7 @@ def serve(settings: Settings) -> int:
     :raises CannotServe: an agent, the model, the Redis, the address or the log level is wrong.
     """
     set_up_logging(settings.log_level)
+    raise_descriptor_limit()
     try:
         servers = load_servers(settings.mcp_config) if settings.mcp_config else []
         registry = add_assistant(load(",".join(settings.agents)), servers)
@@ -115,6 +119,16 @@ def retrying(settings: Settings) -> llm.Retrying:
         backoff=settings.lm_backoff,
         idle=settings.lm_idle,
     )
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open as many descriptors as the system allows it, up to `DESCRIPTORS`: the usual limit, 1,024,
+    is one of programs that use `select`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # macOS has a further limit, which it does not tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def freeze_heap() -> None:

@@ -18,8 +18,8 @@ from agentcast.server.protocol import SUBPROTOCOL, VERSION
 
 TIMEOUT = 10.0
 """Seconds that a hub has for an HTTP answer, or for `hello`."""
-FINAL_CODES = frozenset({1003, 1009, *range(4500, 5000)})
-"""Close codes after which coming back makes no sense. 1009 is a message of ours that was too big."""
+FINAL_CODES = frozenset({1003, 1008, 1009, *range(4500, 5000)})
+"""Close codes after which coming back makes no sense. 1008 is for sending too much, 1009 for a message too big."""
 
 Frame = dict[str, Any]
 

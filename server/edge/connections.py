@@ -11,11 +11,14 @@ from time import monotonic
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
+from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from agentcast.server import protocol
 from agentcast.server.config import Settings
+from agentcast.server.edge.admission import BUSY, BUSY_HEADERS, Admission
 from agentcast.server.edge.asgi_socket import AsgiSocket
+from agentcast.server.edge.costs import Costs
 from agentcast.server.edge.endpoint import Connection
 from agentcast.server.edge.frame_socket import CLOSE_TIMEOUT, FrameWriter
 from agentcast.server.edge.websocket import EXTENSION, HandOver
@@ -32,13 +35,21 @@ class Connections:
     """The open connections of this process."""
 
     def __init__(
-        self, hub: Hub, runs: Runs, settings: Settings, degraded: Callable[[], str | None] = lambda: None
+        self,
+        hub: Hub,
+        runs: Runs,
+        settings: Settings,
+        admission: Admission,
+        costs: Costs,
+        degraded: Callable[[], str | None] = lambda: None,
     ) -> None:
         """`degraded` says why the bus does not work at the moment, if so."""
         self.hub = hub
         self.runs = runs
         self.settings = settings
+        self.costs = costs
         self.flusher = Flusher()
+        self._admission = admission
         self._degraded = degraded
         self._open: set[Connection] = set()
         self._tasks: TaskGroup | None = None
@@ -63,20 +74,35 @@ class Connections:
 
     async def endpoint(self, websocket: WebSocket) -> None:
         """`GET /ws`. Returns at once where the server hands its socket over."""
+        hand_over: HandOver | None = websocket.scope.get("extensions", {}).get(EXTENSION)
+        if hand_over is None:
+            await self._serve_plainly(websocket)
+        elif (connection := await self._accept(websocket)) is not None:
+            self._greet(connection, hand_over(connection))
+
+    async def _serve_plainly(self, websocket: WebSocket) -> None:
+        """A connection of a server that knows ASGI only. It has not counted it, and its descriptor is not known."""
+        entry = self._admission.enter(websocket.client and websocket.client.host, 0, lambda: None)
+        try:
+            if not entry.admitted:
+                await websocket.receive()
+                await websocket.send_denial_response(Response(BUSY, 503, dict(BUSY_HEADERS)))
+            elif (connection := await self._accept(websocket)) is not None:
+                socket = AsgiSocket(websocket, connection)
+                self._greet(connection, socket)
+                await socket.serve()
+        finally:
+            entry.release()
+
+    async def _accept(self, websocket: WebSocket) -> Connection | None:
         offered = websocket.scope["subprotocols"]
         try:
             await websocket.accept(protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None)
         except WebSocketDisconnect:
-            return
+            return None
         connection = Connection(self)
         self._open.add(connection)
-        hand_over: HandOver | None = websocket.scope.get("extensions", {}).get(EXTENSION)
-        if hand_over is None:
-            socket = AsgiSocket(websocket, connection)
-            self._greet(connection, socket)
-            await socket.serve()
-        else:
-            self._greet(connection, hand_over(connection))
+        return connection
 
     def _greet(self, connection: Connection, socket: FrameWriter) -> None:
         connection.open(socket)

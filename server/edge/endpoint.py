@@ -21,6 +21,7 @@ from anyio.abc import TaskGroup
 from agentcast import __version__
 from agentcast.server import protocol
 from agentcast.server.config import Settings
+from agentcast.server.edge.costs import Costs
 from agentcast.server.edge.frame_socket import CLOSE_TIMEOUT, FrameWriter
 from agentcast.server.edge.session import ANONYMOUS, Session
 from agentcast.server.errors import BINARY_MESSAGE, INTERNAL_ERROR, SHUTTING_DOWN, CloseReason
@@ -29,6 +30,8 @@ from agentcast.server.hub.hub import Hub
 from agentcast.server.hub.outbox import Outbox
 from agentcast.server.runs.runs import Runs
 
+COMMANDS_SIZE = 512 * 1024
+"""Characters of commands in progress past which no more are read: a client that waits for its turn sends no further."""
 DEGRADED_EVERY = 5.0
 """Seconds between two pings that say that the bus is away."""
 
@@ -63,6 +66,7 @@ class Process(Protocol):
     hub: Hub
     runs: Runs
     settings: Settings
+    costs: Costs
 
     @property
     def flusher(self) -> Flushing: ...
@@ -78,6 +82,7 @@ class Connection:
 
     __slots__ = (
         "_commands",
+        "_commands_size",
         "_deadline",
         "_degraded_told_at",
         "_outbox",
@@ -100,12 +105,14 @@ class Connection:
     def __init__(self, process: Process) -> None:
         self._process = process
         self._outbox = Outbox(self)
-        self._session = Session(secrets.token_hex(8), ANONYMOUS, process.hub, process.runs, self._outbox)
+        self._session = Session(secrets.token_hex(8), ANONYMOUS, process.hub, process.runs, self._outbox, process.costs)
         self._phase = Phase.OPEN
         self._reason: CloseReason | None = None
         self._woken = True  # until there is a socket, nothing can be flushed
         self._commands = 0
         """Commands in progress."""
+        self._commands_size = 0
+        """Of their texts."""
         self._pulling = False
         self._scopes: set[anyio.CancelScope] | None = None
         """Of the tasks that work for this connection."""
@@ -175,6 +182,7 @@ class Connection:
     def on_text(self, text: str) -> None:
         if self._phase is Phase.OPEN:
             self._commands += 1
+            self._commands_size += len(text)
             self._pace()
             self._spawn(self._handle, text)
 
@@ -186,13 +194,15 @@ class Connection:
             reason = await self._session.handle(text)
         finally:
             self._commands -= 1
+            self._commands_size -= len(text)
             self._pace()
         if reason is not None:
             self.leave(reason)
 
     def _pace(self) -> None:
-        """Read on only while there is room for the replies."""
-        self._writer.hold(self._commands >= protocol.MAX_COMMANDS or self._outbox.full)
+        """Read on only while there is room for the replies, and the commands that were read have had their turn."""
+        busy = self._commands >= protocol.MAX_COMMANDS or self._commands_size >= COMMANDS_SIZE
+        self._writer.hold(busy or self._outbox.full)
 
     def _spawn(self, work: Callable[[*Args], Awaitable[None]], *args: *Args) -> None:
         self._process.tasks.start_soon(self._guarded, work, *args)

@@ -15,6 +15,7 @@ from typing import Protocol, Self
 from websockets.exceptions import InvalidState
 from websockets.frames import CloseCode, Frame, Opcode
 
+from agentcast.server.edge.admission import Entry
 from agentcast.server.edge.intake import FRAMES_PER_TURN, MAX_FRAGMENTS, Budget, FrameParser
 from agentcast.server.hub.frames import Batch
 
@@ -86,6 +87,7 @@ class FrameSocket(asyncio.Protocol):
 
     __slots__ = (
         "_budget",
+        "_entry",
         "_fragments",
         "_loop",
         "_parser",
@@ -101,12 +103,16 @@ class FrameSocket(asyncio.Protocol):
         "writable",
     )
 
-    def __init__(self, transport: asyncio.Transport, receiver: Receiver, peers: set[Self]) -> None:
-        """`peers` are the open connections of the server, which calls `shutdown` of each when it stops."""
+    def __init__(
+        self, transport: asyncio.Transport, receiver: Receiver, peers: set[Self], entry: Entry | None = None
+    ) -> None:
+        """`peers` are the open connections of the server, which calls `shutdown` of each when it stops; `entry` is what
+        the connection is counted as, released when it is lost."""
         self._loop = asyncio.get_running_loop()
         self._transport = transport
         self._receiver = receiver
         self._peers = peers
+        self._entry = entry
         self._phase = _Phase.OPEN
         self._written = transport.get_write_buffer_size()
         self.writable = True
@@ -267,6 +273,8 @@ class FrameSocket(asyncio.Protocol):
         was = self._phase
         self._enter(_Phase.LOST)
         self._peers.discard(self)
+        if self._entry is not None:
+            self._entry.release()
         self._parser.close()
         for handle in (self._timeout, self._resumption):
             if handle is not None:

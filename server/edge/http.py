@@ -22,6 +22,19 @@ from agentcast.agents.base import Agent, AgentSpec, unavailable
 from agentcast.agents.llm import ModelInfo
 from agentcast.server import protocol
 from agentcast.server.bus.base import Bus
+from agentcast.server.edge.costs import (
+    ACCOUNT,
+    CANCEL,
+    COMMAND,
+    JOIN,
+    LOOKUP,
+    REPLIED,
+    START,
+    SUBSCRIBE,
+    Account,
+    Costs,
+    reading,
+)
 from agentcast.server.edge.session import ANONYMOUS, authorize, filter_of
 from agentcast.server.errors import BadRequest, CommandError, Forbidden, NotFound, Unavailable
 from agentcast.server.hub.hub import Hub
@@ -58,10 +71,13 @@ class WrongMethod(BadRequest):
 class Api:
     """The HTTP routes."""
 
-    def __init__(self, bus: Bus, hub: Hub, runs: Runs, model: ModelInfo, ready: Callable[[], bool]) -> None:
+    def __init__(
+        self, bus: Bus, hub: Hub, runs: Runs, costs: Costs, model: ModelInfo, ready: Callable[[], bool]
+    ) -> None:
         self._bus = bus
         self._hub = hub
         self._runs = runs
+        self._costs = costs
         self._model = model
         self._ready = ready
         self._described: dict[str, dict[str, Any]] = {}
@@ -70,14 +86,30 @@ class Api:
     def routes(self) -> list[Route]:
         return [
             Route("/", self._page),
-            Route("/v1/agents", _json(self._agents)),
-            Route("/v1/runs", _json(self._list), methods=["GET"]),
-            Route("/v1/runs", _json(self._start), methods=["POST"]),
-            Route("/v1/runs/{run}", _json(self._show)),
-            Route("/v1/runs/{run}/cancel", _json(self._cancel), methods=["POST"]),
+            Route("/v1/agents", self._charged(COMMAND, self._agents)),
+            Route("/v1/runs", self._charged(SUBSCRIBE, self._list), methods=["GET"]),
+            Route("/v1/runs", self._charged(START, self._start), methods=["POST"]),
+            Route("/v1/runs/{run}", self._charged(JOIN, self._show)),
+            Route("/v1/runs/{run}/cancel", self._charged(CANCEL, self._cancel), methods=["POST"]),
             Route("/healthz", _json(self._healthz)),
             Route("/readyz", _json(self._readyz)),
         ]
+
+    def _charged(self, price: int, handler: "Handler") -> Callable[[Request], Awaitable[Response]]:
+        """A route whose requests wait for their turn. What they send and are answered is charged afterwards."""
+
+        async def respond(request: Request) -> Any:
+            account = request.scope.get("extensions", {}).get(ACCOUNT) or Account()  # one for all of a connection
+            await self._costs.turn(account, COMMAND + price)
+            request.state.account = account
+            content = await handler(request)
+            data = content if isinstance(content, bytes) else orjson.dumps(content)
+            runs = len(content.get("runs", ())) if isinstance(content, dict) else 0
+            size = int(request.headers.get("content-length", 0))
+            self._costs.charge(account, reading(size) + len(data) // REPLIED + LOOKUP * runs)
+            return data
+
+        return _json(respond)
 
     async def _page(self, request: Request) -> Response:
         return FileResponse(PAGE, headers={"Cache-Control": "no-cache"})
@@ -100,7 +132,7 @@ class Api:
         document = await _body(request)
         command: Start = protocol.parse(_START, document | {"op": "start"})
         authorize(ANONYMOUS, "start")
-        created = await self._runs.start(ANONYMOUS, command)
+        created = await self._runs.start(ANONYMOUS, command, request.state.account)
         return {"run": created.run, "epoch": created.epoch}
 
     async def _list(self, request: Request) -> Any:

@@ -12,7 +12,8 @@ from typing import Any, Protocol, assert_never
 
 from agentcast.server import protocol
 from agentcast.server.bus.base import Filter
-from agentcast.server.errors import PROTOCOL_ERROR, CloseReason, CommandError, NotFound
+from agentcast.server.edge.costs import JOIN, LOOKUP, REPLIED, Account, Costs, doing, reading
+from agentcast.server.errors import PROTOCOL_ERROR, CloseReason, CommandError, NotFound, TooMany
 from agentcast.server.hub.hub import Hub
 from agentcast.server.hub.outbox import Outbox
 from agentcast.server.protocol import (
@@ -70,17 +71,24 @@ class InternalError(CommandError):
 class Session:
     """The commands of one connection. `handle` may run many at once; replies may come in another order."""
 
-    def __init__(self, id: str, principal: str, hub: Hub, runs: Runs, outbox: Outbox) -> None:
+    def __init__(self, id: str, principal: str, hub: Hub, runs: Runs, outbox: Outbox, costs: Costs) -> None:
         self.id = id
         self.principal = principal
         self._hub = hub
         self._runs = runs
         self._outbox = outbox
+        self._costs = costs
+        self._account = Account()
         self._subscriptions = 0
         self._malformed: deque[float] = deque(maxlen=protocol.PROTOCOL_ERRORS_PER_MINUTE)
 
     async def handle(self, text: str) -> CloseReason | None:
         """Do what one message asks and queue the reply. Gives a reason to close the connection, if there is one."""
+        try:
+            await self._costs.turn(self._account, reading(len(text)))
+        except TooMany as error:
+            self._outbox.put(protocol.error_reply(protocol.find_id(text), error))
+            return None
         try:
             command = protocol.parse_command(text)
         except Malformed as malformed:
@@ -88,6 +96,7 @@ class Session:
             return self._count_malformed()
         try:
             authorize(self.principal, command.op)
+            self._costs.charge(self._account, doing(command))
             await self._do(command)
         except CommandError as error:
             self._outbox.put(protocol.error_reply(command.id, error))
@@ -119,13 +128,13 @@ class Session:
 
     async def _start(self, command: Start) -> None:
         if not command.subscribe:
-            created = await self._runs.start(self.principal, command)
+            created = await self._runs.start(self.principal, command, self._account)
             self._reply(command, {"run": created.run, "epoch": created.epoch})
             return
         subscription = self._new_subscription()
         self._outbox.subscribe(subscription, single=True)  # before the run: a start that is refused starts nothing
         try:
-            created = await self._runs.start(self.principal, command)
+            created = await self._runs.start(self.principal, command, self._account)
         except BaseException:
             self._hub.leave(self._outbox, subscription)
             raise
@@ -141,10 +150,17 @@ class Session:
             join.commit()
 
     async def _subscribe(self, command: Subscribe) -> None:
+        # What it will join is known afterwards only; about so many may be active.
+        many = command.to.all is not None or command.to.agent is not None
+        expected = max(self._runs.active, len(self._hub.topics)) if many else len(command.to.named or (None,))
+        each = LOOKUP if command.detail == "summary" else JOIN
+        await self._costs.turn(self._account, each * expected, begun=True)
         subscription = self._new_subscription()
         async with self._join(subscription, command.to, command.detail, command.since, command.feed) as join:
             self._reply(command, join.result)
             join.commit()
+        if command.detail != "summary":
+            self._costs.charge(self._account, JOIN * (len(join.result["runs"]) - expected))
 
     def _join(
         self,
@@ -172,7 +188,9 @@ class Session:
         return f"s{self._subscriptions}"
 
     def _reply(self, command: Command, result: dict[str, Any]) -> None:
-        self._outbox.put(protocol.reply(command.id, result))
+        frame = protocol.reply(command.id, result)
+        self._costs.charge(self._account, len(frame) // REPLIED)
+        self._outbox.put(frame)
 
     def _count_malformed(self) -> CloseReason | None:
         now = monotonic()

@@ -14,6 +14,7 @@ from typing import Any, cast
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.http11 import Request
 
+from agentcast.server.edge.admission import Entry
 from agentcast.server.edge.frame_socket import FrameSocket, FrameWriter, Receiver
 
 EXTENSION = "agentcast.frames"
@@ -26,9 +27,18 @@ is given to the receiver; the ASGI app's `receive` and `send` are unusable, and 
 class FrameProtocol(WebSocketsSansIOProtocol):
     """uvicorn's sans-I/O WebSocket protocol for the handshake, with a `HandOver` in the scope's extensions."""
 
+    entry: Entry | None = None
+    """What the connection is counted as, where `HttpProtocol` has counted it."""
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.transport.pause_reading()  # nothing may come before the answer; uvicorn feeds the request by itself
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.entry is not None:
+            self.entry.release()
+            self.entry = None
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
@@ -45,7 +55,8 @@ class FrameProtocol(WebSocketsSansIOProtocol):
 
     def _hand_over(self, receiver: Receiver) -> FrameWriter:
         transport, lost = self.transport, self.disconnected
-        socket = FrameSocket(transport, receiver, cast(Any, self.connections))
+        socket = FrameSocket(transport, receiver, cast(Any, self.connections), self.entry)
+        self.entry = None
         self.connections.discard(self)
         self.stop_keepalive()
         self.conn.parser.close()  # it and the connection hold each other

@@ -169,7 +169,8 @@ class Hub:
             for run, topic in topics.items():
                 place = since.get(run) or (Position(seq=0) if run in started else None)
                 join.followers.append(_placed(topic, rule.outbox, wants, place))
-            missing = [run for run in since if run not in named or (run in wanted and run not in topics)]
+            asked = set(wanted)
+            missing = [run for run in since if run not in named or (run in asked and run not in topics)]
             result = join.result
             result.update(subscription=rule.subscription, runs=_described(join.followers), missing=missing)
             result["feed"] = position

@@ -9,6 +9,7 @@ Nothing here may know sockets, followers or the wire.
 import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from typing import Any
@@ -40,6 +41,9 @@ from agentcast.server.runs.recorder import Recorder
 from agentcast.server.runs.slots import ActiveRun, Slots
 from agentcast.server.runs.snapshots import Snapshots
 
+GREED = 4
+"""A client may have at most this many times as many active runs as there are places left: one alone takes 80 % of them,
+and several leave some for those who come later."""
 SAVING = 2.0
 """Seconds for which a stopping hub still publishes summaries and saves snapshots."""
 
@@ -58,6 +62,8 @@ class Runs:
         self._snapshots = Snapshots()
         self._summaries = SummaryPublisher(bus)
         self._runs: dict[str, ActiveRun] = {}
+        self._started: Counter[object] = Counter()
+        """Active runs by their starter."""
         self._tasks: TaskGroup | None = None
         self._stopping = False
         self._grace = settings.grace
@@ -90,13 +96,13 @@ class Runs:
 
     # -- Starting --------------------------------------------------------------------------------------------------
 
-    async def start(self, principal: str, command: Start) -> Created:
-        """Create a run, or find the one that `command.key` names.
+    async def start(self, principal: str, command: Start, starter: object | None = None) -> Created:
+        """Create a run, or find the one that `command.key` names. `starter` is the client that asks for it.
 
         :raises UnknownAgent: there is no such agent.
         :raises InvalidInput: the input does not fit the agent's schema; `details` names the fields.
         :raises Conflict: the key was used for another agent or input.
-        :raises TooMany: this process has as many runs as it takes.
+        :raises TooMany: this process has as many runs as it takes, in all or from this starter.
         :raises Unavailable: the agent is, the bus is away, or the hub is shutting down.
         """
         agent = self._agent(command.agent)
@@ -105,15 +111,15 @@ class Runs:
             raise Unavailable(f"agent {command.agent} is not available: {reason}")
         if self._stopping or self._tasks is None:
             raise Unavailable("the hub is shutting down; try again in a moment")
-        if len(self._runs) >= self._settings.max_active:
-            raise TooMany(f"{len(self._runs)} runs are active here, which is the most; wait until some have ended")
+        self._check_places(starter)
         epoch = new_epoch()
         id = new_run_id()
         origin = Origin(agent.spec.name, principal, command.thread, time.time())
         recorder = Recorder(self._bus, id, origin, epoch, snapshots=self._snapshots, summaries=self._summaries)
-        run = ActiveRun(id, agent, input, command.thread, principal, recorder)
+        run = ActiveRun(id, agent, input, command.thread, principal, recorder, starter)
         slots = self._slots[agent.spec.name]
         self._runs[id] = run
+        self._started[starter] += 1
         slots.enter(run)
         created = None
         try:
@@ -148,10 +154,24 @@ class Runs:
             known = ", ".join(sorted(self.agents)) or "none"
             raise UnknownAgent(f"there is no agent {name[:64]!r}; known are: {known}") from None
 
+    def _check_places(self, starter: object | None) -> None:
+        active, most = len(self._runs), self._settings.max_active
+        if active >= most:
+            raise TooMany(f"{active} runs are active here, which is the most; wait until some have ended")
+        mine = 0 if starter is None else self._started[starter]
+        if mine >= GREED * (most - active):
+            raise TooMany(
+                f"{mine} of the {active} runs that are active here are of this connection, and the {most - active} "
+                "places left are for others; wait until some have ended"
+            )
+
     def _forget(self, run: ActiveRun) -> None:
         if run.fenced:
             self._summaries.forget(run.id)
         del self._runs[run.id]
+        self._started[run.starter] -= 1
+        if not self._started[run.starter]:
+            del self._started[run.starter]
         self._slots[run.agent.spec.name].leave(run)
         if self._stopping and not self._runs:
             self._idle.set()

@@ -24,6 +24,8 @@ class ActiveRun:
     thread: str | None
     principal: str
     recorder: Recorder
+    starter: object | None = None
+    """Which client has started it, where clients share the places of this process."""
     created: float = field(default_factory=time.monotonic)
     started: float | None = None
     position: int | None = None

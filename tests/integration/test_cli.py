@@ -537,7 +537,7 @@ async def test_a_snapshot_replaces_what_was_known_and_may_be_the_end() -> None:
     assert done.out.count("from afar") == 1
 
 
-@pytest.mark.parametrize("code", [4503, 4999, 1003, 1009])
+@pytest.mark.parametrize("code", [4503, 4504, 4999, 1003, 1008, 1009])
 async def test_after_a_final_close_code_nobody_comes_back(code: int) -> None:
     async def close(hub: Scripted, ws: ServerConnection) -> None:
         await hub.accept(ws, "start", run="r", epoch="e")

@@ -19,10 +19,12 @@ from tests.support.buses import HeldBus
 class _Starter:
     """Stands in for `Runs`."""
 
+    active = 0
+
     def __init__(self, scene: "Scene") -> None:
         self._scene = scene
 
-    async def start(self, principal: str, command: Start) -> Created:
+    async def start(self, principal: str, command: Start, starter: object) -> Created:
         return await self._scene.create(command.agent, command.thread)
 
 

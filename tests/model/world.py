@@ -32,6 +32,7 @@ from agentcast.server.bus.base import (
     Subscription,
 )
 from agentcast.server.bus.memory import MemoryBus
+from agentcast.server.edge.costs import Costs
 from agentcast.server.edge.session import Session
 from agentcast.server.errors import CloseReason, Unavailable
 from agentcast.server.hub.frames import Batch
@@ -293,7 +294,7 @@ class Connection:
         """Each so-many-th frame finds a socket that takes it at once."""
         self._hub = hub
         self.outbox = Outbox(self, queue_frames=queue_frames)
-        self._session = Session("x", PRINCIPAL, hub, cast(Runs, starter), self.outbox)
+        self._session = Session("x", PRINCIPAL, hub, cast(Runs, starter), self.outbox, Costs())
         self._tasks: TaskGroup | None = None
         self._pulling = False
         self._taken: deque[bytes] = deque()
@@ -424,7 +425,10 @@ class World:
         self.runs.append(run)
         return await run.create(self.bus)
 
-    async def start(self, principal: str, command: Start) -> Created:
+    active = 0
+    """Stands in for `Runs.active`."""
+
+    async def start(self, principal: str, command: Start, starter: object) -> Created:
         """Stands in for `Runs.start`."""
         return await self.create(command.agent, command.thread)
 

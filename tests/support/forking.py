@@ -6,6 +6,7 @@ README's tests start the installed command instead, which takes one or two secon
 
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -76,10 +77,17 @@ def agentcast(*arguments: str) -> None:
     main()
 
 
-async def open_agentcast(*arguments: str, **options: Any) -> "ForkedProcess":
-    """Start `agentcast ARGUMENTS`; `options` as `fork` has them."""
+async def open_agentcast(*arguments: str, descriptors: int | None = None, **options: Any) -> "ForkedProcess":
+    """Start `agentcast ARGUMENTS`, which may open so many descriptors; `options` as `fork` has them."""
     await _warm_up()
+    if descriptors is not None:
+        return ForkedProcess(fork(_confined, str(descriptors), *arguments, **options))
     return ForkedProcess(fork(agentcast, *arguments, **options))
+
+
+def _confined(descriptors: str, *arguments: str) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (int(descriptors), int(descriptors)))
+    agentcast(*arguments)
 
 
 async def run_agentcast(

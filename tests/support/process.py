@@ -3,8 +3,8 @@
 import os
 import re
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,9 @@ from anyio.abc import Process
 from anyio.streams.text import TextReceiveStream
 
 from tests.support.client import Client, connect
-from tests.support.forking import ROOT, open_agentcast, run_agentcast
+from tests.support.forking import ROOT, ForkedProcess, open_agentcast, run_agentcast
 
-__all__ = ["REGISTRY", "ROOT", "ServedHub", "environment", "refused", "serve"]
+__all__ = ["REGISTRY", "ROOT", "ServedHub", "environment", "refused", "serve", "serve_confined"]
 
 REGISTRY = "tests.support.served:registry"
 
@@ -47,12 +47,23 @@ class ServedHub:
             return await self.process.wait()
 
 
-@asynccontextmanager
-async def serve(*arguments: str, agents: str = REGISTRY, **settings: str) -> AsyncIterator[ServedHub]:
+def serve(*arguments: str, agents: str = REGISTRY, **settings: str) -> AbstractAsyncContextManager[ServedHub]:
     """Start a hub on a free port and wait for its banner. It is killed at the end if it is still there."""
-    async with await open_agentcast(
-        "serve", "--port", "0", "--agents", agents, *arguments, env=environment(**settings)
-    ) as process:
+    return _serving(open_agentcast(*_command(agents, *arguments), env=environment(**settings)))
+
+
+def serve_confined(descriptors: int, *arguments: str) -> AbstractAsyncContextManager[ServedHub]:
+    """The same, with a process that may have only so many descriptors."""
+    return _serving(open_agentcast(*_command(REGISTRY, *arguments), descriptors=descriptors, env=environment()))
+
+
+def _command(agents: str, *arguments: str) -> tuple[str, ...]:
+    return ("serve", "--port", "0", "--agents", agents, *arguments)
+
+
+@asynccontextmanager
+async def _serving(opening: Awaitable[ForkedProcess]) -> AsyncIterator[ServedHub]:
+    async with await opening as process:
         log: list[str] = []
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_collect, TextReceiveStream(process.stderr), log)

@@ -81,8 +81,11 @@ class Host:
         self.runs = runs
         self.bus = bus
 
-    async def start(self, agent: str = "echo", principal: str = "ann", **fields: Any) -> str:
-        created = await self.runs.start(principal, Start(op="start", agent=agent, **({"input": {}} | fields)))
+    async def start(
+        self, agent: str = "echo", principal: str = "ann", starter: str | None = None, **fields: Any
+    ) -> str:
+        command = Start(op="start", agent=agent, **({"input": {}} | fields))
+        created = await self.runs.start(principal, command, starter)
         return created.run
 
     async def info(self, run: str) -> RunInfo:
@@ -303,6 +306,24 @@ async def test_no_more_runs_than_may_be_active() -> None:
             await host.end(run)
         await anyio.wait_all_tasks_blocked()
         assert (await host.end(await host.start()))["event"] == "run_end"
+
+
+async def test_one_client_leaves_places_for_others() -> None:
+    held = Held()
+    async with hosting(Scripted(held, max_concurrent=1), max_active=10) as host:
+        greedy = [await host.start(starter="greedy") for _ in range(8)]
+        with pytest.raises(TooMany, match="8 of the 8 runs"):
+            await host.start(starter="greedy")
+        for _ in range(2):
+            await host.start(starter="modest")
+
+        held.go.set()
+        for run in greedy:
+            await host.end(run)
+        await anyio.wait_all_tasks_blocked()
+        assert (await host.end(await host.start(starter="greedy")))["event"] == "run_end"
+        await anyio.wait_all_tasks_blocked()
+        assert not host.runs._started
 
 
 # -- Idempotency ---------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from agentcast.server.bus.base import Filter
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.config import Settings
 from agentcast.server.edge import session
+from agentcast.server.edge.costs import Costs
 from agentcast.server.edge.session import Session
 from agentcast.server.errors import PROTOCOL_ERROR, CloseReason, Forbidden
 from agentcast.server.hub.frames import Batch
@@ -55,7 +56,7 @@ class Client:
         self._news = anyio.Event()
         self._pulling = False
         self.outbox = Outbox(self)
-        self.session = Session("x", "ann", hub, runs, self.outbox)
+        self.session = Session("x", "ann", hub, runs, self.outbox, Costs())
         self._ids = 0
 
     def write(self, batch: Batch) -> bool:
