@@ -33,11 +33,16 @@ T = TypeVar("T")
 class Execution:
     """A running coroutine. Make it in a coroutine; it starts at once, in a task that bears the channel's label.
 
-    `done` is set when it has returned, raised or been dropped. `on_cancel` is called as its cancellation reaches it.
+    `done` is set when it has returned, raised or been dropped, and then `on_done` is called; `on_cancel` as its
+    cancellation reaches it.
     """
 
     def __init__(
-        self, run: Coroutine[Any, Any, Any], channel: Channel, on_cancel: Callable[[], None] | None = None
+        self,
+        run: Coroutine[Any, Any, Any],
+        channel: Channel,
+        on_cancel: Callable[[], None] | None = None,
+        on_done: Callable[[], None] | None = None,
     ) -> None:
         self.done = anyio.Event()
         self.error: BaseException | None = None
@@ -45,6 +50,7 @@ class Execution:
         self.value: Any = None
         self._channel = channel
         self._on_cancel = on_cancel
+        self._on_done = on_done
         self._scope = anyio.CancelScope()
         self._task = asyncio.create_task(self._run(run), name=channel.label)  # noqa: TID251 -- see above
         self._task.add_done_callback(lambda _: self._end(run))
@@ -62,6 +68,8 @@ class Execution:
         if inspect.iscoroutine(run) and inspect.getcoroutinestate(run) == inspect.CORO_CREATED:
             run.close()  # cancelled before its first step; else Python warns "never awaited"
         self.done.set()
+        if self._on_done is not None:
+            self._on_done()
 
     async def _run(self, run: Coroutine[Any, Any, Any]) -> None:
         try:

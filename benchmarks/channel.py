@@ -16,7 +16,7 @@ from agentcast.agents.events import MessageStart, RunQueued, Token
 from agentcast.agents.execution import drive
 from agentcast.server.bus.base import NewRun, Origin
 from agentcast.server.bus.memory import MemoryBus
-from agentcast.server.cli.serving import freeze_heap
+from agentcast.server.cli.collector import freeze_heap
 from agentcast.server.runs.publisher import SummaryPublisher
 from agentcast.server.runs.recorder import Recorder
 from agentcast.server.runs.snapshots import Snapshots

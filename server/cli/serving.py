@@ -5,7 +5,6 @@ talk to a hub should not wait for it.
 """
 
 import asyncio
-import gc
 import logging
 import os
 import resource
@@ -27,6 +26,7 @@ from agentcast.agents.base import redact
 from agentcast.agents.mcp import McpConfigError, load_servers, tried
 from agentcast.agents.registry import RegistryError, add_assistant, load
 from agentcast.server.app import AgentCast
+from agentcast.server.cli.collector import Collector, freeze_heap
 from agentcast.server.config import Settings
 from agentcast.server.edge.http_protocol import HttpProtocol
 from agentcast.server.edge.websocket import FrameProtocol
@@ -131,17 +131,6 @@ def raise_descriptor_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def freeze_heap() -> None:
-    """Take all that was loaded so far out of the garbage collector's sight, and switch it on.
-
-    It stays for good, and looking through it, DSPy above all, stopped the loop for 40 ms at every full collection; what
-    runs leave behind takes 3 ms.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.enable()
-
-
 class _Server(uvicorn.Server):
     """uvicorn, except that a stop first ends the runs and lets their last events out.
 
@@ -167,13 +156,14 @@ class _Server(uvicorn.Server):
         self._hub = hub
         self._banner = banner
         self.exit_code = 0
+        self._collector = Collector(lambda: hub.runs.active, lambda: hub.runs.ended)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
-            freeze_heap()
+            self._collector.start()
             typer.echo(self._banner)
 
     async def freeze_again(self) -> None:

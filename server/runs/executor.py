@@ -77,12 +77,12 @@ class Executor:
 
     async def _wait_for_slot(self, run: ActiveRun) -> None:
         while run.cause is None and (position := run.position) is not None:
-            if position != run.told_position:
-                run.told_position = position
+            if position != run.sent_position:
+                run.sent_position = position
                 await run.recorder.record(time.time(), RunPosition(position=position))
             else:
-                await run.news.wait()
-                run.news = anyio.Event()
+                await run.changed.wait()
+                run.changed = anyio.Event()
 
     async def _run_agent(self, run: ActiveRun) -> Terminal:
         """Execute the agent and say how the run ends. The agent has ended, or was abandoned, when this returns."""
@@ -97,7 +97,7 @@ class Executor:
             deadline=time.time() + spec.timeout,
         )
         channel = Channel(f"run {run.id} of agent {spec.name}")
-        execution = Execution(run.agent.run(task, channel), channel)
+        execution = Execution(run.agent.run(task, channel), channel, on_done=lambda: run.changed.set())
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(run.recorder.record_from, channel)
@@ -146,17 +146,11 @@ class Executor:
             logger.warning("run %s of %s ignored its cancellation and is left behind", run.id, run.agent.spec.name)
 
     async def _wait_for_cause(self, run: ActiveRun, execution: Execution) -> None:
-        async with anyio.create_task_group() as tasks:
-
-            async def watch() -> None:
-                while run.cause is None:
-                    await run.news.wait()
-                    run.news = anyio.Event()
-                tasks.cancel_scope.cancel()
-
-            tasks.start_soon(watch)
-            await execution.done.wait()
-            tasks.cancel_scope.cancel()
+        """Until the agent is done, or there is a reason to stop it. Without a task of its own, which would be cancelled
+        each time: an exception and its traceback, in a cycle with all that they see."""
+        while run.cause is None and not execution.done.is_set():
+            await run.changed.wait()
+            run.changed = anyio.Event()
 
     def _ending(self, run: ActiveRun, execution: Execution, channel: Channel) -> Terminal:
         usage = run.recorder.usage

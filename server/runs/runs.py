@@ -61,6 +61,8 @@ class Runs:
         self._slots = {name: Slots(agent.spec.max_concurrent) for name, agent in agents.items()}
         self._snapshots = Snapshots()
         self._summaries = SummaryPublisher(bus)
+        self.ended = 0
+        """Runs of this process that have ended, or were taken over."""
         self._runs: dict[str, ActiveRun] = {}
         self._started: Counter[object] = Counter()
         """Active runs by their starter."""
@@ -169,6 +171,7 @@ class Runs:
         if run.fenced:
             self._summaries.forget(run.id)
         del self._runs[run.id]
+        self.ended += 1
         self._started[run.starter] -= 1
         if not self._started[run.starter]:
             del self._started[run.starter]

@@ -29,13 +29,13 @@ class ActiveRun:
     created: float = field(default_factory=time.monotonic)
     started: float | None = None
     position: int | None = None
-    told_position: int | None = None
+    sent_position: int | None = None
     cause: Cause | None = None
     """Why it is to end, if something other than its agent says so."""
     reason: str | None = None
     by: str | None = None
     finishing: bool = False
-    news: anyio.Event = field(default_factory=anyio.Event)
+    changed: anyio.Event = field(default_factory=anyio.Event)
     """Set when `position` or `cause` has changed."""
     cancel_logged: anyio.Event = field(default_factory=anyio.Event)
     owned: anyio.CancelScope = field(default_factory=anyio.CancelScope)
@@ -44,7 +44,7 @@ class ActiveRun:
     def end(self, cause: Cause, reason: str | None = None) -> None:
         if self.cause is None:
             self.cause, self.reason = cause, reason
-        self.news.set()
+        self.changed.set()
 
     @property
     def fenced(self) -> bool:
@@ -74,7 +74,7 @@ class Slots:
         if len(self._admitted) < self._limit:
             self._admitted.add(run)
         else:
-            run.position = run.told_position = len(self._waiting)
+            run.position = run.sent_position = len(self._waiting)
             self._waiting.append(run)
 
     def leave(self, run: ActiveRun) -> None:
@@ -87,12 +87,12 @@ class Slots:
             admitted = self._waiting.popleft()
             admitted.position = None
             self._admitted.add(admitted)
-            admitted.news.set()
+            admitted.changed.set()
         for position, waiting in enumerate(self._waiting):
             self._move(waiting, position)
 
     def _move(self, run: ActiveRun, position: int) -> None:
-        """Tell a run its place, once that has halved since it was last told."""
-        if position * 2 <= (run.told_position or 0):
+        """Give a run its new place, once that has halved since the last one it was given."""
+        if position * 2 <= (run.sent_position or 0):
             run.position = position
-            run.news.set()
+            run.changed.set()
