@@ -15,7 +15,7 @@ from tests.support.innocents import Innocents, innocents
 
 GROUP = "Attacks: the slowest reply to an innocent client"
 GOAL = 250.0
-SECONDS, ROUNDS = 5.0, 1
+SECONDS, ROUNDS = 5.0, 2
 PEACE = "none"
 _AGENTS = "tests.support.served:registry"
 

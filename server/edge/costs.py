@@ -94,7 +94,8 @@ class Account:
 
     def delay(self, now: float) -> float:
         """Seconds until it is out of debt."""
-        return max(self.paid_until - SAVED / PER_SECOND - now, 0.0)
+        delay = self.paid_until - SAVED / PER_SECOND - now
+        return delay if delay > 1e-6 else 0.0  # less might be lost in the rounding of `now + delay`
 
 
 class Line:

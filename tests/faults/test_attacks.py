@@ -22,7 +22,7 @@ from tests.support.redis import running_redis
 SECONDS = 4.0
 REPLIES = {"unknown runs": 100, "starts": 8_000, "joins": 2_000}
 """More than an attacker is answered in that time, if it has to wait for its turn."""
-PROMPT = 2.0
+PROMPT = 3.0
 """Seconds within which every reply to an innocent comes, on a loaded machine with few cores."""
 
 

@@ -1,4 +1,4 @@
-"""What one client sends, however much of it, delays no reply to another by more than 250 ms (G11)."""
+"""What one connection may send, and how it ends when it sends more (G11). Whole attacks are in `test_attacks`."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
