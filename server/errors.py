@@ -1,4 +1,4 @@
-"""Every error that a client can be told of, and every way in which a connection ends.
+"""Every error that a client can get, and every way in which a connection ends.
 
     AgentcastError
     ├── CommandError          a command cannot be done; has a protocol code

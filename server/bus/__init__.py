@@ -1,1 +1,1 @@
-"""Where runs live: the log of each run, and the way that news of it reaches every process."""
+"""Where runs live: the log of each run, and how its updates reach every process."""

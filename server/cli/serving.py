@@ -127,7 +127,7 @@ def raise_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(ValueError, OSError):  # macOS has a further limit, which it does not tell
+        with suppress(ValueError, OSError):  # macOS has a further limit, which it does not report
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 

@@ -22,13 +22,12 @@ class AsgiSocket:
         self._receiver = receiver
         self._queue: deque[bytes] = deque()
         """What is written but not sent. The receiver writes again when all was sent."""
-        self._news = anyio.Event()
+        self._written = anyio.Event()
         """Set when something was written, or the connection is to be closed."""
         self._released = anyio.Event()
         self._scope = anyio.CancelScope()
         self._closing: tuple[int, str] | None = None
         self._closed = False
-        self._told = False
         self.writable = True
         self.held = False
         self.pending = 0
@@ -38,7 +37,7 @@ class AsgiSocket:
         self._queue.extend(batch.payloads)
         self.pending += batch.size
         self.writable = False
-        self._news.set()
+        self._written.set()
 
     def hold(self, held: bool) -> None:
         self.held = held
@@ -51,7 +50,7 @@ class AsgiSocket:
             self.writable = False
             self._closing = (code, reason)
             self._scope.deadline = anyio.current_time() + CLOSE_TIMEOUT
-            self._news.set()
+            self._written.set()
 
     def abort(self) -> None:
         self.writable = False
@@ -94,9 +93,9 @@ class AsgiSocket:
                     await self._websocket.close(*self._closing)
                     return
                 self.writable = True
-                self._news = anyio.Event()
+                self._written = anyio.Event()
                 self._receiver.on_writable()
-                await self._news.wait()
+                await self._written.wait()
 
     async def _send(self, payload: bytes) -> None:
         await self._websocket.send_text(str(payload, "utf-8"))

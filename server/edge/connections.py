@@ -127,7 +127,7 @@ class Connections:
                     connection.fail(error)
 
     async def close(self) -> None:
-        """Close all connections, and those still to come, as `shutting_down`. Returns once all have been told."""
+        """Close all connections, and those still to come, as `shutting_down`. Returns once all have closed."""
         self._closing = True
         for connection in list(self._open):
             connection.leave(SHUTTING_DOWN)

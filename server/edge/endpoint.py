@@ -84,7 +84,7 @@ class Connection:
         "_commands",
         "_commands_size",
         "_deadline",
-        "_degraded_told_at",
+        "_degraded_sent_at",
         "_outbox",
         "_phase",
         "_process",
@@ -120,7 +120,7 @@ class Connection:
         self._sent_at = self._taken_at = monotonic()
         self._sent = self._taken = 0
         """Bytes, at the last tick."""
-        self._degraded_told_at: float | None = None
+        self._degraded_sent_at: float | None = None
 
     def open(self, writer: FrameWriter) -> None:
         """Greet the client that is at the other end of `writer`."""
@@ -223,10 +223,10 @@ class Connection:
     # -- Every second ----------------------------------------------------------------------------------------------
 
     def tick(self, now: float, degraded: str | None = None) -> None:
-        """Once a second: tell the feed's position, keep the connection alive, cut it if the client takes nothing."""
+        """Once a second: send the feed's position, keep the connection alive, cut it if the client takes nothing."""
         settings = self._process.settings
         self._outbox.put_notices()
-        self._tell_degraded(now, degraded)
+        self._send_degraded(now, degraded)
         taken, pending = self._writer.taken, self._writer.pending
         if taken + pending != self._sent:
             self._sent, self._sent_at = taken + pending, now
@@ -238,13 +238,13 @@ class Connection:
             logger.warning("session %s took nothing for %.0f s: cut", self._session.id, now - self._taken_at)
             self._writer.abort()
 
-    def _tell_degraded(self, now: float, degraded: str | None) -> None:
+    def _send_degraded(self, now: float, degraded: str | None) -> None:
         """Say at once, and now and then, that the bus is away; and at once that it is back."""
-        if degraded is None and self._degraded_told_at is not None:
-            self._degraded_told_at = None
+        if degraded is None and self._degraded_sent_at is not None:
+            self._degraded_sent_at = None
             self._outbox.put(protocol.PING)
-        elif degraded is not None and now - (self._degraded_told_at or 0.0) >= DEGRADED_EVERY:
-            self._degraded_told_at = now
+        elif degraded is not None and now - (self._degraded_sent_at or 0.0) >= DEGRADED_EVERY:
+            self._degraded_sent_at = now
             self._outbox.put(protocol.degraded_ping(degraded))
 
     # -- Closing ---------------------------------------------------------------------------------------------------

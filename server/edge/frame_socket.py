@@ -71,7 +71,7 @@ class FrameWriter(Protocol):
 class _Phase(Enum):
     OPEN = auto()
     CLOSING = auto()
-    """A close frame was sent, or the transport is told to close."""
+    """A close frame was sent, or the transport is closing."""
     LOST = auto()
 
 

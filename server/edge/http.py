@@ -194,8 +194,8 @@ async def no_route(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     where = f"{request.method} {request.url.path[:200]}"
-    told = WrongMethod(f"no {where}") if error.status_code == 405 else NotFound(f"there is no {where}")
-    response = _response({"error": told.wire()}, told.status)
+    answer = WrongMethod(f"no {where}") if error.status_code == 405 else NotFound(f"there is no {where}")
+    response = _response({"error": answer.wire()}, answer.status)
     response.headers.update(error.headers or {})
     return response
 

@@ -1,4 +1,4 @@
-"""What one client may send: a parser of frames that stops where it is told to, and a budget of frames and bytes.
+"""What one client may send: a parser of frames that stops on demand, and a budget of frames and bytes.
 
 Without a socket. The rules of the wire (RFC 6455) are those of `websockets`; what is added is that it parses one frame
 at a time, so that no read, however large, is parsed in one go. This module must not know what messages mean.

@@ -132,7 +132,7 @@ class Board:
             self._ended[record.run] = slot
 
     def _leave_out(self, record: Summary, groups: Collection[Group]) -> None:
-        """There is no room for a run. Whoever watches it is told, once."""
+        """There is no room for a run. Each connection that watches it learns so, once."""
         for group in groups:
             if record.status not in ACTIVE:
                 group.left_out.discard(record.run)

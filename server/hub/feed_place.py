@@ -42,12 +42,12 @@ class Past:
 
 @dataclass(slots=True)
 class _Pending:
-    """An announced run that rules of this connection are yet to be told of, or of which nothing was queued yet."""
+    """An announced run to which rules of this connection are yet to be applied, or of which nothing was queued yet."""
 
     before: str
     """The feed's position before the announcement."""
     waiting: int = 0
-    """Rules that are yet to be told."""
+    """Rules that are yet to be applied."""
     followers: list[Follower] = field(default_factory=list)
 
     @property
@@ -64,7 +64,7 @@ class FeedPlace:
         self.source: FeedPosition | None = None
         """None until the connection has an open-ended subscription."""
         self.beginning = 0
-        """Rules that have not got to their place in the feed yet: until then, none can be told."""
+        """Rules that have not got to their place in the feed yet: until then, none can be applied."""
         self.past: dict[str, Past] = {}
         """Oldest first."""
         self._pending: dict[str, _Pending] = {}
@@ -73,14 +73,14 @@ class FeedPlace:
     # -- Announcements ---------------------------------------------------------------------------------------------
 
     def expect(self, run: str, before: str) -> None:
-        """A rule of this connection is to be told of a run; the feed stood at `before` ahead of its announcement."""
+        """A rule of this connection is to be applied to a run; the feed stood at `before` ahead of its announcement."""
         pending = self._pending.get(run)
         if pending is None:
             pending = self._pending[run] = _Pending(before)
         pending.waiting += 1
 
-    def told(self, run: str, follower: Follower | None = None) -> None:
-        """The rule was told; the follower, if any, is to show the run."""
+    def applied(self, run: str, follower: Follower | None = None) -> None:
+        """The rule was applied; the follower, if any, is to show the run."""
         pending = self._pending.get(run)
         if pending is not None:
             pending.waiting -= 1

@@ -358,7 +358,7 @@ class Hub:
             logger.debug("run %s was forgotten before it could be followed", arrival.entry.run)
         for number, rule in enumerate(rules, 1):
             try:
-                rule.outbox.feed.told(arrival.entry.run, self._follow(rule, arrival, topic))
+                rule.outbox.feed.applied(arrival.entry.run, self._follow(rule, arrival, topic))
             except Exception as error:  # noqa: BLE001 -- the connection logs it
                 rule.outbox.fail(error)
             if number % SLICE == 0:

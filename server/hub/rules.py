@@ -5,7 +5,7 @@ and none is left out:
 
 - A rule begins at a position of the feed that is asked for before the active runs are listed. What was announced up to
   there is dropped: such a run is listed, or had ended. All that was announced later is applied.
-- What was shown already is told apart by the number of the read that announces it; see `feed_place`.
+- What was shown already is recognised by the number of the read that announces it; see `feed_place`.
 
 Rules are kept by what they ask for, so an announcement costs those that it concerns. This module must not know who
 follows which run.
@@ -27,7 +27,7 @@ MAX_LISTED = MAX_FOLLOWED
 LIST_PAGE = 1_000
 """Runs that are listed at a time."""
 SLICE = 200
-"""Rules that are told of a run in one turn of the loop."""
+"""Rules that a run is brought to in one turn of the loop."""
 
 logger = logging.getLogger(__name__)
 

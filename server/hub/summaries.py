@@ -1,4 +1,4 @@
-"""Detail `summary`: the newest small record of each of thousands of runs, for whoever watches them.
+"""Detail `summary`: the newest small record of each of thousands of runs, for those who watch them.
 
 The summaries of the bus are watched only while somebody watches the board. A subscription to everything, an agent or
 a thread begins with the active runs, whose stored summaries are read once for all who ask for the same. What may have

@@ -201,7 +201,7 @@ class RunTopic:
             follower.resync = follower.resync or "asked"
 
     def gap_before(self, follower: Follower) -> GapReason | None:
-        """Why what follows the cursor is not to be replayed, as far as can be told without looking into the log."""
+        """Why what follows the cursor is not to be replayed, as far as is known without looking into the log."""
         if follower.epoch != self.epoch or follower.cursor > self.head:
             return "log_lost"
         return "overflow" if self.head - follower.cursor > MAX_DISTANCE and not follower.whole else None

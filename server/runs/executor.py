@@ -189,7 +189,7 @@ class Executor:
         return failure
 
     async def _log_cancel(self, run: ActiveRun) -> None:
-        """The first half of a cancellation. The run's own task writes it: who asked for it may be gone by now."""
+        """The first half of a cancellation. The run's own task writes it: the client may have left."""
         if run.cause == "cancelled":
             await run.recorder.record(time.time(), CancelRequested(reason=run.reason, by=run.by))
             run.cancel_logged.set()

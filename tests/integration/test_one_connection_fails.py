@@ -108,7 +108,7 @@ FAULTS: dict[str, Callable[[Connection], None]] = {
     "a page": lambda connection: breaking(connection, offer=broken),
     "the end of a run": lambda connection: breaking(connection, remove=broken),
     "what is announced": lambda connection: breaking_feed(connection, "expect"),
-    "that it was told": lambda connection: breaking_feed(connection, "told"),
+    "that a rule was applied": lambda connection: breaking_feed(connection, "applied"),
     "what has ended": lambda connection: breaking_feed(connection, "remember"),
     "a new follower": lambda connection: breaking(connection, add=broken),
     "its follower": break_follower,

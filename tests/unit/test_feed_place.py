@@ -17,7 +17,7 @@ def place_at(position: str = "f:0", *, begun: int = 0, handed_out: int = 0) -> t
 def announce(place: FeedPlace, source: FeedPosition, run: str, follower: Follower | None = None) -> None:
     place.expect(run, source.position)
     source.position = f"f:{int(source.position[2:]) + 1}"
-    place.told(run, follower)
+    place.applied(run, follower)
 
 
 def following(run: str) -> tuple[Client, Follower]:
@@ -81,11 +81,11 @@ def test_the_position_waits_for_every_rule_that_is_to_be_told() -> None:
     place.expect("a", "f:0")
     place.expect("b", "f:1")
     source.position = "f:2"
-    place.told("b")
-    place.told("a")
+    place.applied("b")
+    place.applied("a")
     assert place.next_position() == "f:0"
 
-    place.told("a")
+    place.applied("a")
 
     assert place.next_position() == "f:2"
 
@@ -107,7 +107,7 @@ def test_there_is_no_position_before_there_is_an_open_ended_subscription() -> No
 
 def test_telling_what_was_not_expected_changes_nothing() -> None:
     place, _ = place_at("f:3")
-    place.told("a", following("a")[1])
+    place.applied("a", following("a")[1])
 
     assert place.next_position() == "f:3"
 

@@ -191,7 +191,7 @@ async def test_a_run_is_expected_to_be_shown_as_soon_as_it_was_read() -> None:
     await feed.read()
 
     assert client.outbox.feed.next_position() is None
-    client.outbox.feed.told("a")
+    client.outbox.feed.applied("a")
     assert client.outbox.feed.next_position() not in (None, start)
 
 
