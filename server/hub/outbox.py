@@ -128,18 +128,18 @@ class Outbox:
             self._frames + len(batch.payloads) <= self._queue_frames and self._bytes + batch.size <= self._queue_bytes
         )
 
-    def offer(self, segment: Segment, *, full: bool) -> int:
-        """Queue as much of a segment as there is room for, which is at least one frame unless the queue is `full`.
-        Gives the last seq that it reaches."""
+    def offer(self, segment: Segment, *, full: bool) -> tuple[int, bool]:
+        """Send or queue as much of a segment as there is room for, which is at least one frame unless the queue is
+        `full`. Gives the last seq that it reaches, and whether that brought the client anything."""
         batch = segment.batch(full=full)
         if not self.fits(batch):
             if self.full:
-                return segment.first - 1
+                return segment.first - 1, False
             segment = segment.head(self._queue_frames - self._frames, self._queue_bytes - self._bytes)
             batch = segment.batch(full=full)
         if batch.payloads:
             self.push(batch)
-        return segment.last
+        return segment.last, bool(batch.payloads)
 
     def take(self) -> list[Batch]:
         """The oldest batches, in order, about `TAKE_BYTES` of them; empty if nothing waits."""

@@ -233,9 +233,8 @@ class RunTopic:
         self._check(follower, State.BEHIND, State.LIVE)
         part, outbox = segment.after(follower.cursor), follower.outbox
         if part is not None and part.first <= self.head:
-            queued = len(outbox)
-            follower.cursor = outbox.offer(part.until(self.head), full=follower.full)
-            follower.shown = follower.shown or len(outbox) > queued
+            follower.cursor, shown = outbox.offer(part.until(self.head), full=follower.full)
+            follower.shown = follower.shown or shown
         self.rest(follower)
         return follower.state is State.BEHIND and follower.cursor < segment.last
 

@@ -66,7 +66,7 @@ def a_late_page_is_sent_though_its_follower_has_moved_on(patch: Patch) -> None:
         if page is None and follower.state is State.BEHIND:
             topic.lose(follower, "trimmed")
         for segment in page or ():
-            follower.cursor = follower.outbox.offer(segment, full=follower.full)
+            follower.cursor, _ = follower.outbox.offer(segment, full=follower.full)
         topic.rest(follower)
 
     patch.setattr(CatchUp, "_pull_page", pull_page)

@@ -117,7 +117,7 @@ def test_what_fits_is_what_leaves_the_queue_within_its_bounds() -> None:
 def test_a_segment_that_fits_is_queued_as_one_batch_and_shared() -> None:
     client, part = Client(), segment(1, 3)
 
-    assert client.outbox.offer(part, full=True) == 3
+    assert client.outbox.offer(part, full=True)[0] == 3
 
     (taken,) = client.outbox.take()
     assert taken is part.batch(full=True)
@@ -129,9 +129,9 @@ def test_a_segment_that_fits_is_queued_as_one_batch_and_shared() -> None:
 def test_a_segment_is_queued_as_far_as_there_is_room_and_then_not_at_all(limit: dict[str, int], reached: int) -> None:
     client = Client(**limit)
 
-    assert client.outbox.offer(segment(1, 9), full=True) == reached
+    assert client.outbox.offer(segment(1, 9), full=True)[0] == reached
     assert client.outbox.full
-    assert client.outbox.offer(segment(reached + 1, 9), full=True) == reached
+    assert client.outbox.offer(segment(reached + 1, 9), full=True)[0] == reached
     assert client.seqs() == list(range(1, reached + 1))
 
 
@@ -140,7 +140,7 @@ def test_what_a_detail_leaves_out_takes_no_room() -> None:
     client.outbox.put(b"{}")
     unseen = Segment([frame(1, progress=False), frame(2, progress=False)])
 
-    assert client.outbox.offer(unseen, full=False) == 2
+    assert client.outbox.offer(unseen, full=False)[0] == 2
     assert len(client.outbox.take()) == 1
     assert client.link.woken == 1
 
@@ -159,7 +159,7 @@ def test_offers_bring_a_segment_whole_and_never_more_than_one_frame_beyond_the_b
     seen: list[int | str] = []
     while rest is not None:
         before = rest.first
-        reached = client.outbox.offer(rest, full=full)
+        reached, _ = client.outbox.offer(rest, full=full)
         assert reached >= before, "an empty queue takes at least one"
         assert len(client.outbox) <= queue_frames
         assert client.outbox._bytes < queue_bytes + len(frame(30).data)

@@ -291,19 +291,24 @@ def test_live_followers_of_one_detail_are_queued_the_same_batch() -> None:
     assert first.framed is third.framed
 
 
-def test_a_follower_counts_as_shown_once_something_of_the_run_was_queued() -> None:
+@pytest.mark.parametrize("writable", [False, True], ids=["queued", "written at once"])
+def test_a_follower_counts_as_shown_once_something_of_the_run_was_sent(writable: bool) -> None:
     topic, client = topic_at(0), Client()
     follower = client.live(topic, "progress")
+    client.link.writable = writable
 
     topic.deliver([frame(1, progress=False)])
     before = follower.shown
     topic.deliver([frame(2)])
     assert (before, follower.shown) == (False, True)
 
-    behind = Client().follow(topic_at(3))
-    before = behind.shown
-    behind.topic.supply(behind, segment(1, 3))
-    assert (before, behind.shown) == (False, True)
+    behind = Client()
+    behind.link.writable = writable
+    late = behind.follow(topic_at(3), detail="progress")
+    late.topic.supply(late, Segment([frame(1, progress=False)]))
+    before = late.shown
+    late.topic.supply(late, Segment([frame(2), frame(3)]))
+    assert (before, late.shown) == (False, True)
 
 
 # -- Where a follower begins ---------------------------------------------------------------------------------------
