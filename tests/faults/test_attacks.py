@@ -125,8 +125,8 @@ async def _probe(hub: ServedHub, statuses: Counter[tuple[str, int]]) -> None:
 
 @pytest.mark.parametrize("name", ["empty pongs", "starts"])
 async def test_a_hub_under_attack_loses_no_run_to_another(name: str) -> None:
-    """Another hub ends the runs of one that misses its heartbeats, as `worker_lost`. What this says of two cores that do
-    the work of two hubs, Redis and attackers is not how fast they are."""
+    """Another hub ends the runs of one that misses its heartbeats, as `worker_lost`. Times are not
+    asserted: here two hubs, Redis and attackers share two cores."""
     with running_redis() as redis:
         async with serve("--redis", redis.url) as attacked, serve("--redis", redis.url) as other:
             async with attacked.client() as innocent, other.client() as watcher:
