@@ -275,10 +275,7 @@ class Board:
             if number % SLICE == 0:
                 yield
         concerned: dict[Viewer, list[Group]] = {viewer: [] for viewer in self._behind}
-        for group in cohorts:
-            for watch in group.watches:
-                if watch.begun:
-                    concerned.setdefault(watch.viewer, []).append(group)
+        yield from _find_concerned(cohorts, concerned)
         for viewer, groups in concerned.items():
             yield from self._serve(viewer, groups, cohorts)
         yield from self._clear_away()
@@ -327,3 +324,16 @@ class Board:
                 self._remove(run)
             if number % SLICE == 0:
                 yield
+
+
+def _find_concerned(groups: Collection[Group], concerned: dict[Viewer, list[Group]]) -> Iterator[None]:
+    """Add the viewers of these groups, each with its groups. Yields after each slice of watches."""
+    watches = 0
+    for group in groups:
+        for watch in group.watches:
+            if watch.begun:
+                concerned.setdefault(watch.viewer, []).append(group)
+        watches += len(group.watches)
+        if watches >= SLICE:
+            watches = 0
+            yield

@@ -447,6 +447,25 @@ def test_thousands_of_changes_are_flushed_in_slices() -> None:
     assert all(len(shown(client)) == 10_000 for client in clients)
 
 
+def test_a_run_that_many_watch_by_name_is_flushed_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SLICE", 10)
+    board = Board()
+    runs = [str(number) for number in range(5)]
+    clients = [watching(board, *[run_key("ann", run) for run in runs]) for _ in range(20)]
+    for run in runs:
+        board.take(record(run))
+    flushing = board.flush()
+    before = 0
+    while not clients[0].take():
+        next(flushing)
+        before += 1
+    for _ in flushing:
+        pass
+
+    assert before >= len(runs), "each of them is a slice of its own"
+    assert len(shown(clients[-1])) == 5
+
+
 # -- Any order -----------------------------------------------------------------------------------------------------
 
 

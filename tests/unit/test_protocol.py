@@ -1,6 +1,7 @@
 """The wire codec: every command, every malformed shape, every frame."""
 
 import contextlib
+import json
 import re
 import tracemalloc
 from typing import Any
@@ -26,6 +27,7 @@ from agentcast.server.errors import (
 )
 from agentcast.server.protocol import (
     Cancel,
+    List,
     Malformed,
     Ping,
     Position,
@@ -375,3 +377,41 @@ def test_encoded_event_holds_no_more_memory_than_it_has_bytes() -> None:
     finally:
         tracemalloc.stop()
     assert after - before < 2 * sum(map(len, kept)) + 50_000
+
+
+# -- Summaries and the list ----------------------------------------------------------------------------------------
+
+
+def test_a_list_asks_for_the_newest_hundred_unless_it_says_otherwise() -> None:
+    command = parse_command('{"op":"list"}')
+
+    assert isinstance(command, List)
+    assert (command.order, command.limit, command.subscribe) == ("newest", 100, False)
+    assert (command.agent, command.thread, command.status, command.after) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("to", "key", "named"),
+    [
+        ({"all": True}, ("ann", "all", ""), None),
+        ({"agent": "a"}, ("ann", "agent", "a"), None),
+        ({"thread": "t"}, ("ann", "thread", "t"), None),
+        ({"run": "r"}, None, ["r"]),
+        ({"runs": ["r", "s"]}, None, ["r", "s"]),
+    ],
+)
+def test_a_subscription_asks_for_a_key_or_names_runs(to: dict[str, Any], key: Any, named: list[str] | None) -> None:
+    asked = To(**to)
+
+    assert (None if asked.named is None else list(asked.named)) == named
+    if named is None:
+        assert asked.key("ann") == key
+
+
+def test_summaries_are_put_into_a_frame_as_they_are() -> None:
+    frame = protocol.summaries([b'{"run":"a", "x":1}', b'{"run":"b"}'])
+
+    assert frame == b'{"type":"summary","runs":[{"run":"a", "x":1},{"run":"b"}]}'
+    assert json.loads(protocol.summaries([])) == {"type": "summary", "runs": []}
+    assert json.loads(protocol.page("s1", ["a"], None)) == {"type": "list", "subscription": "s1", "runs": ["a"]}
+    assert json.loads(protocol.page("s1", [], "b"))["next"] == "b"
