@@ -1,4 +1,4 @@
-"""Work that takes long, done in slices, so that it never keeps the event loop from other tasks (G3, G11)."""
+"""Work that takes long, done in slices, so that it never keeps the event loop from other tasks (G3)."""
 
 import time
 from collections.abc import Generator

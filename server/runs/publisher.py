@@ -1,5 +1,5 @@
 """Publishes the summaries of this process's runs: in rounds, `EVERY` seconds apart, the newest record of each run that
-has changed, and always the first and the last one (G8, G11).
+has changed, and always the first and the last one.
 
 While the bus is away nothing is lost but what is out of date by then. What waits is bounded: of an active run its
 recorder, which is kept anyway, and of ended runs `MAX_ENDED` last records.

@@ -1,4 +1,4 @@
-"""Saves the snapshots of this process's runs, apart from their recording (G8).
+"""Saves the snapshots of this process's runs, apart from their recording.
 
 This module must not know what a snapshot holds, or when one is due.
 """

@@ -1,4 +1,4 @@
-"""Keeps a run's state under `STATE_BYTES`, whatever events come: says in `state_trimmed` events what goes (G8, G10).
+"""Keeps a run's state under `STATE_BYTES`, whatever events come: says in `state_trimmed` events what goes (G10).
 
 Measuring a state costs as much as encoding it. So between two measurements each event counts as the most that it can
 add, and the state is measured only when that bound is reached, which takes a mebibyte of events at least. This module

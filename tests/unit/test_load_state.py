@@ -1,4 +1,4 @@
-"""Reading a run's state from the bus: in slices, whatever it takes (G3, G10, G11)."""
+"""Reading a run's state from the bus: in slices, whatever it takes (G3, G10)."""
 
 from collections.abc import Generator
 

@@ -1,4 +1,4 @@
-"""Runs whose process is gone are ended: several at once, each apart from the others (G7, G11)."""
+"""Runs whose process is gone are ended: several at once, each apart from the others (G7)."""
 
 import logging
 from collections.abc import AsyncIterator, Collection, Sequence

@@ -1,4 +1,4 @@
-"""Saving snapshots: what waits to be saved is bounded (G8)."""
+"""Saving snapshots: what waits to be saved is bounded."""
 
 import anyio
 import pytest

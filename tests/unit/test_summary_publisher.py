@@ -1,4 +1,4 @@
-"""Publishing summaries: in rounds, latest wins, the first and the last always, nothing without a bound (G8, G11)."""
+"""Publishing summaries: in rounds, latest wins, the first and the last always, nothing without a bound."""
 
 import itertools
 import logging

@@ -1,4 +1,4 @@
-"""The bound of a state as a whole: whatever legal events come, it holds after each of them (G8, G10)."""
+"""The bound of a state as a whole: whatever legal events come, it holds after each of them (G10)."""
 
 from collections.abc import Iterator
 from typing import Any
