@@ -96,6 +96,7 @@ class Connection:
         "_session",
         "_taken",
         "_taken_at",
+        "_ticked_at",
         "_woken",
         "_writer",
     )
@@ -117,7 +118,7 @@ class Connection:
         self._scopes: set[anyio.CancelScope] | None = None
         """Of the tasks that work for this connection."""
         self._deadline: asyncio.TimerHandle | None = None
-        self._sent_at = self._taken_at = monotonic()
+        self._sent_at = self._taken_at = self._ticked_at = monotonic()
         self._sent = self._taken = 0
         """Bytes, at the last tick."""
         self._degraded_sent_at: float | None = None
@@ -229,14 +230,15 @@ class Connection:
         self._send_degraded(now, degraded)
         taken, pending = self._writer.taken, self._writer.pending
         if taken + pending != self._sent:
-            self._sent, self._sent_at = taken + pending, now
-        elif not self._outbox and now - self._sent_at >= settings.heartbeat:
+            self._sent, self._sent_at = taken + pending, self._ticked_at  # at the earliest
+        if not self._outbox and now - self._sent_at >= settings.heartbeat:
             self._outbox.put(protocol.PING)
         if taken != self._taken or not (self._outbox or pending):
             self._taken, self._taken_at = taken, now
         elif now - self._taken_at >= settings.slow_client:
             logger.warning("session %s took nothing for %.0f s: cut", self._session.id, now - self._taken_at)
             self._writer.abort()
+        self._ticked_at = now
 
     def _send_degraded(self, now: float, degraded: str | None) -> None:
         """Say at once, and now and then, that the bus is away; and at once that it is back."""
