@@ -23,7 +23,7 @@ from agentcast.agents.events import MessageEnd, MessageStart, StatePatch, Status
 from agentcast.agents.llm import ModelInfo
 from agentcast.agents.values import VALUE_BYTES
 from agentcast.server.app import AgentCast
-from agentcast.server.cli.collector import Collector
+from agentcast.server.cli.collector import Collector, freeze_heap
 from agentcast.server.config import Settings
 from agentcast.server.edge.http_protocol import HttpProtocol
 from agentcast.server.edge.session import ANONYMOUS
@@ -206,7 +206,8 @@ async def main() -> None:
     async with anyio.create_task_group() as tasks, serving(core.app, FrameProtocol, HttpProtocol) as port:
         tasks.start_soon(ticker.run)
         go.listen()
-        Collector(lambda: core.runs.active, lambda: core.runs.ended).start()
+        freeze_heap()
+        tasks.start_soon(Collector(lambda: core.runs.active, lambda: core.runs.ended).run)
         print(port, flush=True)
         await anyio.sleep_forever()
 

@@ -90,6 +90,7 @@ class _Loop(uvloop.Loop):
 async def _serve(server: "_Server", sock: socket.socket) -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(server.freeze_again)
+        tasks.start_soon(server.collector.run)
         await server.serve([sock])
         tasks.cancel_scope.cancel()
     if not await _end_tasks():
@@ -156,14 +157,14 @@ class _Server(uvicorn.Server):
         self._hub = hub
         self._banner = banner
         self.exit_code = 0
-        self._collector = Collector(lambda: hub.runs.active, lambda: hub.runs.ended)
+        self.collector = Collector(lambda: hub.runs.active, lambda: hub.runs.ended)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
-            self._collector.start()
+            freeze_heap()
             typer.echo(self._banner)
 
     async def freeze_again(self) -> None:

@@ -26,7 +26,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     try:
         yield hub
     finally:
-        hub.collector.stop()
+        gc.callbacks.remove(hub.collector.after_collection)
         gc.collect()
         gc.freeze()  # as for the whole suite
 
@@ -70,6 +70,29 @@ def test_collections_of_the_young_freeze_nothing(hub: Hub) -> None:
     assert is_tracked(alive)
 
 
+def test_nothing_is_collected_at_a_tick_while_all_collections_are_short(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LONG", 60.0)
+    alive = Node()
+
+    hub.collector.collect()
+
+    assert is_tracked(alive)
+
+
+def test_after_a_long_collection_what_is_young_is_collected_and_frozen_at_each_tick(hub: Hub) -> None:
+    gc.collect()
+    alive, dead = Node(), Node()
+    seen = weakref.ref(dead)
+    del dead
+
+    hub.collector.collect()
+
+    assert not is_tracked(alive)
+    assert seen() is None
+
+
 @pytest.mark.parametrize("change", ["many have ended", "few are active"])
 def test_frozen_cycles_are_found_once_the_runs_of_then_have_ended(hub: Hub, change: str) -> None:
     hub.active = 100
@@ -77,26 +100,27 @@ def test_frozen_cycles_are_found_once_the_runs_of_then_have_ended(hub: Hub, chan
     seen = weakref.ref(node)
     gc.collect()
     del node
-    gc.collect()
+    hub.collector.collect()
     assert seen() is not None, "frozen, it is not found"
 
     if change == "many have ended":
         hub.ended = THAW_AFTER
     else:
         hub.active = 24
-    gc.collect()
-    gc.collect()
+    hub.collector.collect()
 
     assert seen() is None
 
 
-def test_after_a_thaw_counting_begins_again(hub: Hub) -> None:
+def test_after_a_thaw_counting_starts_over(hub: Hub) -> None:
     gc.collect()
     hub.ended = THAW_AFTER
-    gc.collect()  # thaws
-    gc.collect()  # freezes
-    alive = Node()
-
+    hub.collector.collect()  # thaws, and freezes again
+    node = Node()
+    seen = weakref.ref(node)
     gc.collect()
+    del node
 
-    assert not is_tracked(alive)
+    hub.collector.collect()
+
+    assert seen() is not None
