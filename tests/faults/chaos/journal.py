@@ -37,11 +37,11 @@ class Journal:
         """`state` holds all that was emitted, in order; or, unless `whole`, the first so many of it."""
         wanted = _essence(state)
         for count in [len(self.events)] if whole else self._candidates(state):
-            if self._state_after(count, state) == wanted:
+            if self._after(count, state) == wanted:
                 return
         raise AssertionError(
             f"run {state['run']} ({state['status']}) is not the {'whole' if whole else 'beginning'} of what its agent "
-            f"emitted, {len(self.events)} events:\n{wanted}\nbut emitted was\n{self._state_after(len(self.events), state)}"
+            f"emitted, {len(self.events)} events:\n{wanted}\nbut emitted was\n{self._after(len(self.events), state)}"
         )
 
     def _candidates(self, state: dict[str, Any]) -> Iterator[int]:
@@ -53,7 +53,7 @@ class Journal:
             if _glance(replayed.document) == wanted:
                 yield count
 
-    def _state_after(self, count: int, state: dict[str, Any]) -> dict[str, Any]:
+    def _after(self, count: int, state: dict[str, Any]) -> dict[str, Any]:
         """What the state shows if the run ended after `count` events."""
         replayed = RunState.new(state["run"], state["agent"])
         for seq, event in enumerate(self.events[:count]):
