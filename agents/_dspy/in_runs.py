@@ -78,7 +78,7 @@ def _formatting(original: Callable[..., Any], in_run: InRun) -> Callable[..., An
     return _format_trajectory
 
 
-def _telling(original: Callable[..., Any], in_run: InRun) -> Callable[..., Any]:
+def _formatting_errors(original: Callable[..., Any], in_run: InRun) -> Callable[..., Any]:
     def format_error_for_lm(error: BaseException, *, traceback_frames: int = 0) -> str:
         return public_message(error) if in_run() else original(error, traceback_frames=traceback_frames)
 
@@ -299,8 +299,8 @@ IN_RUNS = (
     _InRuns("dspy.adapters.utils", "serialize_for_json", _TEXTS, _serializing),
     _InRuns("dspy.adapters.xml_adapter", "serialize_for_json", _TEXTS, _serializing),
     _InRuns("dspy.predict.react", "ReAct._format_trajectory", "each step builds a model of 4n fields", _formatting),
-    _InRuns("dspy.predict.react", "format_error_for_lm", _ERRORS, _telling),
-    _InRuns("dspy.predict.react_v2", "format_error_for_lm", _ERRORS, _telling),
+    _InRuns("dspy.predict.react", "format_error_for_lm", _ERRORS, _formatting_errors),
+    _InRuns("dspy.predict.react_v2", "format_error_for_lm", _ERRORS, _formatting_errors),
     _InRuns("dspy.signatures.signature", "SignatureMeta._get_fields_with_type", _FIELDS, _finding),
     _InRuns("dspy.utils.callback", "_get_on_start_handler", _KINDS, _choosing),
     _InRuns("dspy.utils.callback", "_get_on_end_handler", _KINDS, _choosing),

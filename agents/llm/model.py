@@ -2,7 +2,7 @@
 
 DSPy itself retries too, but in silence, without jitter, blocking its thread, and never once text has been streamed.
 Here each attempt is a call of its own, with a span of its own: when one breaks, its text is retracted (by the bridge,
-as for any failed call), a `status` tells people what happens, and the next attempt streams from the start. A stream
+as for any failed call), a `status` says what happens, and the next attempt streams from the start. A stream
 that knows no retraction, such as `streamify`'s, is not repeated once it has shown text.
 
 Also here, since DSPy keeps it to its history, which is off: what a call cost.

@@ -50,7 +50,7 @@ class Call:
         self._progress: deque[Progress] = deque(maxlen=WAITING_PROGRESS)
         self._result: CallToolResult | None = None
         self._failure: str | None = None
-        self._news = anyio.Event()
+        self._changed = anyio.Event()
 
     # -- For the run -----------------------------------------------------------------------------------------------
 
@@ -61,8 +61,8 @@ class Call:
                 yield self._progress.popleft()
             if self._ended:
                 return
-            await self._news.wait()
-            self._news = anyio.Event()
+            await self._changed.wait()
+            self._changed = anyio.Event()
 
     def result(self) -> Any:
         """What the server gave, as plain, bounded data.
@@ -90,7 +90,7 @@ class Call:
                 self._end(None, f"it gave no answer within {self.timeout:g} s; the call was cancelled")
         except MCPError as error:
             self.doubtful = error.code not in _ABOUT_THE_CALL
-            self._end(None, _told(error))
+            self._end(None, _message_of(error))
         except Exception as error:  # noqa: BLE001 -- whatever the SDK makes of a server's answer
             self._end(None, f"its answer could not be read ({type(error).__name__})")
         finally:
@@ -107,7 +107,7 @@ class Call:
         total = total if total is None or math.isfinite(total) else None
         text = None if message is None else redact(cut_text(message, PROGRESS_BYTES))
         self._progress.append(Progress(progress, total, text))
-        self._news.set()
+        self._changed.set()
 
     @property
     def _ended(self) -> bool:
@@ -116,7 +116,7 @@ class Call:
     def _end(self, result: CallToolResult | None, failure: str | None) -> None:
         if not self._ended:
             self._result, self._failure = result, failure
-            self._news.set()
+            self._changed.set()
 
 
 def sendable(value: Any, depth: int = 0) -> Any:
@@ -140,7 +140,7 @@ def sendable(value: Any, depth: int = 0) -> Any:
     raise ToolError(f"the arguments cannot be sent: JSON has no {shown}")
 
 
-def _told(error: MCPError) -> str:
+def _message_of(error: MCPError) -> str:
     if error.code == CONNECTION_CLOSED and error.message == "Connection closed":
         return LOST
     return clean_error(error.message) or f"error {error.code}"

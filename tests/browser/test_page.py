@@ -70,24 +70,24 @@ class Needy(FunctionAgent):
 
 
 class Stepping:
-    """An agent that says a word each time it is told to."""
+    """An agent that says a word for each call of `say`."""
 
     def __init__(self) -> None:
         self.agent = agent("stepping")(self._run)
         self._words: list[str] = []
-        self._news = anyio.Event()
+        self._changed = anyio.Event()
 
     def say(self, word: str, *, last: bool = False) -> None:
         self._words += [word, ""] if last else [word]
-        self._news.set()
+        self._changed.set()
 
     async def _run(self, input: Anything, emit: Emitter) -> dict[str, str]:
         await emit.send(MessageStart(message="m", span="s", field="answer"))
         said = 0
         while "" not in self._words or said < len(self._words) - 1:
             while said == len(self._words):
-                self._news = anyio.Event()
-                await self._news.wait()
+                self._changed = anyio.Event()
+                await self._changed.wait()
             await emit.send(Token(message="m", delta=self._words[said]))
             said += 1
         text = "".join(self._words)

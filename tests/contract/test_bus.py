@@ -604,7 +604,7 @@ async def test_log_goes_on_after_it_was_trimmed(make_bus: MakeBus) -> None:
 
 
 async def test_subscription_is_confirmed_when_it_returns(bus: Bus) -> None:
-    """Whoever subscribes, then reads the head, then a page, has seen everything: nothing falls between (G2)."""
+    """Subscribing, then reading the head, then a page shows everything: nothing falls between (G2)."""
     log = await Log.create(bus)
     for _ in range(10):
         mail = Mail()
@@ -769,20 +769,20 @@ async def test_paging_through_the_list_gives_each_run_once(bus: Bus) -> None:
 # -- The feed ------------------------------------------------------------------------------------------------------
 
 
-async def test_feed_tells_of_each_run_in_order(bus: Bus) -> None:
+async def test_feed_announces_each_run_in_order(bus: Bus) -> None:
     watched = Heard()
     await bus.create(new_run())
     subscription, position = await bus.watch_feed(watched.announce)
     assert await bus.read_feed(position) == []
-    news = [new_run(agent="echo", thread="t"), new_run(principal="bob"), new_run()]
-    for new in news:
+    created = [new_run(agent="echo", thread="t"), new_run(principal="bob"), new_run()]
+    for new in created:
         await bus.create(new)
 
     entries = await watched.take(3)
 
     assert await bus.read_feed(position) == entries
     assert [(entry.run, entry.epoch, entry.agent, entry.thread, entry.principal) for entry in entries] == [
-        (new.run, new.epoch, new.agent, new.thread, new.principal) for new in news
+        (new.run, new.epoch, new.agent, new.thread, new.principal) for new in created
     ]
     subscription.close()
 
@@ -799,7 +799,7 @@ async def test_feed_goes_on_after_each_position(bus: Bus) -> None:
         assert await bus.read_feed(entry.position) == entries[index + 1 :]
 
 
-async def test_closed_watch_is_told_nothing_more(bus: Bus) -> None:
+async def test_closed_watch_receives_nothing_more(bus: Bus) -> None:
     closed = Heard()
     open = Heard()
     subscription, _ = await bus.watch_feed(closed.announce)

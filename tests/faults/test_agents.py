@@ -78,7 +78,7 @@ RAISED: list[tuple[BaseException, str]] = [
 ]
 
 
-async def test_what_an_agent_raises_ends_its_run_and_tells_only_what_is_fit(log: Log) -> None:
+async def test_what_an_agent_raises_ends_its_run_and_shows_only_public_text(log: Log) -> None:
     @agent("raising")
     async def raising(input: Anything, emit: Emitter) -> None:
         await emit.send(Status(message="about to fail"))
@@ -119,7 +119,7 @@ async def test_what_a_task_of_an_agent_raises_ends_the_run_and_not_the_hub(log: 
     assert view.document["error"]["code"] == "agent_error"
 
 
-async def test_secrets_of_the_environment_are_not_told(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_secrets_of_the_environment_are_redacted(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "sk-very-secret-value")
 
     @agent("leaking")
@@ -199,7 +199,7 @@ async def test_an_agent_that_ignores_its_cancellation_is_left_behind_and_its_slo
         assert (await other.view(beside)).document["status"] == "done"
         assert hub.core.runs.abandoned == 1
         assert any("ignored its cancellation" in line and run in line for line in log.lines)
-        with anyio.move_on_after(0.3):  # longer than it sleeps: it would have gone on by now
+        with anyio.move_on_after(0.3):  # longer than it sleeps: it would have gone on meanwhile
             await client.until(lambda frame: frame.get("run") == run)
             raise AssertionError("the run went on")
 

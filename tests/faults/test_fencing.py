@@ -76,9 +76,9 @@ async def test_a_stopped_hub_whose_runs_were_taken_over_ends_their_agents(
         await anyio.sleep(0.3)
         assert [file.read_bytes() for file in files[:-1]] == ticks, "an agent goes on"
         for run in runs:
-            seen, told = await watcher.view(run), other.memory.view(run)
-            assert seen.document == told.document
-            assert seen.names.count("run_error") <= 1, "the end is told by an event or by a snapshot"
+            seen, elsewhere = await watcher.view(run), other.memory.view(run)
+            assert seen.document == elsewhere.document
+            assert seen.names.count("run_error") <= 1, "the end comes in an event or in a snapshot"
         log = "".join(here.log)
         for run in runs:
             assert log.count(f"run {run}: ") == 1, log

@@ -1,4 +1,4 @@
-"""What ended runs take is bounded, and who still wanted one that was forgotten is told (G2)."""
+"""Ended runs take bounded memory, and a client that still wants a forgotten run learns that it is missing (G2)."""
 
 from agentcast.agents.base import Emitter
 from agentcast.agents.events import Status
@@ -27,7 +27,7 @@ async def test_a_run_larger_than_all_that_is_kept_is_there_until_the_next_one_en
         assert (await client.ask("subscribe", to={"all": True}, since={first: {"seq": 0}}))["missing"] == [first]
 
 
-async def test_a_client_behind_on_a_run_that_is_forgotten_comes_back_and_is_told_that_it_is_missing() -> None:
+async def test_a_client_behind_on_a_forgotten_run_comes_back_and_finds_it_missing() -> None:
     async with open_hub(wordy, bus=MemoryBus(max_ended=1)) as hub, hub.client() as other:
         async with hub.client() as slow:
             await slow.follow_all()

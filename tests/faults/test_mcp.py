@@ -108,7 +108,7 @@ async def test_http_server_that_goes_away_comes_back(log: Log, monkeypatch: pyte
                 assert server.unavailable is None
 
 
-async def test_server_that_has_forgotten_its_session_is_connected_to_anew_at_once(monkeypatch: pytest.MonkeyPatch):
+async def test_server_that_has_forgotten_its_session_is_reconnected_at_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(connection, "PING_EVERY", 1_000)
     async with legacy_http() as url:
         server = mcp_server("legacy", url=url)
@@ -199,10 +199,10 @@ async def test_flood_of_progress_is_thinned_out_in_order():
     async with running(server):
         with anyio.fail_after(PATIENCE):
             played = await play(ReAct("question -> answer", [server]), [("steps", {"count": 5_000})], Slow())
-    told = [event.progress for event in played.heard.of(ToolProgress)]
-    assert told == sorted(set(told))
-    assert told[-1] == 4_999
-    assert WAITING_PROGRESS <= len(told) < 4_000
+    reported = [event.progress for event in played.heard.of(ToolProgress)]
+    assert reported == sorted(set(reported))
+    assert reported[-1] == 4_999
+    assert WAITING_PROGRESS <= len(reported) < 4_000
     kinds = [type(event) for event in played.heard.events]
     assert ToolProgress not in kinds[kinds.index(ToolEnd) :]
 
@@ -228,20 +228,20 @@ async def test_flood_of_progress_does_not_end_a_run_on_the_hub():
 
 async def test_message_of_progress_is_bounded_before_it_waits():
     class Chatty:
-        async def call_tool(self, tool: str, args: Any, timeout: Any, told: Any) -> Any:
-            await told(1.0, 2.0, "m" * 1_000_000)
+        async def call_tool(self, tool: str, args: Any, timeout: Any, report: Any) -> Any:
+            await report(1.0, 2.0, "m" * 1_000_000)
 
     chatty: Any = Chatty()
     call = Call("talk", {}, PATIENCE)
     await call.make(chatty)
-    (told,) = [progress async for progress in call.progress()]
-    assert told.progress == 1
-    assert told.message is not None
-    assert told.message.startswith("mmm")
-    assert text_bytes(told.message) <= PROGRESS_BYTES
+    (reported,) = [progress async for progress in call.progress()]
+    assert reported.progress == 1
+    assert reported.message is not None
+    assert reported.message.startswith("mmm")
+    assert text_bytes(reported.message) <= PROGRESS_BYTES
 
 
-async def test_rubbish_on_stdout_is_dropped_and_told_once(log: Log):
+async def test_rubbish_on_stdout_is_dropped_and_logged_once(log: Log):
     server = faulty()
     async with running(server):
         with anyio.fail_after(PATIENCE):
@@ -304,7 +304,7 @@ async def test_server_with_a_thousand_tools():
             played = await play(agent, [("tool_999", {}), ("tool_0", {})])
             assert played.observations == ["number 999", "number 0"]
             made = await agent._toolset()
-            assert await agent._toolset() is made  # it is made anew only when there are other tools
+            assert await agent._toolset() is made  # a new one is made only when the tools have changed
     assert len(made.tools) > 1_000
 
 
@@ -342,7 +342,7 @@ async def test_run_waits_for_a_server_that_is_starting():
     assert played.heard.events[1].message == "Waiting for MCP server faulty"  # type: ignore[union-attr]
 
 
-async def test_server_that_is_no_mcp_server_is_told_apart(monkeypatch: pytest.MonkeyPatch):
+async def test_server_that_is_no_mcp_server_is_reported_as_such(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(server_module, "START_TIMEOUT", 1.0)
     chatter = "import time\nfor _ in range(3): print('hello')\ntime.sleep(100)"
     server = mcp_server("chatter", command=sys.executable, args=["-uc", chatter])

@@ -340,14 +340,14 @@ async def test_odd_answers_of_a_server_object_end_their_calls():
     async def progress(ctx: Context) -> str:
         for number in (float("nan"), 1.0, float("inf")):
             await ctx.report_progress(number, number)
-        return "told"
+        return "done"
 
     server = mcp_server("mine", server=mine, timeout=PATIENCE)
     async with running(server):
         assert await call_all(server, ["surrogate", "hollow", "progress"]) == {
             "surrogate": "a?",
             "hollow": "failed: its answer could not be read (ValidationError)",
-            "progress": "told",
+            "progress": "done",
         }
         with anyio.fail_after(PATIENCE):
             played = await play(ReAct("question -> answer", [server]), [("progress", {})])

@@ -1,4 +1,4 @@
-"""LM calls that fail: repeated where that can help, their text retracted, or told with a code; cancelled at once.
+"""LM calls that fail: repeated where that can help, their text retracted, or reported with a code; cancelled at once.
 
 Programs are called through the whole hub, natively and through litellm, awaited and on threads, and reach a provider's
 HTTP API over a real socket.
@@ -135,7 +135,7 @@ async def test_a_call_that_fails_in_passing_is_repeated_and_its_text_is_void(fau
 
 
 async def test_retry_after_is_waited_for() -> None:
-    """Not a clock is looked at, but what people are told."""
+    """The test checks the status that users see, not a clock."""
     view, _ = await outcome(Refuse(429, headers={"Retry-After": "1"}), WHOLE)
     (status,) = of(view, "status")
     assert "trying again in 1.0 s" in status["message"]
@@ -218,7 +218,7 @@ async def test_litellm_is_retried_in_the_same_way(kind: str, monkeypatch: pytest
     import litellm
 
     monkeypatch.setattr(litellm, "suppress_debug_info", True)
-    litellm.in_memory_llm_clients_cache.flush_cache()  # it tells loops apart by their `id`, which tests reuse
+    litellm.in_memory_llm_clients_cache.flush_cache()  # it distinguishes loops by their `id`, which tests reuse
     answers = (Refuse(429, headers={"Retry-After": "0"}), Say(WHOLE.text, after=6), WHOLE)
     view, served = await outcome(*answers, kind=kind, engine="litellm")
     assert view.document["result"] == {"answer": ANSWER}

@@ -19,5 +19,5 @@ async def test_no_sequence_of_faults_breaks_a_guarantee(seed: int) -> None:
     try:
         await story.play()
     except BaseException as error:
-        error.add_note(f"seed {seed}, after {', '.join(story.told)}")
+        error.add_note(f"seed {seed}, after {', '.join(story.happened)}")
         raise

@@ -1,4 +1,4 @@
-"""What can happen to Redis and to hubs, one at a time: nothing is lost, and everybody is told (G1, G2, G5, G7, G10).
+"""Faults of Redis and of hubs, one at a time: nothing is lost, and every client learns of it (G1, G2, G5, G7, G10).
 
 Ten runs stream on one hub. They are followed on both, by clients of all kinds.
 """
@@ -38,15 +38,15 @@ class Scene:
     async def check(self) -> dict[str, dict[str, Any]]:
         """Everybody has seen every run end, and has the same of it. Gives the final snapshots."""
         final = await self.world.final(self.runs)
-        told = {run: snapshot for run, snapshot in final.items() if snapshot is not None}
-        assert told.keys() == set(self.runs)
+        snapshots = {run: snapshot for run, snapshot in final.items() if snapshot is not None}
+        assert snapshots.keys() == set(self.runs)
         for viewer in self.viewers:
             await viewer.has_ended([run for run in self.runs if viewer.runs in (None, [run])], PATIENCE)
         for viewer in self.viewers:
-            for run, snapshot in told.items():
+            for run, snapshot in snapshots.items():
                 if viewer.runs in (None, [run]):
                     viewer.check(run, snapshot)
-        return told
+        return snapshots
 
     async def check_done(self) -> None:
         """The same, and each run has been done to its end."""
@@ -82,7 +82,7 @@ async def open_scene(
 
 
 def degraded(viewers: Sequence[Viewer]) -> list[bool]:
-    """Whether each viewer was told that something is wrong."""
+    """Whether each viewer has received a ping that reports a degraded hub."""
     return [any("degraded" in ping for ping in viewer.pings) for viewer in viewers]
 
 

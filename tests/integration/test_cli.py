@@ -159,7 +159,7 @@ async def test_without_a_hub_the_url_and_the_remedy_are_named(command: list[str]
     assert "agentcast serve" in done.err
 
 
-async def test_a_server_that_is_no_hub_is_told_from_one(free_tcp_port: int) -> None:
+async def test_a_server_that_is_no_hub_is_reported_as_such(free_tcp_port: int) -> None:
     async def hello(connection: ServerConnection, request: Request) -> Response:
         return connection.respond(200, "welcome\n")
 
@@ -213,7 +213,7 @@ async def test_a_failed_run_exits_with_1_and_says_why(hub: RunningHub, log: Any)
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "messages"),
     [
         (["nobody"], ["no agent 'nobody'", "known are: shop, broken, endless"]),
         (["shop"], ["what: it is required"]),
@@ -232,12 +232,12 @@ async def test_a_failed_run_exits_with_1_and_says_why(hub: RunningHub, log: Any)
     ],
 )
 async def test_wrong_input_exits_with_2_and_names_field_and_form(
-    hub: RunningHub, args: list[str], told: list[str]
+    hub: RunningHub, args: list[str], messages: list[str]
 ) -> None:
     done = await agentcast("run", *args, "--url", hub.url)
     assert (done.code, done.out) == (2, "")
-    for text in told:
-        assert text in done.err
+    for message in messages:
+        assert message in done.err
 
 
 async def test_input_that_is_too_big_is_not_even_sent(hub: RunningHub) -> None:
@@ -405,7 +405,7 @@ Script = Callable[["Scripted", ServerConnection], Awaitable[None]]
 
 @dataclass
 class Scripted:
-    """A hub that does as told: one script for each connection, in order. Then it is gone."""
+    """A hub that plays one script for each connection, in order. Then it is gone."""
 
     scripts: list[Script]
     commands: list[Frame] = field(default_factory=list)
@@ -625,7 +625,7 @@ async def test_a_cancel_asked_for_while_disconnected_is_sent_with_the_next_conne
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (["--agents", "no_such_package:registry"], "no_such_package"),
         (["--log-level", "loud"], "loud"),
@@ -633,10 +633,10 @@ async def test_a_cancel_asked_for_while_disconnected_is_sent_with_the_next_conne
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
     ],
 )
-async def test_a_hub_that_cannot_start_says_why(args: list[str], told: str) -> None:
+async def test_a_hub_that_cannot_start_says_why(args: list[str], message: str) -> None:
     done = await agentcast("serve", *args)
     assert (done.code, done.out) == (2, "")
-    assert told in done.err
+    assert message in done.err
     assert "Traceback" not in done.err
 
 
@@ -653,7 +653,7 @@ async def test_help_has_examples(command: str) -> None:
     assert f"agentcast {command}" in done.out
 
 
-async def test_help_of_run_tells_the_exit_codes() -> None:
+async def test_help_of_run_lists_the_exit_codes() -> None:
     done = await agentcast("run", "--help")
     for code in ("0: the run is done", "1: it failed", "2: wrong", "3: it was cancelled", "4: no hub"):
         assert code in done.out

@@ -44,7 +44,7 @@ class Held:
         return "done"
 
 
-async def test_hello_comes_first_and_tells_the_limits() -> None:
+async def test_hello_comes_first_and_states_the_limits() -> None:
     async with open_hub(heartbeat=7.5) as hub, hub.client() as client, hub.client() as other:
         assert client.hello["protocol"] == 1
         assert client.hello["server"] == f"agentcast/{__version__}"
@@ -261,7 +261,7 @@ async def test_everything_shows_active_runs_and_those_that_start_later() -> None
         ended = await client.start("talker", {"n": 0})
         await client.end(ended)
         result = await watcher.ask("subscribe", to={"all": True})
-        assert [told["run"] for told in result["runs"]] == [running]
+        assert [entry["run"] for entry in result["runs"]] == [running]
         assert result["missing"] == []
         assert isinstance(result["feed"], str)
         assert "feed_recovered" not in result
@@ -307,7 +307,7 @@ async def test_since_names_runs_that_ended_and_missing_those_that_are_gone() -> 
         result = await watcher.ask(
             "subscribe", to={"thread": "t"}, since={run: {"seq": 0} for run in (ended, elsewhere, "gone")}
         )
-        assert [told["run"] for told in result["runs"]] == [elsewhere]
+        assert [entry["run"] for entry in result["runs"]] == [elsewhere]
         assert result["missing"] == ["gone"]
         view = await watcher.view(elsewhere)
         assert view.events == client.memory.view(elsewhere).events
@@ -325,7 +325,7 @@ async def test_the_feed_brings_runs_that_came_and_went_meanwhile() -> None:
         async with hub.client(memory=memory) as watcher:
             result = await watcher.follow_all()
             assert result["feed_recovered"] is True
-            assert [told["run"] for told in result["runs"]] == missed
+            assert [entry["run"] for entry in result["runs"]] == missed
             await watcher.end(*missed)
         for run in missed:
             assert memory.view(run).events == client.memory.view(run).events
@@ -535,7 +535,7 @@ async def test_a_queued_run_is_cancelled_without_ever_starting() -> None:
         assert (await client.view(first)).document["status"] == "done"
 
 
-async def test_queued_runs_are_told_their_position_as_it_halves() -> None:
+async def test_queued_runs_get_their_position_as_it_halves() -> None:
     held = Held(max_concurrent=1)
     async with open_hub(held.agent) as hub, hub.client() as client:
         runs = [await client.start("held") for _ in range(6)]
@@ -543,12 +543,12 @@ async def test_queued_runs_are_told_their_position_as_it_halves() -> None:
             client.memory.view(run).events[0].get("position") for run in runs if client.memory.view(run).events
         ]
         await client.end(await _let_go(client, held, runs))
-        told = {run: [e["position"] for e in client.memory.view(run).events if "position" in e] for run in runs}
+        sent = {run: [e["position"] for e in client.memory.view(run).events if "position" in e] for run in runs}
         assert positions[0] is None
-        assert told[runs[0]] == []
-        assert told[runs[1]] == [0]
-        assert told[runs[3]] == [2, 1, 0]
-        assert told[runs[5]] == [4, 2, 1, 0]
+        assert sent[runs[0]] == []
+        assert sent[runs[1]] == [0]
+        assert sent[runs[3]] == [2, 1, 0]
+        assert sent[runs[5]] == [4, 2, 1, 0]
 
 
 async def _let_go(client: Client, held: Held, runs: list[str]) -> str:

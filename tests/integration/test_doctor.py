@@ -124,7 +124,7 @@ async def test_a_model_that_fails_fails_it_and_the_other_checks_are_made(
     assert lines[-1].startswith("✓ port")
 
 
-async def test_an_answer_in_another_form_is_told(monkeypatch: pytest.MonkeyPatch, key: None) -> None:
+async def test_an_answer_in_another_form_is_reported(monkeypatch: pytest.MonkeyPatch, key: None) -> None:
     async with provider(Say("Two, of course!")) as served:
         reach(served, monkeypatch)
         code, lines = await doctor(lm=MODEL)

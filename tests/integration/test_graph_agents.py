@@ -72,7 +72,7 @@ async def test_run_that_fails_names_the_node(log: Log):
     assert len([event for event in events if event["event"] == "validation_error"]) == 4
 
 
-async def test_loop_limit_is_told(log: Log):
+async def test_loop_limit_is_reported(log: Log):
     log.expect("of agent triage failed")
     graph = graph_of(node("again", Topic, Empty, lambda _: {}), edges=[("again", "again")], max_steps=3)
     async with open_hub(added(AgentTranspiler.compile(graph))) as hub, hub.client() as client:
@@ -100,14 +100,14 @@ async def test_cancel_reaches_into_a_node():
             await cancelled.wait()
 
 
-async def test_agents_tell_their_graph_and_their_types():
+async def test_agents_describe_their_graph_and_their_types():
     graph = graph_of(node("sort", Topic, Triage), edges=[], description="Sorts.")
     graph.add_conditional_edges("sort", lambda state: state.category, {"bug": "sort", "question": END})
     program = AgentTranspiler.compile(graph, output_model=Triage)
     async with open_hub(added(program)) as hub, hub.http() as http:
-        (told,) = (await http.get("/v1/agents")).json()["agents"]
+        (described,) = (await http.get("/v1/agents")).json()["agents"]
         refused = await http.post("/v1/runs", json={"agent": "triage", "input": {"topic": "x", "more": 1}})
-    assert told["graph"] == {
+    assert described["graph"] == {
         "entry": "sort",
         "nodes": [{"name": "sort", "kind": "lm"}],
         "edges": [
@@ -115,9 +115,9 @@ async def test_agents_tell_their_graph_and_their_types():
             {"from": "sort", "to": "__end__", "label": "question"},
         ],
     }
-    assert told["description"] == "Sorts."
-    assert list(told["input"]["properties"]) == ["topic"]
-    assert told["output"]["properties"]["priority"]["maximum"] == 5
+    assert described["description"] == "Sorts."
+    assert list(described["input"]["properties"]) == ["topic"]
+    assert described["output"]["properties"]["priority"]["maximum"] == 5
     assert refused.status_code == 422
     assert "more" in refused.text
 
@@ -134,10 +134,10 @@ async def test_aliases_name_what_is_taken_and_fields_what_is_given():
     class Asked(BaseModel):
         topic: str = Field(alias="Topic")
 
-    class Told(BaseModel):
+    class Answer(BaseModel):
         text: str = Field(alias="Text")
 
-    agent = added(program_of(node("say", Asked, Told, lambda asked: {"text": asked.topic}), output=Told))
+    agent = added(program_of(node("say", Asked, Answer, lambda asked: {"text": asked.topic}), output=Answer))
     async with open_hub(agent) as hub, hub.client() as client:
         events = (await client.view(await client.start("triage", {"Topic": "x"}))).events
     assert list(agent.spec.input_model.model_json_schema()["properties"]) == ["Topic"]

@@ -61,7 +61,7 @@ async def hub() -> AsyncIterator[RunningHub]:
         yield hub
 
 
-async def test_health_and_readiness_are_told() -> None:
+async def test_health_and_readiness_are_reported() -> None:
     async with open_hub(sleeper) as hub, hub.http() as http:
         assert (await http.get("/healthz")).json() == {"status": "ok"}
         assert (await http.get("/readyz")).json() == {"status": "ok", "runs": 0, "bus": {}}

@@ -87,12 +87,12 @@ async def test_progress_comes_in_order_and_before_the_end(kind: str):
     async with served(kind) as server:
         with anyio.fail_after(PATIENCE):
             played = await play(ReAct("question -> answer", [server]), [("steps", {"count": 100})])
-    told = [event for event in played.heard.events if isinstance(event, ToolStart | ToolProgress | ToolEnd)]
-    assert isinstance(told[0], ToolStart)
-    assert isinstance(told[-1], ToolEnd)
-    steps = [(event.progress, event.total, event.message) for event in told if isinstance(event, ToolProgress)]
+    calls = [event for event in played.heard.events if isinstance(event, ToolStart | ToolProgress | ToolEnd)]
+    assert isinstance(calls[0], ToolStart)
+    assert isinstance(calls[-1], ToolEnd)
+    steps = [(event.progress, event.total, event.message) for event in calls if isinstance(event, ToolProgress)]
     assert steps == [(number, 100, f"step {number}") for number in range(100)]
-    assert {event.span for event in told} == {told[0].span}
+    assert {event.span for event in calls} == {calls[0].span}
 
 
 @TRANSPORTS
@@ -141,7 +141,7 @@ async def test_new_tools_are_there_for_the_next_run(kind: str):
     assert played.observations == ["I am grown"]
 
 
-async def test_server_of_an_older_protocol_works_and_tells_of_new_tools(monkeypatch: pytest.MonkeyPatch):
+async def test_server_of_an_older_protocol_works_and_announces_new_tools(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("agentcast.agents.mcp.connection.PING_EVERY", 0.05)  # it is asked, and answers, all the while
     server = mcp_server("legacy", command=sys.executable, args=["-P", LEGACY])
     async with running(server):
@@ -265,7 +265,7 @@ async def test_server_that_nobody_keeps_says_so():
         await play(agent, [])
 
 
-async def test_check_tells_how_each_server_stands():
+async def test_check_reports_the_state_of_each_server():
     async with faulty_http("--token", "right") as (url, _):
         given = [
             faulty("good"),
@@ -318,7 +318,7 @@ async def test_agent_is_unavailable_while_its_server_cannot_start_and_comes_back
             return dict(agent)
 
         with anyio.fail_after(PATIENCE):
-            while (agent := await described())["available"]:  # noqa: ASYNC110 -- only asking tells
+            while (agent := await described())["available"]:  # noqa: ASYNC110 -- it has to be polled
                 await anyio.sleep(0.02)
             reason = "MCP server slow: it exited with code 3: no luck with [redacted] at data"
             assert agent["reason"] == reason
@@ -415,8 +415,8 @@ async def test_command_line_says_why_an_agent_is_unavailable(tmp_path: Path):
         with anyio.fail_after(PATIENCE):
             while f"not available at the moment: {reason}" not in (await agentcast("agents"))[1]:  # noqa: ASYNC110
                 await anyio.sleep(0.1)
-            code, told = await agentcast("run", "assistant", "request=x")
-    assert (code, told) == (1, f"agentcast: agent assistant is not available: {reason}; try again later")
+            code, output = await agentcast("run", "assistant", "request=x")
+    assert (code, output) == (1, f"agentcast: agent assistant is not available: {reason}; try again later")
 
 
 async def test_librarian_answers_through_its_server():

@@ -101,7 +101,7 @@ def breaking_feed(connection: Connection, name: str) -> None:
 FAULTS: dict[str, Callable[[Connection], None]] = {
     "its tick": lambda connection: replace(connection, tick=broken),
     "what is said once a second": lambda connection: breaking(connection, put_notices=broken),
-    "news of a run": lambda connection: breaking(connection, send=broken),
+    "frames of a run": lambda connection: breaking(connection, send=broken),
     "what waits for it": break_queue,
     "a write": lambda connection: setattr(connection, "_writer", Unwritable(connection._writer)),
     "whose turn it is": lambda connection: breaking(connection, claim=broken),

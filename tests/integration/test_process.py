@@ -27,7 +27,7 @@ async def test_serve_prints_its_url_and_runs_agents() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-async def test_a_signal_ends_running_runs_tells_the_clients_and_exits_with_0(number: signal.Signals) -> None:
+async def test_a_signal_ends_running_runs_notifies_the_clients_and_exits_with_0(number: signal.Signals) -> None:
     async with serve(grace="0.3", cancel_grace="0.3") as hub, hub.client() as client, hub.client() as watcher:
         await watcher.follow_all()
         runs = [await client.start("holder") for _ in range(5)]
@@ -153,7 +153,7 @@ async def test_settings_come_from_the_environment() -> None:
 # -- Refusing to start ---------------------------------------------------------------------------------------------
 
 
-async def test_a_port_in_use_is_told() -> None:
+async def test_a_port_in_use_is_reported() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, errors = await refused("--port", str(port), "--agents", REGISTRY)
@@ -181,7 +181,7 @@ async def test_a_port_in_use_is_told() -> None:
     ],
     ids=str,
 )
-async def test_what_is_wrong_at_the_start_is_told_in_a_line(
+async def test_what_is_wrong_at_the_start_is_reported_in_a_line(
     arguments: list[str], settings: dict[str, str], named: str
 ) -> None:
     code, errors = await refused("--port", "0", *arguments, **{"agents": REGISTRY} | settings)

@@ -98,7 +98,7 @@ def deployed(folder: Path) -> Iterator[list[str]]:
             process = subprocess.Popen(arguments, cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True)
             processes.append(process)
             assert process.stdout is not None
-            assert any("Ready to accept" in told or "stop    Ctrl-C" in told for told in process.stdout), line
+            assert any("Ready to accept" in printed or "stop    Ctrl-C" in printed for printed in process.stdout), line
         yield [f"http://127.0.0.1:{port}" for port in list(ports.values())[1:]]
     finally:
         for process in reversed(processes):

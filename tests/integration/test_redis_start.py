@@ -177,7 +177,7 @@ async def test_tls_works_and_a_certificate_that_nobody_vouches_for_is_refused(tm
             assert "cannot reach Redis" in await refusal(url)
 
 
-async def test_check_tells_the_reason_without_the_secret() -> None:
+async def test_check_gives_the_reason_without_the_secret() -> None:
     with pytest.raises(BusError) as caught:
         await check(f"redis://me:{SECRET}@127.0.0.1:{free_port()}/0", "agentcast")
     assert SECRET not in str(caught.value)

@@ -123,7 +123,7 @@ async def test_nothing_is_left_of_runs_that_had_ended_where_the_client_already_w
             one = await again.ask("subscribe", to={"run": runs[0]}, since=client.memory.since())
             assert one["runs"][0]["recovered"] is True
             result = await again.ask("subscribe", to={"all": True}, since=client.memory.since())
-            assert [told["recovered"] for told in result["runs"]] == [True, True]
+            assert [entry["recovered"] for entry in result["runs"]] == [True, True]
             assert await again.quiet() == []
             assert (await again.refused("unsubscribe", subscription=one["subscription"]))["code"] == "not_found"
             assert not hub.core.hub.topics

@@ -47,7 +47,7 @@ async def test_a_lost_connection_is_resumed_on_the_other_hub(world: World) -> No
     async with there.client(memory=memory) as client:
         result = await client.follow_all()
         assert result["feed_recovered"] is True
-        assert [told["recovered"] for told in result["runs"] if told["run"] == run] == [True]
+        assert [entry["recovered"] for entry in result["runs"] if entry["run"] == run] == [True]
         view = await client.view(run)
     assert not view.snapshots
     assert [event["seq"] for event in view.events] == list(range(1, view.seq + 1))

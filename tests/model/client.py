@@ -132,7 +132,7 @@ class Client:
 
     def _unsure(self) -> bool:
         """Whether some run was left, or is about to be, that an open-ended subscription may or may not cover yet. So
-        nobody can tell from outside whether a position in it means anything."""
+        it is unknown from outside whether a position in it means anything."""
         line = self._line()
         left = line.leaving or line.replaceable & line.last.keys()
         return bool(left) and any("run" not in held.to for held in line.held.values())
@@ -229,7 +229,7 @@ class Client:
             self._recovered(asked, result)
 
     def _began(self, entry: Document, asked: Asked, *, maybe_followed: bool) -> None:
-        """`maybe_followed`: an open-ended subscription may have brought the run by now, unless it does so later."""
+        """`maybe_followed`: an open-ended subscription may already have brought the run, unless it does so later."""
         line, run = self._line(), entry["run"]
         given = asked.since.get(run)
         if maybe_followed and run not in line.finished:

@@ -213,7 +213,7 @@ class Hub(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "world"))
     @rule()
     def come_to_rest(self) -> None:
-        """Whoever listens has everything."""
+        """Every connected client has everything."""
         connected = [client for client in self.clients if client.line is not None]
         while True:
             self.world.bus.well = True

@@ -140,8 +140,8 @@ async def test_feed_does_not_run_ahead_of_a_subscription_that_is_being_made(scen
     assert new.id in {frame.get("run") for frame in frames}
 
 
-async def test_news_of_an_epoch_that_is_over_changes_nothing(scene: Scene) -> None:
-    """The snapshot has told of the rebase already; what was on its way before it comes afterwards."""
+async def test_late_deliveries_of_a_past_epoch_change_nothing(scene: Scene) -> None:
+    """The snapshot already shows the rebase; what was on its way before it comes afterwards."""
     connection = await scene.connect()
     await scene.subscribe(connection, since={scene.run.id: {"seq": 0}})
     await scene.frames(connection)
@@ -155,8 +155,8 @@ async def test_news_of_an_epoch_that_is_over_changes_nothing(scene: Scene) -> No
     await scene.run.append(scene.bus, ["status"])
     assert brief(await scene.frames(connection)) == ["gap", "snapshot 4"]
 
-    for news in late:
-        deliver(news)
+    for delivery in late:
+        deliver(delivery)
     await scene.run.append(scene.bus, ["status"])
 
     assert brief(await scene.frames(connection)) == ["event 5"]

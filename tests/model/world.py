@@ -129,12 +129,12 @@ class DawdlingBus(MemoryBus):
     async def _subscribe(self, run: str, deliver: Deliver) -> Subscription:
         open = [True]
 
-        def post(news: Sequence[Frame] | Head | Gone) -> None:
+        def post(delivery: Sequence[Frame] | Head | Gone) -> None:
             if self._late:
-                self._post.append(lambda: deliver(news) if open else None)
+                self._post.append(lambda: deliver(delivery) if open else None)
                 self._posted.set()
             else:
-                deliver(news)
+                deliver(delivery)
 
         inner = (await super().open({run: post}))[run].subscription
         try:
@@ -434,7 +434,7 @@ class World:
 
 
 def _waits(task: "asyncio.Task[Any]") -> bool:
-    waiter = getattr(task, "_fut_waiter")  # noqa: B009 -- no public way to tell
+    waiter = getattr(task, "_fut_waiter")  # noqa: B009 -- there is no public way
     return waiter is not None and not waiter.done()
 
 

@@ -75,7 +75,7 @@ async def half_open_handshakes(port: int, outcome: Outcome) -> None:
 
 
 async def idle_sockets(port: int, outcome: Outcome) -> None:
-    """400 sockets that say nothing; how many the hub has dropped, and how many of them were told to come back later."""
+    """400 sockets that say nothing; how many the hub dropped, and how many of them it asked to come back later."""
     await _many(400, _wait_for_the_end, port, outcome, b"")
 
 

@@ -91,9 +91,9 @@ class Memory:
         return {run: view.position for run, view in self.views.items()}
 
     def learn(self, result: Frame) -> None:
-        """What the reply to an open-ended subscribe tells: runs to come, and how far the feed was read."""
-        for told in result["runs"]:
-            self.view(told["run"])
+        """Take in the reply to an open-ended subscribe: runs to come, and how far the feed was read."""
+        for entry in result["runs"]:
+            self.view(entry["run"])
         self.feed = result.get("feed", self.feed)
 
 

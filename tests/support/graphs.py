@@ -109,7 +109,7 @@ def of(kind: str, events: Iterable[Mapping[str, Any]]) -> list[Any]:
     return [event for event in events if event["event"] == kind]
 
 
-def told(events: Iterable[Mapping[str, Any]], *kinds: str) -> list[tuple[str, str]]:
+def outline(events: Iterable[Mapping[str, Any]], *kinds: str) -> list[tuple[str, str]]:
     """(event, node) of the events of nodes, or of those of `kinds`."""
     wanted = kinds or ("node_start", "node_end", "node_error", "validation_error")
     return [(event["event"], event["node"]) for event in events if event["event"] in wanted]

@@ -59,9 +59,9 @@ class RunningHub:
             yield http
 
     async def stop(self) -> None:
-        """As `agentcast serve` does when it is told to stop: first the hub, then its server."""
+        """As `agentcast serve` does on a signal: first the hub, then its server."""
         await self.core.stop()
-        self.server.told_to_stop.set()
+        self.server.stop_requested.set()
 
     def log(self, run: str) -> Any:
         """The memory bus's log of a run, for its subscribers."""
@@ -90,7 +90,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.up = anyio.Event()
-        self.told_to_stop = anyio.Event()
+        self.stop_requested = anyio.Event()
         self.down = anyio.Event()
 
     async def run_until_stopped(self) -> None:
@@ -100,7 +100,7 @@ class _Server(uvicorn.Server):
             self.down.set()
 
     async def main_loop(self) -> None:
-        await self.told_to_stop.wait()
+        await self.stop_requested.wait()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -86,18 +86,18 @@ async def _over_http(script: str, *options: str) -> AsyncIterator[tuple[str, Any
 
 
 class Heard:
-    """An emitter that keeps what it is told, and tells when there is news."""
+    """An emitter that keeps what it is sent, and can wait for the first event of a kind."""
 
     def __init__(self) -> None:
         self.events: list[AgentEvent] = []
-        self._news = anyio.Event()
+        self._changed = anyio.Event()
 
     async def send(self, event: AgentEvent) -> None:
         self.nowait(event)
 
     def nowait(self, event: AgentEvent) -> None:
         self.events.append(event)
-        self._news.set()
+        self._changed.set()
 
     def of(self, kind: type) -> list[Any]:
         return [event for event in self.events if isinstance(event, kind)]
@@ -105,8 +105,8 @@ class Heard:
     async def first(self, kind: type) -> Any:
         with anyio.fail_after(PATIENCE):
             while not (found := self.of(kind)):
-                await self._news.wait()
-                self._news = anyio.Event()
+                await self._changed.wait()
+                self._changed = anyio.Event()
         return found[0]
 
 

@@ -47,7 +47,7 @@ def pid() -> int:
 
 @server.tool()
 async def steps(ctx: Context, count: int) -> str:
-    """Tell of progress."""
+    """Report progress."""
     for number in range(count):
         await ctx.report_progress(number, count, f"step {number}")
     return "done"
@@ -55,7 +55,7 @@ async def steps(ctx: Context, count: int) -> str:
 
 @server.tool()
 async def wait(file: str) -> str:
-    """Wait until cancelled; the file tells how far it is."""
+    """Wait until cancelled; the file shows how far it is."""
     write(file, "started")
     try:
         await anyio.sleep_forever()
@@ -89,7 +89,7 @@ async def fail(text: str) -> str:
 
 @server.tool()
 async def trip() -> str:
-    """Fail, and tell too much of it."""
+    """Fail with a message that reveals too much."""
     raise ToolError(
         "boom\nTraceback (most recent call last):\n  File \"/srv/app.py\", line 3, in f\nKeyError: '/srv/a/x'"
     )

@@ -1,8 +1,8 @@
 """An MCP server as they were before 2026, by hand: the initialize handshake, ping, answers whose id comes last.
 
-Its one tool, `grow`, adds another and tells of it with a notification. With `--http` it serves a free port, which it
+Its one tool, `grow`, adds another and announces it with a notification. With `--http` it serves a free port, which it
 prints, and knows its clients by sessions. It forgets them all when the tool is called with `forget`, as if it had been
-started anew. It knows nothing of the project, nor of the SDK.
+restarted. It knows nothing of the project, nor of the SDK.
 """
 
 import json
@@ -96,7 +96,7 @@ class OverHttp(BaseHTTPRequestHandler):
 
 def serve_http() -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), OverHttp)
-    sys.stdout = sys.stderr  # what is told on stdout otherwise is no answer here
+    sys.stdout = sys.stderr  # over HTTP, other output on stdout is no answer
     print(server.server_address[1], file=sys.__stdout__, flush=True)
     server.serve_forever()
 

@@ -1,4 +1,4 @@
-"""The registry of hubs whose runs are taken from them: agents that tell a file, outside of the hub, that they go on.
+"""The registry of hubs whose runs are taken from them: agents that show in a file, outside of the hub, that they go on.
 
 A run's file grows by a byte for each tick, and ends with `!` once its agent has cleaned up.
 """

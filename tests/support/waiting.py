@@ -1,4 +1,4 @@
-"""Waiting for what no event tells: the state of another process."""
+"""Waiting for what no event reports: the state of another process."""
 
 from collections.abc import Awaitable, Callable
 from typing import TypeVar

@@ -136,7 +136,7 @@ class Species:
     script: Callable[[Any, Any], list[Answer]]
     inputs: dict[str, Any] = field(default_factory=lambda: {"question": "What is it?"})
     signature: bool = False
-    """Whether the registry must be told the signature."""
+    """Whether the registry needs the signature."""
     types: Sequence[str] = tuple(TYPES)
     """Those that are tried: all, but for modules that start a process for each call."""
 

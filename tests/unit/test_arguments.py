@@ -75,7 +75,7 @@ def test_values_get_the_type_that_the_schema_wants(pair: str, value: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    ("pair", "told"),
+    ("pair", "message"),
     [
         ("whole=a", "whole: expected a whole number such as 5, got 'a'"),
         ("whole=5.0", "whole: expected a whole number"),
@@ -94,10 +94,10 @@ def test_values_get_the_type_that_the_schema_wants(pair: str, value: Any) -> Non
         ("text=\udcff", "text: it is not valid UTF-8"),
     ],
 )
-def test_what_does_not_fit_is_told_by_field_and_form(pair: str, told: str) -> None:
+def test_what_does_not_fit_is_reported_by_field_and_form(pair: str, message: str) -> None:
     with pytest.raises(BadArgument) as caught:
         typed_input(SCHEMA, [pair])
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_long_values_are_not_repeated_whole() -> None:

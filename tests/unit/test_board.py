@@ -411,7 +411,7 @@ def test_past_its_cap_the_board_leaves_runs_out_and_says_so_once_each(monkeypatc
     assert shown(client) == [("a", 99), ("c", 3)], "there is room again"
 
 
-def test_a_viewer_that_is_behind_with_too_many_ends_loses_the_oldest_and_is_told(
+def test_a_viewer_that_is_behind_with_too_many_ends_loses_the_oldest_and_is_notified(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(viewers, "MAX_BEHIND", 20)

@@ -195,7 +195,7 @@ def test_an_id_comes_back_as_it_was_even_with_half_a_pair(id: str, read: Any) ->
     assert json.loads(protocol.reply(command.id, {}))["id"] == read
 
 
-def test_what_is_wrong_besides_half_a_pair_is_told() -> None:
+def test_what_is_wrong_besides_half_a_pair_is_reported() -> None:
     refusal = refused(f'{{"op":"ping","id":7,"x":"{HIGH}","y":NaN}}')
 
     assert "surrogate" not in refusal.error.message

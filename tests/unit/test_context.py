@@ -37,7 +37,7 @@ class Heard:
         return {event.message: event.span for event in self.events if isinstance(event, Status)}
 
 
-def test_outside_of_a_run_there_is_none_and_nobody_is_told():
+def test_outside_of_a_run_there_is_none_and_a_status_goes_nowhere():
     assert not current()
     assert current() == RunContext()
     status("nobody hears this")

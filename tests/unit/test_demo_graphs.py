@@ -13,7 +13,7 @@ from agentcast.agents.demo import registry
 from agentcast.agents.demo.report import MAX_STEPS, Draft, Evidence, report, verify
 from agentcast.agents.demo.triage import REPLY_WORDS, SUMMARY_WORDS, Category, Severity, triage
 from agentcast.agents.offline import NOTE, offline_lm
-from tests.support.graphs import Script, events_of, of, told
+from tests.support.graphs import Script, events_of, of, outline
 
 LONG = (
     "Hello, since 3 November 2026 the CSV export fails with error 500 in our production account, and all our users are "
@@ -49,7 +49,7 @@ def docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 async def test_ticket_without_stated_values_is_unknown_and_handed_over_after_a_correction():
     events = await events_of(triage.astream(ticket=LONG))
     result = events[-1]["prediction"]
-    assert told(events) == [
+    assert outline(events) == [
         ("node_start", "classify"),
         ("validation_error", "classify"),
         ("node_end", "classify"),
@@ -74,7 +74,7 @@ async def test_ticket_without_stated_values_is_unknown_and_handed_over_after_a_c
 async def test_values_that_the_ticket_states_are_taken_and_what_is_urgent_is_escalated():
     events = await events_of(triage.astream(ticket=STATED))
     assert not of("validation_error", events)
-    assert [name for kind, name in told(events) if kind == "node_end"] == ["classify", "escalate", "answer"]
+    assert [name for kind, name in outline(events) if kind == "node_end"] == ["classify", "escalate", "answer"]
     result = events[-1]["prediction"]
     assert (result.category, result.severity, result.area) == (Category.BUG, Severity.HIGH, "export")
     assert result.since == datetime.date(2026, 11, 3)
@@ -151,7 +151,7 @@ CLASSIFIED = {
 }
 
 
-async def test_any_model_is_told_what_was_wrong():
+async def test_any_model_learns_what_was_wrong():
     script = Script(
         CLASSIFIED | {"category": "crash", "respond_in_hours": "8", "summary": "Write to ada@example.org"},
         CLASSIFIED,
@@ -189,7 +189,7 @@ async def test_three_questions_are_looked_up_at_once_and_what_is_cited_stands_th
     events = await events_of(
         report.astream(topic="Where do I store paper, when does damp paper tear and who reads this?")
     )
-    names = [name for kind, name in told(events, "node_start", "node_end") if name in RESEARCH]
+    names = [name for kind, name in outline(events, "node_start", "node_end") if name in RESEARCH]
     assert set(names[:3]) == set(RESEARCH), "all have started before one has ended"
     assert {event["tool"] for event in of("tool_start", events)} == {"search", "read"}
     result = events[-1]["prediction"]
@@ -255,7 +255,7 @@ class Writer:
         return {"report": self.reports.pop(0) if len(self.reports) > 1 else self.reports[0]}
 
 
-async def test_the_writer_is_told_which_citation_is_wrong_and_writes_again():
+async def test_the_writer_learns_which_citation_is_wrong_and_writes_again():
     writer = Writer("“Store it outside.” [paper.md:3]", "“Store the paper in a dry room.” [paper.md:3]")
     with writer.script.use():
         result = await report.aforward(topic="Paper")

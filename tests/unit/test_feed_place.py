@@ -28,7 +28,7 @@ def following(run: str) -> tuple[Client, Follower]:
 # -- The position --------------------------------------------------------------------------------------------------
 
 
-def test_the_newest_position_is_told_once() -> None:
+def test_the_newest_position_is_sent_once() -> None:
     place, source = place_at()
     announce(place, source, "a")
     announce(place, source, "b")
@@ -75,7 +75,7 @@ def test_a_snapshot_shows_a_run() -> None:
     assert place.next_position() == "f:1"
 
 
-def test_the_position_waits_for_every_rule_that_is_to_be_told() -> None:
+def test_the_position_waits_for_every_rule_that_is_to_be_applied() -> None:
     place, source = place_at()
     place.expect("a", "f:0")
     place.expect("a", "f:0")
@@ -105,7 +105,7 @@ def test_there_is_no_position_before_there_is_an_open_ended_subscription() -> No
     assert FeedPlace().next_position() is None
 
 
-def test_telling_what_was_not_expected_changes_nothing() -> None:
+def test_applying_what_was_not_expected_changes_nothing() -> None:
     place, _ = place_at("f:3")
     place.applied("a", following("a")[1])
 
@@ -150,7 +150,7 @@ def test_what_was_shown_is_forgotten_once_its_announcement_has_passed() -> None:
     assert not place.past
 
 
-@pytest.mark.parametrize("why", ["a rule is yet to begin", "it is yet to be told of"])
+@pytest.mark.parametrize("why", ["a rule is yet to begin", "it is expected"])
 def test_what_may_still_be_announced_is_not_forgotten(why: str) -> None:
     place, _ = place_at(begun=4, handed_out=9)
     place.remember("a", None)

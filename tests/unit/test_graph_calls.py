@@ -273,10 +273,10 @@ async def test_field_that_some_node_sets_is_no_input():
         text: str
         feedback: str = ""
 
-    class Told(BaseModel):
+    class Checked(BaseModel):
         feedback: str
 
-    program = program_of(echo, node("write", Feedback, Text, lambda _: {}), node("check", Text, Told, lambda _: {}))
+    program = program_of(echo, node("write", Feedback, Text, lambda _: {}), node("check", Text, Checked, lambda _: {}))
     assert program.input_model is Topic
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a graph is told before it runs: all of it, by node and field."""
+"""The problems of a graph are reported before it runs: all of them, by node and field."""
 
 import operator
 from typing import Annotated, Any
@@ -197,7 +197,7 @@ def test_root_model():
     assert one(graph) == "node 'a': a RootModel has no field to be named by: make a model with one"
 
 
-def test_tools_and_modules_are_told_of_with_the_rest():
+def test_tools_and_modules_are_reported_with_the_rest():
     graph = graph_of(
         node("a", Topic, Empty, tools=["x"]),
         node("b", Topic, Empty, module=given),
@@ -259,7 +259,7 @@ def test_node_that_routes_needs_one_field_to_do_so():
     assert one(graph) == "node 'judge' routes by two different path_maps"
 
 
-def test_everything_is_told_at_once():
+def test_all_problems_are_reported_at_once():
     graph = graph_of(ok, node("island", fields(mood=str, signature=str), Text, given), edges=[("ok", "gone")])
     found = problems(graph, fields(score=int))
     assert len(found) == 4

@@ -1,4 +1,4 @@
-"""Self-correction: what a model is told of its own wrong answer, what watchers are told, and what DSPy learns of it."""
+"""Self-correction: what a model learns of its own wrong answer, what watchers see, and what DSPy learns of it."""
 
 import enum
 from pathlib import Path
@@ -15,7 +15,7 @@ from agentcast.agents.base import ToolError
 from agentcast.agents.graph import StatefulNode
 from agentcast.agents.graph.errors import OutputError
 from agentcast.agents.transpiler import AgentTranspiler
-from tests.support.graphs import Script, Text, Topic, events_of, graph_of, node, of, program_of, told
+from tests.support.graphs import Script, Text, Topic, events_of, graph_of, node, of, outline, program_of
 from tests.support.lms import chat, lm_of, pieces
 
 pytestmark = pytest.mark.anyio
@@ -39,7 +39,7 @@ GOOD = chat(category="bug", priority="2", tags="[]")
 BAD = chat(category="bug", priority="9", tags="[]")
 
 
-async def test_model_is_told_its_answer_the_problems_and_to_repair_them():
+async def test_model_is_shown_its_answer_and_the_problems_and_asked_to_repair_them():
     program = program_of(node("triage", Topic, Triage, instructions="Sort the ticket."), output=Triage)
     script = Script(chat(category="bad", priority="9", tags='["a"]'), GOOD)
     with script.use():
@@ -182,7 +182,7 @@ async def test_when_all_attempts_fail():
     assert [(event["attempt"], event["max_retries"]) for event in failed] == [(1, 2), (2, 2), (3, 2)]
     problem = "node 'triage': its output is wrong, after 3 attempts: priority: Input should be less than or equal to 5"
     assert events[-2] == {"event": "error", "node": "triage", "error": problem}
-    assert told(events)[-1] == ("node_error", "triage")
+    assert outline(events)[-1] == ("node_error", "triage")
     error = events[-1]["exception"]
     assert isinstance(error, OutputError)
     assert (error.node, error.attempts) == ("triage", 3)

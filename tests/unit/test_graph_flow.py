@@ -35,7 +35,7 @@ def shape_of(edges: dict[str, str]) -> Shape:
 
 
 class Run:
-    """Steps by name; a node that is running ends when it is told to."""
+    """Steps by name; the test ends a node that is running."""
 
     def __init__(self, shape: Shape, max_steps: int = 100) -> None:
         self.flow = Flow(shape, max_steps)

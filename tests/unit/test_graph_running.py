@@ -32,7 +32,7 @@ from agentcast.agents.graph.errors import (
 from agentcast.agents.registry import Registry
 from agentcast.agents.streaming import streamify
 from agentcast.agents.transpiler import AgentTranspiler, Program
-from tests.support.graphs import Empty, Script, Text, Topic, events_of, graph_of, node, of, program_of, told
+from tests.support.graphs import Empty, Script, Text, Topic, events_of, graph_of, node, of, outline, program_of
 from tests.support.lms import chat, lm_of
 
 pytestmark = pytest.mark.anyio
@@ -284,7 +284,7 @@ async def test_programs_inside_programs():
     program = program_of(node("a", Count, Count, module=inner), node("b", Count, Count, module=plain), output=Count)
     events = await events_of(program.astream(n=2))
     assert events[-1]["prediction"] == Count(n=15)
-    assert told(events, "node_start") == [("node_start", name) for name in ("a", "double", "up", "b", "triple")]
+    assert outline(events, "node_start") == [("node_start", name) for name in ("a", "double", "up", "b", "triple")]
     spans = {event["node"]: event for event in of("node_start", events)}
     assert spans["double"]["parent"] == spans["up"]["parent"] == spans["a"]["span"]
     assert spans["triple"]["parent"] == spans["b"]["span"]
@@ -497,7 +497,7 @@ async def test_node_that_routes_and_returns_nothing_leaves_its_decision_as_it_wa
     assert given == []
 
 
-async def test_what_a_router_chose_is_told_without_its_representation():
+async def test_what_a_router_chose_is_reported_without_its_representation():
     class Choice:
         def __repr__(self) -> str:
             return "the password"
@@ -549,7 +549,7 @@ async def test_loop_limit_returns_what_there_is():
     assert events[-1]["metadata"] == {"steps": 9, "retries": 0}
 
 
-async def test_loop_limit_lets_end_what_runs_and_is_told_once():
+async def test_loop_limit_lets_running_nodes_end_and_is_reported_once():
     go_on = anyio.Event()
 
     async def slow(given: Count) -> dict[str, str]:
@@ -624,10 +624,10 @@ async def test_exception_of_an_inner_program_names_the_inner_node():
     program = program_of(node("outer", Topic, Text, module=inner))
     events = await events_of(program.astream(topic="x"))
     assert events[-2] == {"event": "error", "node": "deep", "error": "no"}
-    assert told(events, "node_error") == [("node_error", "deep"), ("node_error", "outer")]
+    assert outline(events, "node_error") == [("node_error", "deep"), ("node_error", "outer")]
 
 
-async def test_failing_branch_cancels_the_others_and_is_told_once():
+async def test_failing_branch_cancels_the_others_and_is_reported_once():
     cancelled = []
     waiting = anyio.Event()
 
@@ -669,7 +669,7 @@ async def test_state_that_does_not_fit_a_node_is_its_input_error():
         await program.aforward(topic="x")
     assert error.value.node == "strict"
     events = await events_of(program.astream(topic="x"))
-    assert told(events)[-1] == ("node_error", "strict")
+    assert outline(events)[-1] == ("node_error", "strict")
 
 
 async def test_field_that_a_branch_not_taken_would_have_set():
@@ -844,7 +844,7 @@ async def test_the_examples_of_the_docs(
     assert names["fresh"].steps["write"].signature.instructions == "Write a sentence."
 
 
-async def test_failed_call_of_the_model_is_told_in_words_and_retried_where_the_model_says_so():
+async def test_failed_call_of_the_model_is_reported_in_words_and_retried_where_the_model_says_so():
     program = program_of(node("ask", Topic, Text), output=Text)
     script = Script(LMRateLimitError("slow down", retry_after=0.001), chat(text="hi"))
     with script.use():

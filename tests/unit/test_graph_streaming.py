@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from agentcast.agents.channel import HIGH_WATER
 from agentcast.agents.transpiler import AgentTranspiler
-from tests.support.graphs import Empty, Script, Text, Topic, events_of, graph_of, node, of, program_of, told
+from tests.support.graphs import Empty, Script, Text, Topic, events_of, graph_of, node, of, outline, program_of
 from tests.support.lms import chat, lm_of
 
 pytestmark = pytest.mark.anyio
@@ -221,7 +221,7 @@ async def test_closing_the_stream_from_another_task_cancels_what_runs(kind: str)
 
         async def take() -> None:
             events = [event async for event in stream]
-            assert told(events, "node_start")[0] == ("node_start", "hang")
+            assert outline(events, "node_start")[0] == ("node_start", "hang")
             ended.set()
 
         async with anyio.create_task_group() as group:

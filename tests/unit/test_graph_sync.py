@@ -21,7 +21,7 @@ from agentcast.agents.react import ReAct
 from agentcast.agents.registry import Registry
 from agentcast.agents.streaming import can_be_awaited, run_program, stream_events, streamify
 from agentcast.agents.transpiler import AgentTranspiler
-from tests.support.graphs import Script, Text, Topic, events_of, node, of, program_of, told
+from tests.support.graphs import Script, Text, Topic, events_of, node, of, outline, program_of
 from tests.support.lms import Engine, chat, lm_of
 from tests.unit.test_react import FINISH, Heard, turn
 
@@ -97,7 +97,7 @@ class Awaited(Legacy):
         (lm_of(str), True),
         (dspy.LM("openai/none"), True),
         (Awaited(str), True),
-        (Script("x"), True),  # no LM of DSPy's: not for us to tell
+        (Script("x"), True),  # no LM of DSPy's: assumed to be awaitable
     ],
 )
 def test_which_models_can_be_awaited(lm: Any, expected: bool):
@@ -200,7 +200,7 @@ async def test_model_corrects_itself(how: str):
         else:
             events = await events_of(program.astream(topic="x"))
             assert events[-1]["prediction"] == Number(number=7)
-            assert told(events, "validation_error") == [("validation_error", "count")]
+            assert outline(events, "validation_error") == [("validation_error", "count")]
     assert "many" in prompts[1]
 
 
@@ -287,7 +287,7 @@ async def test_programs_run_as_agents_and_in_streams(make: Callable[[Reply], Any
         assert items[-1].text == "hi"
     assert [event.text for event in streamed if isinstance(event, MessageEnd) and event.text == "hi"] == ["hi"]
     assert len(heard.of(LmStart)) == len(heard.of(LmEnd))
-    assert bool(heard.of(LmStart)) == (make is not Called)  # DSPy tells nothing of a call that it does not make
+    assert bool(heard.of(LmStart)) == (make is not Called)  # DSPy reports no call that it does not make
     assert heard.of(NodeEnd)[-1].node == "asker"
     if hasattr(program, "tools"):
         assert [event.result for event in heard.of(ToolEnd)] == ["y"]

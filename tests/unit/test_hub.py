@@ -273,7 +273,7 @@ async def test_a_head_beyond_what_was_delivered_makes_a_live_follower_catch_up(s
     kept = stage.bus._logs[log.run]
     subscribers = dict(kept.subscribers)
     kept.subscribers.clear()
-    await log.append(2)  # news that are lost on the way
+    await log.append(2)  # frames that are lost on the way
     kept.subscribers.update(subscribers)
 
     kept.deliver(Head(log.run, log.epoch, 3))
@@ -532,7 +532,7 @@ async def test_an_open_ended_subscription_asks_for_no_more_runs_than_it_can_brin
 
     await stage.join(Client())
 
-    assert limits == [8], "one more tells whether some are left out"
+    assert limits == [8], "one more shows whether some are left out"
     assert rules.MAX_LISTED == outbox.MAX_FOLLOWED
 
 

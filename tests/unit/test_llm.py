@@ -10,7 +10,7 @@ QUIET = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "AGENTCAST_OFFLINE_DELAY": "0",
 PRELUDE = """
 import json, sys
 import agentcast.agents.llm as llm
-def tell(**facts): print(json.dumps(facts))
+def report(**facts): print(json.dumps(facts))
 """
 
 
@@ -36,9 +36,9 @@ again = llm.configure("offline")
 import dspy
 dspy.Predict("question -> answer")(question="What is 1 + 1?")
 from dspy.clients.base_lm import GLOBAL_HISTORY
-tell(name=info.name, offline=info.offline, same=info is again, cache=dspy.settings.lm.cache, trace=dspy.settings.trace,
-     history=len(dspy.settings.lm.history) + len(GLOBAL_HISTORY), adapter=type(dspy.settings.adapter).__name__,
-     litellm="litellm" in sys.modules)
+report(name=info.name, offline=info.offline, same=info is again, cache=dspy.settings.lm.cache,
+       trace=dspy.settings.trace, history=len(dspy.settings.lm.history) + len(GLOBAL_HISTORY),
+       adapter=type(dspy.settings.adapter).__name__, litellm="litellm" in sys.modules)
 """
     )
     assert facts == {
@@ -57,7 +57,7 @@ def test_model_comes_from_the_environment_and_a_native_one_needs_no_litellm():
     facts = process(
         "info = llm.configure(); import dspy;"
         "lm = dspy.settings.lm;"
-        "tell(name=info.name, offline=info.offline, lm=lm.model, cache=lm.cache, litellm='litellm' in sys.modules)",
+        "report(name=info.name, offline=info.offline, lm=lm.model, cache=lm.cache, litellm='litellm' in sys.modules)",
         AGENTCAST_LM="openai/gpt-4o-mini",
     )
     assert facts == {
@@ -83,7 +83,7 @@ for name in {list(problems)!r}:
     os.environ["AGENTCAST_LM"] = name
     try: llm.configure()
     except llm.ModelError as error: facts[name] = dict(model=error.model, problem=error.problem, text=str(error))
-tell(**facts)
+report(**facts)
 """
     )
     for model, problem in problems.items():
@@ -93,12 +93,12 @@ tell(**facts)
         assert "'openai/gpt-5-mini'" in facts[model]["text"]
 
 
-def test_missing_litellm_is_told():
+def test_missing_litellm_is_reported():
     facts = process(
         """
 sys.modules["litellm"] = None
 try: llm.make_lm("nowhere/model-1")
-except llm.ModelError as error: tell(problem=error.problem)
+except llm.ModelError as error: report(problem=error.problem)
 """
     )
     assert facts["problem"] == "this provider needs the package litellm: pip install litellm"
@@ -112,7 +112,7 @@ async def configure(name): return llm.configure(name)
 anyio.run(configure, "offline")
 same = anyio.run(configure, "offline")
 try: anyio.run(configure, "openai/gpt-4o-mini")
-except llm.ModelError as error: tell(same=same.name, problem=error.problem)
+except llm.ModelError as error: report(same=same.name, problem=error.problem)
 """
     )
     assert facts == {"same": "offline", "problem": "this process already uses offline"}

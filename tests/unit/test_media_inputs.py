@@ -393,7 +393,7 @@ def test_stream_events_names_what_is_wrong(change: dict[str, Any], text: str, na
         stream_events(dspy.Predict(Ticket), inputs, name=name)
 
 
-async def test_program_whose_types_cannot_be_told_is_given_what_there_is():
+async def test_program_whose_types_are_unknown_is_given_what_there_is():
     seen: list[Any] = []
 
     class Loose(dspy.Module):  # type: ignore[misc]

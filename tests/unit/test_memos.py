@@ -43,7 +43,7 @@ def test_recent_keeps_what_was_used_last():
     assert len(recent) == 3
 
 
-def test_types_are_told_apart_by_identity():
+def test_types_are_distinguished_by_identity():
     """Equal ones may have their members in another order, which error messages and choices show."""
     one, other = Literal["a", "b"], Literal["b", "a"]
     assert one == other
@@ -145,7 +145,7 @@ def test_arguments_are_valid_where_jsonschema_takes_them(instance: Any, schema: 
 def test_a_schema_that_is_none_is_left_to_jsonschema():
     with pytest.raises(jsonschema.SchemaError):
         is_valid(1, {"type": "no such"})
-    assert is_valid(1, {"enum": {1, 2}}) is False  # no JSON: only jsonschema can tell
+    assert is_valid(1, {"enum": {1, 2}}) is False  # no JSON: only jsonschema can decide
 
 
 def plain(self: Any, a: int, b: int = 2, *rest: int, c: int, d: int = 4, **more: int) -> None: ...
@@ -223,20 +223,20 @@ def test_every_private_name_is_there_and_the_first_run_replaces_it():
     assert first_run("") == f"replaced {count} of {count}\n"
 
 
-def test_names_that_are_missing_are_told_once_and_dspys_own_stay():
-    told = first_run("import dspy.predict.react; del dspy.predict.react.format_error_for_lm")
+def test_names_that_are_missing_are_reported_once_and_dspys_own_stay():
+    output = first_run("import dspy.predict.react; del dspy.predict.react.format_error_for_lm")
     count = len(in_runs.IN_RUNS)
-    assert told.splitlines()[-1] == f"replaced {count - 1} of {count}"
-    assert told.count("agentcast.agents._dspy.in_runs") == 1
-    assert "dspy.predict.react.format_error_for_lm" in told
+    assert output.splitlines()[-1] == f"replaced {count - 1} of {count}"
+    assert output.count("agentcast.agents._dspy.in_runs") == 1
+    assert "dspy.predict.react.format_error_for_lm" in output
     needed = first_run("import dspy.clients.execution; del dspy.clients.execution.prepare")
     assert needed.splitlines()[-1] == f"replaced {count - 1} of {count}"
 
 
 def test_in_another_version_of_dspy_nothing_is_replaced():
-    told = first_run("dspy.__version__ = '3.9.0'")
-    assert told.splitlines()[-1] == f"replaced 0 of {len(in_runs.IN_RUNS)}"
-    assert "DSPy 3.9.0 is not as agentcast knows it" in told
+    output = first_run("dspy.__version__ = '3.9.0'")
+    assert output.splitlines()[-1] == f"replaced 0 of {len(in_runs.IN_RUNS)}"
+    assert "DSPy 3.9.0 is not as agentcast knows it" in output
 
 
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
@@ -285,7 +285,7 @@ class Reading:
     joins = True
 
     def __init__(self) -> None:
-        self.told: list[Any] = []
+        self.items: list[Any] = []
         self.stopped = False
         self.congested = False
         self.emit = self
@@ -303,7 +303,7 @@ class Reading:
         yield chunk.choices[0].delta.content
 
     def nowait(self, item: Any) -> None:
-        self.told.append(item)
+        self.items.append(item)
 
     def fail(self, error: Exception) -> Any:
         raise error
@@ -315,7 +315,7 @@ class Reading:
         for text in texts:
             sent = self.joiner.chunk(StreamDeltaEvent(delta=TextDelta(text=text)))
             if sent is not None:
-                self.told.append(sent.choices[0].delta.content)
+                self.items.append(sent.choices[0].delta.content)
 
 
 async def turn() -> None:
@@ -325,13 +325,13 @@ async def turn() -> None:
 async def test_texts_of_one_turn_of_the_loop_are_joined_and_the_first_goes_at_once():
     reading = Reading()
     reading.text("a", "b", "c")
-    assert reading.told == ["a"]
+    assert reading.items == ["a"]
     await turn()
-    assert reading.told == ["a", "bc"]
+    assert reading.items == ["a", "bc"]
     reading.text("d")
-    assert reading.told == ["a", "bc"]
+    assert reading.items == ["a", "bc"]
     await turn()
-    assert reading.told == ["a", "bc", "d"]
+    assert reading.items == ["a", "bc", "d"]
 
 
 async def test_while_the_run_is_held_back_nothing_is_joined_so_that_each_text_waits():
@@ -339,21 +339,21 @@ async def test_while_the_run_is_held_back_nothing_is_joined_so_that_each_text_wa
     reading.text("a", "b")
     reading.congested = True
     reading.text("c", "d")
-    assert reading.told == ["a", "bc", "d"]
+    assert reading.items == ["a", "bc", "d"]
     await turn()
-    assert reading.told == ["a", "bc", "d"]
+    assert reading.items == ["a", "bc", "d"]
 
 
 async def test_what_is_no_text_comes_after_the_texts_before_it():
     reading = Reading()
     reading.text("a", "b")
     assert reading.joiner.chunk(StreamDeltaEvent(delta=ToolCallDelta(input="{}"))) == "delta"
-    assert reading.told == ["a", "b"]
+    assert reading.items == ["a", "b"]
     reading.text("c", "d")
     assert reading.joiner.chunk(StreamEndEvent(finish_reason="stop")) == "end"
-    assert "".join(reading.told) == "abcd"
+    assert "".join(reading.items) == "abcd"
     await turn()
-    assert "".join(reading.told) == "abcd"
+    assert "".join(reading.items) == "abcd"
 
 
 async def test_while_runs_wait_for_a_turn_texts_of_several_turns_are_joined(monkeypatch: pytest.MonkeyPatch):
@@ -364,13 +364,13 @@ async def test_while_runs_wait_for_a_turn_texts_of_several_turns_are_joined(monk
         reading.text("a", "b")
         await turn()
         reading.text("c")
-        assert reading.told == ["a"]
+        assert reading.items == ["a"]
         if ending:
             reading.joiner.chunk(StreamEndEvent(finish_reason="stop"))
         with anyio.fail_after(5):
-            while len(reading.told) < 2:
+            while len(reading.items) < 2:
                 await turn()
-        assert reading.told == ["a", "bc"]
+        assert reading.items == ["a", "bc"]
 
 
 async def test_a_loop_is_crowded_while_somebody_waits_for_a_turn(monkeypatch: pytest.MonkeyPatch):
@@ -387,8 +387,8 @@ async def test_a_loop_is_crowded_while_somebody_waits_for_a_turn(monkeypatch: py
 async def test_an_engine_that_never_waits_is_given_something_to_wait_for():
     reading = Reading()
     reading.text(*"x" * 1_000)
-    assert "".join(reading.told).count("x") >= 1_000 - 64
-    assert max(map(len, reading.told)) <= 64
+    assert "".join(reading.items).count("x") >= 1_000 - 64
+    assert max(map(len, reading.items)) <= 64
 
 
 async def test_a_run_that_is_over_stops_the_call():
@@ -465,7 +465,7 @@ async def test_texts_of_an_attempt_that_broke_off_are_not_in_the_next_one(monkey
 
 
 async def test_runs_that_are_woken_together_compute_in_turns_in_order(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(turns, "SHARE", 0.0)  # whoever computes has used up the turn
+    monkeypatch.setattr(turns, "SHARE", 0.0)  # a task that computes has used up the turn
     turn_of_loop = 0
     order: list[tuple[int, int]] = []
 

@@ -137,7 +137,7 @@ def test_a_group_of_one_error_is_that_error():
     assert failure_of(ValueError("wrong")).message == "wrong"
 
 
-def test_what_a_provider_says_is_told_without_secrets(monkeypatch: pytest.MonkeyPatch):
+def test_what_a_provider_says_is_reported_without_secrets(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     said = "bad key sk-very-secret at https://me:hunter22@gate.example/v1"
     message = failure_of(LMInvalidRequestError(said, model=MODEL)).message
@@ -185,7 +185,7 @@ def test_a_missing_key_is_known_without_a_call(monkeypatch: pytest.MonkeyPatch):
     assert missing_key(make_lm(MODEL)) is None
 
 
-async def test_silence_is_told_from_a_queue_for_connections(monkeypatch: pytest.MonkeyPatch):
+async def test_silence_is_distinguished_from_a_queue_for_connections(monkeypatch: pytest.MonkeyPatch):
     made: list[Any] = []
 
     async def acall(self: Any, *_: Any, **options: Any) -> Any:
@@ -241,7 +241,7 @@ def test_a_wrong_model_of_an_agent_is_an_error_at_once(lm: Any, problem: str):
     assert caught.value.subject == "agent 'writer'"
 
 
-def test_a_model_that_needs_litellm_is_told_apart(monkeypatch: pytest.MonkeyPatch):
+def test_a_model_that_needs_litellm_is_recognized(monkeypatch: pytest.MonkeyPatch):
     lm = make_lm("mistral/mistral-small")
     assert takes_litellm(lm)
     assert missing_key(lm) is None

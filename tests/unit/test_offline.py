@@ -280,7 +280,7 @@ def test_answers_are_the_sentences_that_have_them(question: str):
 
 
 @pytest.mark.parametrize("question", [question for kind in NO_ANSWER.values() for question in kind])
-def test_it_says_so_if_it_cannot_tell(question: str):
+def test_it_says_so_if_it_does_not_know(question: str):
     for answer in (
         asked(question),
         str(dspy.Predict("text, question -> answer")(text=NOTES, question=question).answer),
@@ -391,7 +391,7 @@ def test_lists_without_texts_say_nothing(notes: list[Any]):
 
 
 @pytest.mark.usefixtures("adapter")
-def test_several_questions_are_told_apart_and_findings_written_up():
+def test_several_questions_are_separated_and_findings_written_up():
     question = "Where is the key? who has the mat, and why?"
     plan = dspy.Predict("question -> sub_questions: list[str], question_1, question_2, question_4")(question=question)
     assert plan.sub_questions == ["Where is the key?", "Who has the mat?", "Why?"]

@@ -362,7 +362,7 @@ def test_a_subscription_that_has_ended_is_not_said_to_be_truncated() -> None:
     assert client.take() == []
 
 
-def test_the_feeds_position_is_told_to_those_who_wait_for_runs_to_come() -> None:
+def test_the_feeds_position_is_sent_to_clients_that_wait_for_runs_to_come() -> None:
     client = Client()
     client.outbox.feed.source = FeedPosition("f:1")
     client.outbox.subscribe("s1", single=True)

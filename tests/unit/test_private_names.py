@@ -274,7 +274,7 @@ async def lost_nothing() -> None:
 
 
 @pytest.mark.parametrize("version", ["9.0.1", "3.5.0", "3.3.9"])
-async def test_an_untested_dspy_is_told_once_and_left_alone(
+async def test_an_untested_dspy_is_reported_once_and_left_alone(
     untouched: None, version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(dspy, "__version__", version)
@@ -290,7 +290,7 @@ async def test_an_untested_dspy_is_told_once_and_left_alone(
     [(execution, "anyio"), (lm_module, "anyio"), (messages, "sync_send_to_stream")],
     ids=["execution", "lm", "messages"],
 )
-def test_a_dspy_without_a_private_name_is_told_once_and_left_alone(
+def test_a_dspy_without_a_private_name_is_reported_once_and_left_alone(
     untouched: None,
     module: Any,
     name: str,
@@ -309,7 +309,7 @@ def test_a_dspy_without_a_private_name_is_told_once_and_left_alone(
 
 
 @pytest.mark.parametrize("name", ["dspy.clients.execution", "dspy.clients.lm", "dspy.streaming.messages"])
-def test_a_dspy_without_a_module_is_told_once_and_left_alone(
+def test_a_dspy_without_a_module_is_reported_once_and_left_alone(
     untouched: None, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(dspy, "__version__", "9.0.1")

@@ -270,7 +270,7 @@ def test_no_document_does_worse_than_malformed(document: dict[str, Any]) -> None
 # -- Frames --------------------------------------------------------------------------------------------------------
 
 
-def test_hello_tells_the_limits() -> None:
+def test_hello_states_the_limits() -> None:
     assert orjson.loads(protocol.hello("s", "agentcast/1", 25.0)) == {
         "type": "hello",
         "protocol": 1,

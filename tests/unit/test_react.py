@@ -25,7 +25,7 @@ from tests.support.lms import lm_of
 
 
 class Heard:
-    """An emitter that keeps what it is told."""
+    """An emitter that keeps what it is sent."""
 
     def __init__(self) -> None:
         self.events: list[AgentEvent] = []
@@ -308,8 +308,8 @@ async def test_sync_tool_does_not_block_the_loop_and_carries_its_run():
     prediction, heard, _ = results[0]
     assert prediction.trajectory["observation_0"] == "waited"
     assert ran_in[0] != loop_thread
-    (told,) = heard.of(Status)
-    assert (told.message, told.span) == ("waiting", heard.of(ToolStart)[0].span)
+    (sent,) = heard.of(Status)
+    assert (sent.message, sent.span) == ("waiting", heard.of(ToolStart)[0].span)
 
 
 async def test_sync_tool_does_not_block_the_loop_outside_of_runs_either():

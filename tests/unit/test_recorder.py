@@ -481,7 +481,7 @@ async def test_usage_is_summed(case: Case) -> None:
     assert case.recorder.usage == Usage(input_tokens=11, output_tokens=22, cached_tokens=5, cost=0.5)
 
 
-async def test_frames_tell_progress_and_end(case: Case) -> None:
+async def test_frames_mark_progress_and_end(case: Case) -> None:
     await case.recorder.record(1.0, START, RunEnd(result=None, duration=1.0))
 
     page = await case.bus.read("r", "e", 0)
@@ -683,7 +683,7 @@ async def test_verifying_a_log_that_is_whole_changes_nothing(case: Case, rebased
     assert case.recorder.epoch == before.epoch
 
 
-async def test_verifying_a_log_that_is_lost_begins_it_anew_where_it_was(case: Case) -> None:
+async def test_verifying_a_log_that_is_lost_restores_it_where_it_was(case: Case) -> None:
     await case.recorder.record(2.0, RunStart(worker="w"))
     del case.bus._logs["r"]
     await case.recorder.verify()
@@ -753,7 +753,7 @@ async def test_large_states_are_saved_less_often(case: Case, monkeypatch: pytest
 
 
 class SlowBus(FlakyBus):
-    """Saves a snapshot once it is told to; says who asks."""
+    """Saves a snapshot once `go` is set; keeps what it is asked to save."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -104,7 +104,7 @@ async def test_the_head_of_a_quiet_run_is_asked_for_now_and_then(redis: Redis, m
         log = await Log.create(bus)
         mail = Mail()
         await follow(bus, log.run, mail.deliver)
-        redis.do("HSET", f"agentcast:run:{log.run}", "head", 7)  # as by an append of which no news came
+        redis.do("HSET", f"agentcast:run:{log.run}", "head", 7)  # as by an append whose announcement was lost
         await mail.until(lambda items: Head(log.run, log.epoch, 7) in items)
 
 
@@ -166,7 +166,7 @@ async def test_until_it_is_known_whether_redis_has_lost_anything_no_run_is_calle
         await bus.watch_feed(lambda _: None)
         log = await Log.create(bus)
         redis.kill()
-        await until(lambda: bus._listener.attempts > 4)  # it takes its time by now
+        await until(lambda: bus._listener.attempts > 4)  # it waits longer between attempts
         redis.start()
         while bus.degraded is not None:
             with pytest.raises(Unavailable):
@@ -197,20 +197,20 @@ async def test_the_owner_is_asked_to_verify_a_run_of_which_redis_has_less(redis:
         assert kept.run in await bus.info([kept.run])
 
 
-async def test_a_run_that_nobody_restores_is_told_to_be_gone(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_run_that_nobody_restores_is_reported_gone(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agentcast.server.bus.redis.bus.RECHECK_TICK", 0.1)
     monkeypatch.setattr("agentcast.server.bus.redis.heads.GONE_AFTER", 0.3)
     bus = RedisBus(redis.url, "one")
     async with running(bus):
         log = await Log.create(bus)
-        news: list[Any] = []
-        await follow(bus, log.run, news.append)
+        delivered: list[Any] = []
+        await follow(bus, log.run, delivered.append)
         redis.kill()
         redis.start()
-        await until(lambda: Gone(log.run) in news)
+        await until(lambda: Gone(log.run) in delivered)
 
 
-async def test_a_run_that_redis_has_lost_is_begun_anew_where_it_was_and_announced(redis: Redis) -> None:
+async def test_a_run_that_redis_has_lost_is_restored_where_it_was_and_announced(redis: Redis) -> None:
     bus = RedisBus(redis.url, "one")
     async with running(bus):
         log = await Log.create(bus)
@@ -399,7 +399,7 @@ async def test_a_connection_says_within_its_patience_that_redis_is_away_and_work
             while True:
                 with pytest.raises(Unavailable, match="Redis is away") as caught:
                     await connection.call("PING")
-                assert str(redis.port) not in str(caught.value), "clients are told this"
+                assert str(redis.port) not in str(caught.value), "clients see this text"
                 if "Connection refused" in str(caught.value):
                     break
         tasks.cancel_scope.cancel()
@@ -437,7 +437,7 @@ async def test_a_key_of_another_kind_takes_nobody_down(redis: Redis, caplog: pyt
     assert "Redis refused a call" in caplog.text
 
 
-async def test_a_probe_that_is_late_is_no_reason_to_connect_anew(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_probe_that_is_late_is_no_reason_to_reconnect(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agentcast.server.bus.redis.listener.PROBE_EVERY", 0.02)
     bus = RedisBus(redis.url, "one")
     async with running(bus):

@@ -17,7 +17,7 @@ from agentcast.agents.registry.book import snake_case
 
 
 class Heard:
-    """An emitter that keeps what it is told."""
+    """An emitter that keeps what it is sent."""
 
     def __init__(self) -> None:
         self.events: list[AgentEvent] = []
@@ -321,7 +321,7 @@ def test_what_cannot_be_registered_is_refused_with_a_remedy(
     assert len(registry) == 0
 
 
-def test_duplicate_names_are_told_with_both_places():
+def test_duplicate_names_are_reported_with_both_places():
     registry = Registry()
     first = sys._getframe().f_lineno + 1
     registry.add("x", dspy.Predict("a -> b"))
@@ -407,6 +407,6 @@ def test_what_cannot_be_loaded_says_which_why_and_what_to_do(specs: str, subject
 
 
 @pytest.mark.usefixtures("modules")
-def test_an_error_inside_a_module_is_told_with_its_line():
+def test_an_error_inside_a_module_is_reported_with_its_line():
     with pytest.raises(RegistryError, match=r"load_raises\.py:2"):
         load("load_raises")

@@ -1,4 +1,4 @@
-"""A run that is left and subscribed to again at once, as by a page that mounts anew: what was in flight for the first
+"""A run that is left and subscribed to again at once, as by a page that remounts: what was in flight for the first
 subscription must not touch the second (G1, G2)."""
 
 from collections.abc import AsyncIterator
@@ -104,7 +104,7 @@ async def test_an_old_pull_does_nothing_to_a_run_that_a_rule_has_brought_again(s
     assert not scene.hub.topics
 
 
-async def test_news_of_an_old_subscription_on_the_bus_do_not_reach_the_new_topic(scene: Scene) -> None:
+async def test_deliveries_of_an_old_subscription_on_the_bus_do_not_reach_the_new_topic(scene: Scene) -> None:
     connection = await scene.connect()
     await scene.subscribe(connection, since={scene.run.id: START})
     await scene.frames(connection)

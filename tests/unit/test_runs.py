@@ -41,7 +41,7 @@ class Question(BaseModel):
 
 
 class Scripted:
-    """An agent that does what it is told."""
+    """An agent that runs the function it is given."""
 
     def __init__(self, run: Run, *, name: str = "echo", timeout: float = 60.0, max_concurrent: int = 32) -> None:
         self.spec = AgentSpec(
@@ -59,19 +59,19 @@ class Held:
     def __init__(self) -> None:
         self.started: list[str] = []
         self.go = anyio.Event()
-        self._news = anyio.Event()
+        self._changed = anyio.Event()
 
     async def __call__(self, task: Task, emit: Emitter) -> str:
         self.started.append(task.run)
-        self._news.set()
+        self._changed.set()
         await self.go.wait()
         return "done"
 
     async def until_started(self, count: int = 1) -> None:
         with anyio.fail_after(5):
             while len(self.started) < count:
-                self._news = anyio.Event()
-                await self._news.wait()
+                self._changed = anyio.Event()
+                await self._changed.wait()
 
 
 class Host:
@@ -381,20 +381,20 @@ async def positions(host: Host, run: str) -> list[int | None]:
 async def test_waiting_runs_start_in_order_and_hear_of_their_place_when_it_has_halved() -> None:
     gates: dict[str, anyio.Event] = {}
     order: list[str] = []
-    news = [anyio.Event()]
+    changed = [anyio.Event()]
 
     async def gated(task: Task, emit: Emitter) -> None:
         gates[task.run] = anyio.Event()
         order.append(task.run)
-        news[0].set()
+        changed[0].set()
         await gates[task.run].wait()
 
     async with hosting(Scripted(gated, max_concurrent=1)) as host:
         runs = [await host.start() for _ in range(11)]
         for index, run in enumerate(runs):
             while len(order) <= index:
-                news[0] = anyio.Event()
-                await news[0].wait()
+                changed[0] = anyio.Event()
+                await changed[0].wait()
             await anyio.wait_all_tasks_blocked()
             gates[run].set()
             await host.end(run)

@@ -265,7 +265,7 @@ async def test_a_mapping_in_place_of_a_model_is_given_as_the_model(
 # -- Graphs: their results have the names of the state's fields -------------------------------------------------------
 
 
-class Told(BaseModel):
+class Answer(BaseModel):
     model_config = ConfigDict(serialize_by_alias=True)
 
     text: str = Field(default="x", alias="Text")
@@ -282,11 +282,11 @@ class Nothing(BaseModel):
 
 def graph_registry() -> Registry:
     graph = Graph()
-    graph.add_node(StatefulNode("tell", Nothing, Told, fn=lambda _: Told()))
-    graph.add_edge("tell", END)
-    graph.set_entry_point("tell")
+    graph.add_node(StatefulNode("answer", Nothing, Answer, fn=lambda _: Answer()))
+    graph.add_edge("answer", END)
+    graph.set_entry_point("answer")
     registry = Registry()
-    registry.add("graph", AgentTranspiler.compile(graph, output_model=Told))
+    registry.add("graph", AgentTranspiler.compile(graph, output_model=Answer))
     return registry
 
 
@@ -313,10 +313,10 @@ async def test_what_the_hub_says_of_an_agent_is_true_of_its_runs(registry: Regis
     agent: Any
     (agent,) = registry
     async with open_hub(agent) as hub, hub.client() as client, hub.http() as http:
-        (told,) = (await http.get("/v1/agents")).json()["agents"]
+        (described,) = (await http.get("/v1/agents")).json()["agents"]
         view = await client.view(await client.start(agent.spec.name))
         shown = (await http.get(f"/v1/runs/{view.run}")).json()["state"]
     assert view.document["status"] == "done", view.document
-    jsonschema.validate(view.document["input"], told["input"])
-    jsonschema.validate(view.document["result"], told["output"])
+    jsonschema.validate(view.document["input"], described["input"])
+    jsonschema.validate(view.document["result"], described["output"])
     assert shown["result"] == view.document["result"]

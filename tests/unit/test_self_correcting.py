@@ -16,7 +16,7 @@ from agentcast.agents.graph.errors import OutputError
 from agentcast.agents.registry import Registry
 from agentcast.agents.streaming import stream_events
 from agentcast.agents.transpiler import Program, self_correcting
-from tests.support.graphs import Script, Text, Topic, events_of, node, of, program_of, told
+from tests.support.graphs import Script, Text, Topic, events_of, node, of, outline, program_of
 from tests.support.hub import open_hub
 from tests.support.lms import chat, lm_of, pieces
 
@@ -441,7 +441,7 @@ async def test_events_belong_to_the_run_that_calls(run: Callable[[], Any]):
     (failed,) = of("validation_error", events)
     assert (failed["node"], failed["span"], failed["max_retries"]) == ("review", inner["span"], 3)
     assert list(failed["failed_fields"]) == ["score"]
-    assert ("node_end", "review") in told(events)
+    assert ("node_end", "review") in outline(events)
     started = [event["message"] for event in of("message_start", events)]
     assert len(started) == 4
     assert [event["message"] for event in of("message_retracted", events)] == started[:2]
@@ -521,7 +521,7 @@ async def test_it_is_a_node_as_a_module():
     with Script(BAD, GOOD).use():
         events = await events_of(program.astream(text="x"))
     assert events[-1]["prediction"] == Review(verdict="good", score=5)
-    assert told(events) == [
+    assert outline(events) == [
         ("node_start", "outer"),
         ("node_start", "review"),
         ("validation_error", "review"),

@@ -53,7 +53,7 @@ class Client:
         self.frames: list[dict[str, Any]] = []
         self._hub = hub
         self._tasks = tasks
-        self._news = anyio.Event()
+        self._changed = anyio.Event()
         self._pulling = False
         self.outbox = Outbox(self)
         self.session = Session("x", "ann", hub, runs, self.outbox, Costs())
@@ -63,7 +63,7 @@ class Client:
         return False
 
     def wake(self) -> None:
-        self._news.set()
+        self._changed.set()
 
     def cut(self, reason: CloseReason) -> None:
         raise AssertionError(reason)
@@ -90,8 +90,8 @@ class Client:
                     if frame["type"] == type and fields.items() <= frame.items():
                         return frame
                 seen = len(self.frames)
-                self._news = anyio.Event()
-                await self._news.wait()
+                self._changed = anyio.Event()
+                await self._changed.wait()
 
     async def send(self, op: str, **fields: Any) -> CloseReason | None:
         return await self.session.handle(orjson.dumps({"op": op, **fields}).decode())
@@ -213,10 +213,10 @@ async def test_subscribe_replies_before_the_snapshot(client: Client) -> None:
     result = await client.result("subscribe", to={"run": run})
     snapshot = await client.next("snapshot", run=run)
 
-    (told,) = result["runs"]
-    assert (told["run"], told["recovered"]) == (run, False)
+    (entry,) = result["runs"]
+    assert (entry["run"], entry["recovered"]) == (run, False)
     assert [frame["type"] for frame in client.frames[1:3]] == ["reply", "snapshot"]
-    assert snapshot["seq"] >= told["seq"]
+    assert snapshot["seq"] >= entry["seq"]
     assert snapshot["state"]["run"] == run
 
 
@@ -289,7 +289,7 @@ async def test_subscribe_to_everything_follows_what_comes(client: Client) -> Non
     running = (await client.result("start", agent="echo", input={}, subscribe=False))["run"]
     result = await client.result("subscribe", to={"all": True}, since={"nowhere": {"seq": 3}})
 
-    assert [told["run"] for told in result["runs"]] == [running]
+    assert [entry["run"] for entry in result["runs"]] == [running]
     assert result["missing"] == ["nowhere"]
     assert isinstance(result["feed"], str)
     assert "feed_recovered" not in result

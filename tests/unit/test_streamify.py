@@ -266,7 +266,7 @@ async def test_a_predictor_that_is_called_twice_at_once_is_heard_once():
     assert texts(items)["answer"] in items[-1].answers.values()
 
 
-async def test_a_listener_that_may_be_reused_hears_both_calls_and_tells_them_apart():
+async def test_a_listener_that_may_be_reused_hears_both_calls_and_distinguishes_them():
     with dspy.context(lm=lm_of(lambda prompt: pieces(chat(answer=question_of(prompt) * 3), 2))):
         listeners = listening("answer", allow_reuse=True)
         items = await items_of(streamify(Async(twice), None, listeners, is_async_program=True)())
@@ -308,7 +308,7 @@ async def test_reasoning_that_the_model_streams_by_itself_is_heard():
     assert "".join(item.chunk for item in responses(items) if item.signature_field_name == "answer") == "yes"
 
 
-async def test_a_listener_of_the_users_own_class_is_asked_and_starts_anew_for_each_call():
+async def test_a_listener_of_the_users_own_class_is_asked_and_starts_over_for_each_call():
     class Loud(StreamListener):  # type: ignore[misc]
         def receive(self, chunk: Any) -> Any:
             response = super().receive(chunk)
@@ -361,7 +361,7 @@ def make_tool(function: Callable[..., Any] = look) -> Any:
 
 
 class All(StatusMessageProvider):  # type: ignore[misc]
-    """Tells everything."""
+    """Has a message for everything."""
 
     def lm_start_status_message(self, instance: Any, inputs: Any) -> str:
         return "lm"
@@ -580,7 +580,7 @@ async def test_tokens_and_statuses_come_from_wherever_the_program_works(place: C
         assert len(responses(items)) > 100
 
 
-async def test_a_synchronous_programs_asynchronous_tool_is_told_at_once_while_the_loop_is_idle():
+async def test_a_synchronous_programs_asynchronous_tool_is_reported_at_once_while_the_loop_is_idle():
     """The tool waits until its own status has been received, so a late one would be none."""
     received = threading.Event()
 
@@ -593,14 +593,14 @@ async def test_a_synchronous_programs_asynchronous_tool_is_told_at_once_while_th
         with dspy.context(allow_tool_async_sync_conversion=True):
             return dspy.Prediction(answer=dspy.Tool(wait_for_it, name="look")())
 
-    with dspy.context(lm=lm_of(lambda _: chat(answer="told"))):
+    with dspy.context(lm=lm_of(lambda _: chat(answer="done"))):
         stream = streamify(Sync(call))()
         with anyio.fail_after(5):
             first = await anext(stream)
             received.set()
             *_, last = [item async for item in stream]
     assert first == StatusMessage(START)
-    assert last.answer == "told"
+    assert last.answer == "done"
 
 
 # -- Ends --------------------------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ async def run_silently(channel: Channel, program: Any) -> None:
     channel.close()
 
 
-async def test_tool_errors_are_told_without_secrets_and_the_program_goes_on():
+async def test_tool_errors_are_reported_without_secrets_and_the_program_goes_on():
     async def add(a: int, b: int) -> int:
         if a == 2:
             raise ToolError("no sums today")
@@ -525,7 +525,7 @@ async def test_stopped_comes_out_of_task_groups_as_itself():
 # -- Cancelling ------------------------------------------------------------------------------------------------------
 
 
-async def test_a_cancelled_program_stays_cancelled_and_its_spans_are_told_closed():
+async def test_a_cancelled_program_stays_cancelled_and_its_spans_are_reported_closed():
     async def before_chunk(number: int) -> None:
         if number == 3:
             scope.cancel()
@@ -553,7 +553,7 @@ async def test_cancelling_wins_over_a_channel_that_is_closed():
         assert scope.cancelled_caught
 
 
-async def test_a_predictor_that_is_given_up_after_a_time_is_told_cancelled_and_the_program_goes_on():
+async def test_a_predictor_that_is_given_up_after_a_time_is_reported_cancelled_and_the_program_goes_on():
     class Impatient(dspy.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             self.ask = dspy.Predict("question -> answer")
@@ -671,16 +671,16 @@ async def test_a_cancelled_synchronous_program_is_left_at_once_and_stops_at_its_
             group.start_soon(run_program, Stubborn(), {"question": "?"}, emit)
             await asked.wait()
             group.cancel_scope.cancel()
-        told = len(emit.events)
+        emitted = len(emit.events)
         answer_now.set()
         await anyio.to_thread.run_sync(ended.wait, 5)
     assert ended.is_set()
     assert not caplog.records, "it counts as left behind only if it does not end"
     assert lm.engine.calls == 1
-    assert not of(Token, emit.events[told:])
+    assert not of(Token, emit.events[emitted:])
 
 
-async def test_threads_of_parallel_are_told_with_the_right_parents_and_usage():
+async def test_threads_of_parallel_are_reported_with_the_right_parents_and_usage():
     class Both(dspy.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             self.ask = dspy.Predict("question -> answer")
@@ -937,7 +937,7 @@ async def test_a_run_inside_a_tool_of_another_run_streams_to_its_own_emitter():
     assert outcome.prediction.answer == "five"
 
 
-async def test_several_candidates_tell_the_first():
+async def test_of_several_candidates_the_first_is_streamed():
     replies = iter([pieces(f"[[ ## answer ## ]]\n{text}", 3) for text in ("first", "second")])
     events: list[AgentEvent] = []
     with dspy.context(lm=lm_of(lambda _: next(replies))):

@@ -236,13 +236,13 @@ def test_whatever_a_fields_validator_raises_names_the_field(error: BaseException
         assert "not so" in problem["msg"]
 
 
-def test_what_a_validator_raises_is_told_by_its_type_only() -> None:
+def test_what_a_validator_raises_is_reported_by_its_type_only() -> None:
     model = model_that_raises(KeyError("/srv/private"))
 
     assert rejected(model, value=1)[0]["msg"] == "it could not be checked: KeyError"
 
 
-def test_a_secret_in_the_text_of_a_validator_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_secret_in_the_text_of_a_validator_is_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOP_API_KEY", "hunter2hunter2")
     model = create_model(
         "Given", value=(int, ...), __validators__={"v": field_validator("value")(lambda v: _refuse_with_the_key())}

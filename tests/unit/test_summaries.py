@@ -204,7 +204,7 @@ async def test_runs_by_name_come_also_if_they_have_ended_and_the_missing_are_nam
     assert not stage.bus.is_watched()
 
 
-async def test_who_asks_for_no_run_that_exists_is_told(stage: Stage) -> None:
+async def test_asking_only_for_runs_that_do_not_exist_is_refused(stage: Stage) -> None:
     client = Client()
     for to in ({"run": "nope"}, {"runs": ["nope", "neither"]}):
         with pytest.raises(NotFound, match="nope"):

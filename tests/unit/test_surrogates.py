@@ -147,7 +147,7 @@ ANSWERS: list[tuple[Any, str]] = [
 ]
 
 
-def told(events: Sequence[AgentEvent]) -> str:
+def streamed_text(events: Sequence[AgentEvent]) -> str:
     """The joined deltas of the only message, which end as they should, each of them fit for the wire."""
     assert not [event for event in events if isinstance(event, MessageRetracted)]
     (end,) = [event for event in events if isinstance(event, MessageEnd)]
@@ -169,7 +169,7 @@ def test_deltas_are_the_text_wherever_the_chunks_are_split(adapter: Any, answer:
         streamed = [event for event in events if isinstance(event, Token)]
         events += messages.settle({"answer": halves(SAID)})
 
-        assert told(events) == SAID
+        assert streamed_text(events) == SAID
         assert streamed == [event for event in events if isinstance(event, Token)]  # nothing was left to the end
 
 
@@ -179,7 +179,7 @@ def test_half_a_pair_in_an_answer_is_replaced(answer: str, value: str) -> None:
     messages.expect(dspy.ChatAdapter, {"answer": str})
     events = [*messages.begin(), *messages.feed(Piece(f"[[ ## answer ## ]]\n{answer}")), *messages.finish()]
 
-    assert told([*events, *messages.settle({"answer": value})]) == clean_text(value)
+    assert streamed_text([*events, *messages.settle({"answer": value})]) == clean_text(value)
 
 
 def test_half_a_pair_of_one_attempt_does_not_reach_the_next() -> None:
@@ -190,14 +190,14 @@ def test_half_a_pair_of_one_attempt_does_not_reach_the_next() -> None:
     events = [*messages.begin(), *messages.feed(Piece(f"[[ ## answer ## ]]\n{LOW}b")), *messages.finish()]
     events = [event for event in events if not isinstance(event, MessageRetracted)]
 
-    assert told([*events, *messages.settle({"answer": f"{LOW}b"})]) == f"{LOST}b"
+    assert streamed_text([*events, *messages.settle({"answer": f"{LOW}b"})]) == f"{LOST}b"
 
 
 def test_a_text_of_many_deltas_is_cut_between_characters() -> None:
     messages = Messages("s", None, lambda: "m")
     text = "a" + "😀" * (2 * DELTA_CHARS)
 
-    assert told(messages.settle({"answer": halves(text)})) == text
+    assert streamed_text(messages.settle({"answer": halves(text)})) == text
 
 
 # -- Programs ------------------------------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ async def test_halves_of_two_messages_are_not_put_together() -> None:
         ([Token(message="m", delta="b"), MessageEnd(message="m", text="")], f"a{LOST}b"),
     ],
 )
-async def test_half_a_pair_is_told_at_the_end(end: list[AgentEvent], text: str) -> None:
+async def test_half_a_pair_is_sent_at_the_end(end: list[AgentEvent], text: str) -> None:
     texts, log = await recorded(start("m"), Token(message="m", delta="a"), Token(message="m", delta=HIGH), *end)
 
     assert texts == {"m": text}

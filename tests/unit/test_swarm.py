@@ -107,7 +107,7 @@ def model(answer: Answer = lambda prompt: None, pause: Callable[[], None] = lamb
 
 @dataclass
 class Run:
-    """A run as its events tell it."""
+    """A run as its events show it."""
 
     events: list[AgentEvent] = field(default_factory=list)
     result: Any = None

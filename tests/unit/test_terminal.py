@@ -1,4 +1,4 @@
-"""What a run looks like: frames in, lines out. A terminal is a `Console` that is told it is one."""
+"""What a run looks like: frames in, lines out. A terminal is a `Console` with `force_terminal`."""
 
 import io
 from typing import Any

@@ -1,4 +1,4 @@
-"""Whatever a tool returns, or ends with, the run goes on, and model and watchers are told the same of it."""
+"""Whatever a tool returns, or ends with, the run goes on, and model and watchers see the same of it."""
 
 import asyncio
 import collections
@@ -285,7 +285,7 @@ async def test_list_that_contains_itself_and_endless_generator_are_bounded():
         assert max(map(len, script.prompts)) < 80_000
 
 
-def test_results_of_any_tool_can_be_told_of():
+def test_results_of_any_tool_fit_into_an_event():
     for make, _, _ in (*RESULTS.values(), (looped_list, None, None), (endless, None, None)):
         event = ToolEnd(span="1", tool="look", duration=0, result=make())
         assert len(orjson.dumps(event.wire())) < 70_000

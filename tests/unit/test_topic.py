@@ -37,7 +37,7 @@ def test_a_log_that_replaces_an_ended_one_is_not_taken_for_ended() -> None:
     assert stands_at(topic) == ("two", 40, False)
 
 
-def test_late_news_of_an_epoch_that_is_over_change_nothing() -> None:
+def test_late_deliveries_of_a_past_epoch_change_nothing() -> None:
     topic = topic_at(5)
     topic.advance("two", 3, ended=False)
 
@@ -145,7 +145,7 @@ def test_a_follower_that_is_joining_is_sent_nothing() -> None:
     assert (client.seqs(), client.outbox.followers, follower.cursor) == ([], {}, 5)
 
 
-def test_a_follower_behind_is_sent_no_news() -> None:
+def test_a_follower_behind_is_sent_no_deliveries() -> None:
     client, topic = Client(), topic_at(0)
     follower = client.follow(topic)
 
@@ -200,7 +200,7 @@ def test_a_page_beyond_the_head_is_queued_up_to_the_head_and_what_is_delivered_f
     assert client.seqs() == [1, 2, 3, 4]
 
 
-def test_pages_and_news_that_overlap_are_sent_once() -> None:
+def test_pages_and_deliveries_that_overlap_are_sent_once() -> None:
     client, topic = Client(), topic_at(4)
     follower = client.follow(topic)
     topic.supply(follower, segment(1, 4))
@@ -223,13 +223,13 @@ def test_a_page_that_comes_late_brings_only_what_the_follower_lacks() -> None:
 
 
 @pytest.mark.parametrize(
-    "news", [frames(4, 4), Head(RUN, EPOCH, 4)], ids=["frames after a hole", "a head beyond what was delivered"]
+    "delivery", [frames(4, 4), Head(RUN, EPOCH, 4)], ids=["frames after a hole", "a head beyond what was delivered"]
 )
-def test_news_that_leaves_a_hole_makes_a_live_follower_behind(news: Any) -> None:
+def test_a_delivery_that_leaves_a_hole_puts_a_live_follower_behind(delivery: Any) -> None:
     client, topic = Client(), topic_at(2)
     follower = client.live(topic)
 
-    topic.deliver(news)
+    topic.deliver(delivery)
 
     assert client.seqs() == []
     assert (follower.state, follower.cursor, topic.head) == (State.BEHIND, 2, 4)
@@ -515,15 +515,15 @@ def test_a_snapshot_behind_the_head_is_followed_by_the_log() -> None:
     assert client.seqs() == ["=20", 21, 22]
 
 
-@pytest.mark.parametrize("news", [frames(21, 23), Head(RUN, EPOCH, 23)], ids=["frames", "a head"])
-def test_a_snapshot_ahead_of_the_head_waits_for_what_is_delivered_to_get_there(news: Any) -> None:
+@pytest.mark.parametrize("delivery", [frames(21, 23), Head(RUN, EPOCH, 23)], ids=["frames", "a head"])
+def test_a_snapshot_ahead_of_the_head_waits_for_what_is_delivered_to_get_there(delivery: Any) -> None:
     """The state was read after the frames were appended, and before they were delivered here."""
     client, topic = Client(), topic_at(20)
     follower = client.follow(topic, None)
 
     topic.supply_snapshot(follower, snapshot(22))
     assert (follower.state, client.outbox.is_behind) == (State.BEHIND, False), "nothing is to be pulled for it"
-    topic.deliver(news)
+    topic.deliver(delivery)
 
     assert (follower.state, client.outbox.is_behind) == (State.BEHIND, True)
     topic.supply(follower, segment(23, 23))
@@ -689,12 +689,12 @@ def test_what_the_ring_keeps_is_bounded_by_bytes() -> None:
     assert not topic._ring.size, "one that is larger than the ring is not kept either"
 
 
-@pytest.mark.parametrize("news", [Head(RUN, EPOCH, 9), Head(RUN, "two", 7), frames(9, 9)])
-def test_the_ring_never_bridges_a_hole(news: Any) -> None:
+@pytest.mark.parametrize("delivery", [Head(RUN, EPOCH, 9), Head(RUN, "two", 7), frames(9, 9)])
+def test_the_ring_never_bridges_a_hole(delivery: Any) -> None:
     topic = topic_at(5)
     topic.deliver(frames(6, 7))
 
-    topic.deliver(news)
+    topic.deliver(delivery)
     topic.deliver([frame(topic.head + 1, epoch=topic.epoch)])
 
     assert recent(topic, 6) == []
@@ -713,12 +713,12 @@ def test_the_snapshot_is_let_go_of_once_the_ring_does_not_reach_back_to_it() -> 
     assert topic.snapshot is None
 
 
-@pytest.mark.parametrize("news", [Head(RUN, EPOCH, 9), Head(RUN, "two", 5)])
-def test_the_snapshot_is_let_go_of_where_nothing_here_goes_on_from_it(news: Head) -> None:
+@pytest.mark.parametrize("delivery", [Head(RUN, EPOCH, 9), Head(RUN, "two", 5)])
+def test_the_snapshot_is_let_go_of_where_nothing_here_goes_on_from_it(delivery: Head) -> None:
     topic = topic_at(5)
     topic.snapshot = snapshot(5)
 
-    topic.deliver(news)
+    topic.deliver(delivery)
 
     assert topic.snapshot is None
 
@@ -747,12 +747,12 @@ class Stage:
     def act(self, what: str, size: int, which: bool) -> None:
         head, client, follower = self.topic.head, self.clients[which], self.followers[which]
         match what:
-            case "grow" if news := self.log[head : head + size]:
-                self.topic.deliver(news)
-            case "lose" if news := self.log[head : head + size]:
-                self.topic.deliver(Head(RUN, EPOCH, news[-1].seq, ended=news[-1].terminal))
-            case "repeat" if news := self.log[max(head - size, 0) : head + 1]:
-                self.topic.deliver(news)
+            case "grow" if delivery := self.log[head : head + size]:
+                self.topic.deliver(delivery)
+            case "lose" if delivery := self.log[head : head + size]:
+                self.topic.deliver(Head(RUN, EPOCH, delivery[-1].seq, ended=delivery[-1].terminal))
+            case "repeat" if delivery := self.log[max(head - size, 0) : head + 1]:
+                self.topic.deliver(delivery)
             case "take":
                 self.seen[which] += client.seqs()
             case "pull":
@@ -789,7 +789,7 @@ class Stage:
 def test_whatever_happens_all_comes_in_order_and_once(
     acts: list[tuple[str, int, bool]], queue_frames: int, total: int, detail: Detail, ring_bytes: int
 ) -> None:
-    """A log that grows, news that come in batches, again or not at all, pages of any size and age, and clients that
+    """A log that grows, frames that come in batches, again or not at all, pages of any size and age, and clients that
     read when they like."""
     log = [frame(seq, progress=seq % 3 != 0 or seq == total, terminal=seq == total) for seq in range(1, total + 1)]
     stage = Stage(log, queue_frames, detail, ring_bytes)

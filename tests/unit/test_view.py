@@ -22,7 +22,7 @@ ADAPTERS = {"Chat": dspy.ChatAdapter, "JSON": dspy.JSONAdapter, "XML": dspy.XMLA
 
 
 class Silent:
-    """An emitter that keeps what it is told."""
+    """An emitter that keeps what it is sent."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []

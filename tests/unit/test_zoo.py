@@ -53,8 +53,8 @@ class Case:
             return self.species.make(self.type)(**self.species.inputs)
 
     async def hosted(self) -> tuple[Any, list[AgentEvent]]:
-        told = {"signature": signature(self.type)} if self.species.signature else {}
-        agent: Any = Registry().add("animal", self.species.make(self.type), **told)
+        options = {"signature": signature(self.type)} if self.species.signature else {}
+        agent: Any = Registry().add("animal", self.species.make(self.type), **options)
         heard = Heard()
         with self.settings():
             given = agent.spec.input_model.model_validate_json(json.dumps(self.species.inputs))
@@ -83,15 +83,15 @@ async def outcome(made: Awaitable[Any]) -> Any:
 def check_messages(events: list[AgentEvent]) -> dict[str, list[str]]:
     """The texts of the messages by field; each is the sum of its tokens."""
     fields: dict[str, str] = {}
-    told: dict[str, str] = {}
+    tokens: dict[str, str] = {}
     texts: dict[str, list[str]] = {}
     for event in events:
         if event.event == "message_start":
             fields[event.message] = event.field
         elif event.event == "token":
-            told[event.message] = told.get(event.message, "") + event.delta
+            tokens[event.message] = tokens.get(event.message, "") + event.delta
         elif event.event == "message_end":
-            assert told.pop(event.message) == event.text
+            assert tokens.pop(event.message) == event.text
             texts.setdefault(fields.pop(event.message), []).append(event.text)
         elif event.event == "message_retracted":
             del fields[event.message]

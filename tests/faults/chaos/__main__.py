@@ -25,11 +25,11 @@ def main() -> None:
         try:
             anyio.run(story.play, backend_options={"use_uvloop": True})
         except BaseException:
-            sys.stdout.write(f"seed {seed} FAILED after {', '.join(story.told)}\n")
+            sys.stdout.write(f"seed {seed} FAILED after {', '.join(story.happened)}\n")
             raise
         outcomes = ", ".join(f"{count} {name}" for name, count in sorted(story.outcomes.items()))
-        told = ", ".join(story.told)
-        sys.stdout.write(f"seed {seed} passed in {time.monotonic() - began:.0f} s: {told}; runs: {outcomes}\n")
+        happened = ", ".join(story.happened)
+        sys.stdout.write(f"seed {seed} passed in {time.monotonic() - began:.0f} s: {happened}; runs: {outcomes}\n")
         sys.stdout.flush()
 
 

@@ -51,7 +51,7 @@ async def _step(journal: Journal, emit: Emitter, step: int, tokens: int, pause: 
 
 @registry.agent(max_concurrent=1_000)
 async def teller(emit: Emitter, task: Task, steps: int = 10, tokens: int = 5, pause: float = 0.02) -> int:
-    """Tells a story of some steps."""
+    """Streams a story of some steps."""
     journal = Journal(task.run)
     for step in range(steps):
         await _step(journal, emit, step, tokens, pause)

@@ -1,4 +1,4 @@
-"""The faults of the random sequences: each does its harm, lets it work for a while, and mends it."""
+"""The faults of the random sequences: each does its harm, lets it work for a while, and undoes it."""
 
 import random
 import signal

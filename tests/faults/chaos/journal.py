@@ -37,30 +37,30 @@ class Journal:
         """`state` holds all that was emitted, in order; or, unless `whole`, the first so many of it."""
         wanted = _essence(state)
         for count in [len(self.events)] if whole else self._candidates(state):
-            if self._told(count, state) == wanted:
+            if self._after(count, state) == wanted:
                 return
         raise AssertionError(
             f"run {state['run']} ({state['status']}) is not the {'whole' if whole else 'beginning'} of what its agent "
-            f"emitted, {len(self.events)} events:\n{wanted}\nbut emitted was\n{self._told(len(self.events), state)}"
+            f"emitted, {len(self.events)} events:\n{wanted}\nbut emitted was\n{self._after(len(self.events), state)}"
         )
 
     def _candidates(self, state: dict[str, Any]) -> Iterator[int]:
         """After how many events the run may have ended, at a glance."""
-        told, wanted = RunState.new(state["run"], state["agent"]), _glance(state)
+        replayed, wanted = RunState.new(state["run"], state["agent"]), _glance(state)
         for count in range(len(self.events) + 1):
             if count:
-                told.apply(self.events[count - 1] | {"seq": count, "ts": 0.0})
-            if _glance(told.document) == wanted:
+                replayed.apply(self.events[count - 1] | {"seq": count, "ts": 0.0})
+            if _glance(replayed.document) == wanted:
                 yield count
 
-    def _told(self, count: int, state: dict[str, Any]) -> dict[str, Any]:
+    def _after(self, count: int, state: dict[str, Any]) -> dict[str, Any]:
         """What the state shows if the run ended after `count` events."""
-        told = RunState.new(state["run"], state["agent"])
+        replayed = RunState.new(state["run"], state["agent"])
         for seq, event in enumerate(self.events[:count]):
-            told.apply(event | {"seq": seq, "ts": 0.0})
+            replayed.apply(event | {"seq": seq, "ts": 0.0})
         if state["status"] in ENDS:
-            told.apply({"event": ENDS[state["status"]], "seq": count, "ts": 0.0})
-        return _essence(told.document)
+            replayed.apply({"event": ENDS[state["status"]], "seq": count, "ts": 0.0})
+        return _essence(replayed.document)
 
 
 def _glance(state: dict[str, Any]) -> list[Any]:

@@ -23,7 +23,7 @@ class Story:
     runs: int = 50
     clients: int = 50
     faults: int = 6
-    told: list[str] = field(default_factory=list)
+    happened: list[str] = field(default_factory=list)
     """What has happened."""
     outcomes: Counter[str] = field(default_factory=Counter)
 
@@ -102,7 +102,7 @@ class Story:
     async def _do_harm(self) -> None:
         for fault in self._rng.choices(ALL, k=self.faults):
             await anyio.sleep(self._rng.uniform(0.0, 3.0))
-            self.told.append(fault.__name__)
+            self.happened.append(fault.__name__)
             await fault(self._world, random.Random(self._rng.random()))
 
     # -- What must be true -------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class Story:
             case "cancelled":
                 assert run in self._cancelled
             case "worker_lost":
-                hurt = self._world.history or any(fault.__name__ in self.told for fault in OF_HUBS)
+                hurt = self._world.history or any(fault.__name__ in self.happened for fault in OF_HUBS)
                 assert hurt or not journal.events, f"run {run} was taken for dead, and its hub was well all the time"
             case _:
                 raise AssertionError(f"run {run} ended as {outcome}")
@@ -146,15 +146,15 @@ class Story:
         """G1, G2, G10: what a viewer was shown adds up to the final state.
 
         Where Redis has lost some of what it held, a run that had ended may be lost, or, with its end missing, be ended
-        once more (`worker_lost`: who executed it is done with it). Who has seen the first end need not be told of the
-        second before coming back.
+        once more (`worker_lost`: who executed it is done with it). A client that has seen the first end need not see
+        the second before it comes back.
         """
         lossy = self._world.history > 0
         wanted = list(viewer.runs or final)
         if lossy:
             wanted = [run for run in wanted if run in viewer.memory.views or run in viewer.gone]
         else:
-            assert not viewer.gone, f"a viewer was told that {viewer.gone} do not exist"
+            assert not viewer.gone, f"a viewer learned that {viewer.gone} do not exist"
             assert viewer.feed_recovered
         await viewer.has_ended(wanted, PATIENCE)
         for run in wanted:
@@ -175,7 +175,7 @@ class Story:
                 await viewer.has_seen(run, snapshot["seq"], snapshot["epoch"])
                 viewer.check(run, snapshot)
             elif run in final:
-                raise AssertionError(f"a viewer that came back was not told that {run} is gone: {view.position}")
+                raise AssertionError(f"a viewer that came back did not learn that {run} is gone: {view.position}")
 
     def _check_ends(self) -> None:
         """G7: one end, and one more at most for each time that Redis has lost some of what it held."""

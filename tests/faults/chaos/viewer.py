@@ -133,7 +133,7 @@ class Viewer:
         raise AssertionError(f"a viewer at detail {self.detail} has not seen the end of {missing}")
 
     async def come_back(self) -> None:
-        """Lose the connection, return for good, and be told of every run that it knows."""
+        """Lose the connection, return for good, and hear of every run that it knows."""
         self.life = None
         self._connection.cancel()
         with anyio.fail_after(PATIENCE):

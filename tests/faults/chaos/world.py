@@ -163,7 +163,7 @@ class World:
         return {path.name: self.emissions(path.name) for path in (self.folder / "journals").iterdir()}
 
     async def at_rest(self, run: str) -> None:
-        """Until a run's agent has emitted nothing for a second: what it was given room for before it may still come."""
+        """Until a run's agent has emitted nothing for a second: what it had credit for may still come."""
         counts = [-1]
         with anyio.fail_after(PATIENCE):
             while counts[0] != counts[-1] or len(counts) < 5:
