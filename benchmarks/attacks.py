@@ -1,4 +1,4 @@
-"""The slowest reply to an innocent client, of any kind, while a hub is attacked; the goal is 250 ms (G11)."""
+"""The slowest reply to an innocent client, of any kind, while a hub is attacked (G11)."""
 
 import re
 import subprocess
@@ -8,26 +8,28 @@ from contextlib import contextmanager
 
 import anyio
 
+from benchmarks import goals
 from benchmarks.processes import set_up_child
 from benchmarks.report import Row
 from tests.support.attacks import ATTACKS
 from tests.support.innocents import Innocents, innocents
 
 GROUP = "Attacks: the slowest reply to an innocent client"
-GOAL = 250.0
 SECONDS, ROUNDS = 5.0, 2
 PEACE = "none"
 _AGENTS = "tests.support.served:registry"
 
 
 def measure() -> Iterator[Row]:
+    worst = 0.0
     for name in (PEACE, *ATTACKS):
         seen = [_round(name) for _ in range(ROUNDS)]
         slowest = [max(one.slowest.values()) * 1000 for one in seen]
         kinds = {kind: max(one.slowest[kind] for one in seen) * 1000 for kind in seen[0].waits}
-        verdict = "within" if max(slowest) <= GOAL else "BEYOND"
+        worst = max(worst, *slowest)
         each = ", ".join(f"{kind} {value:.0f}" for kind, value in kinds.items())
-        yield Row(GROUP, name, "ms", slowest, f"{verdict} the goal of {GOAL:.0f} ms; the worst of each kind: {each}")
+        yield Row(GROUP, name, "ms", slowest, f"the worst of each kind: {each}")
+    yield Row(GROUP, "the worst of all", "ms", [worst], goal=goals.ATTACKED)
 
 
 def _round(name: str) -> Innocents:

@@ -31,4 +31,5 @@ CROWD = Goal("2,000 clients reconnect: slowest reply to another client", "ms", 3
 LARGE = Goal("30 clients join the largest state: longest stall", "ms", 647.0, 50.0)
 RULES = Goal("1,000 subscriptions that do not match: extra time of a new run", "µs", 1_695.0, 50.0)
 ACTIVE = Goal("10,000 active runs, no client: longest stall", "ms", 114.0, 50.0)
+ATTACKED = Goal("the slowest reply to an innocent client, under the worst attack", "ms", None, 250.0)
 DASHBOARD = Goal("10,000 active runs, one client on summaries: longest stall", "ms", None, 50.0)
