@@ -41,6 +41,7 @@ async def innocents(url: str) -> AsyncIterator[Innocents]:
     socket = f"{url.replace('http', 'ws', 1)}/ws"
     async with connect(socket) as pinging, connect(socket) as starting, connect(socket) as following:
         async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=30) as http:
+            await http.get("/healthz")  # each has its connection before anything happens
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_ping, seen, pinging, ended)
                 tasks.start_soon(_start, seen, starting, ended)
