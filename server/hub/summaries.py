@@ -103,6 +103,7 @@ class Summaries:
         async with self._subscribing:
             if self._subscription is None:
                 self._subscription = await self._bus.watch_summaries(self._deliver)
+                self.unwatch()  # all may have left meanwhile
 
     def unwatch(self) -> None:
         """Somebody may have left the board: if nobody is left, it need not be fed."""
@@ -145,9 +146,9 @@ class Summaries:
 
     async def _join_group(self, outbox: Outbox, subscription: str, principal: str, to: To) -> SummaryJoin:
         watch = self.board.watch(outbox, subscription, [to.key(principal)])
-        await self.watch()
         group = next(iter(watch.groups))
-        if not group.complete:
+        await self.watch()
+        if watch.groups and not group.complete:  # it may have been left meanwhile
             await self._loads(group, lambda: self._load(group))
         result: dict[str, Any] = {"subscription": subscription}
         if group.left_out:

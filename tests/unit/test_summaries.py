@@ -9,7 +9,7 @@ import orjson
 import pytest
 from anyio.lowlevel import checkpoint
 
-from agentcast.server.bus.base import Filter, Listing, Summary, new_run_id
+from agentcast.server.bus.base import DeliverSummaries, Filter, Listing, Subscription, Summary, new_run_id
 from agentcast.server.errors import NotFound, TooMany, Unavailable
 from agentcast.server.hub import board as board_module
 from agentcast.server.hub import live_list, summaries
@@ -71,6 +71,9 @@ class CountingBus(HeldBus):
 
     async def summaries(self, runs: Collection[str]) -> dict[str, Summary]:
         return await self._answer("summaries", super().summaries(runs))
+
+    async def watch_summaries(self, deliver: DeliverSummaries) -> Subscription:
+        return await self._answer("watch_summaries", super().watch_summaries(deliver))
 
     def is_watched(self) -> bool:
         return bool(self._summary_watchers)
@@ -274,6 +277,20 @@ async def test_a_join_that_fails_leaves_nothing(stage: Stage) -> None:
     (log,) = await stage.create()
     await stage.join(client)
     assert runs(client) == [log.run]
+
+
+async def test_who_leaves_before_the_bus_is_watched_gets_a_reply_and_leaves_nothing(stage: Stage) -> None:
+    client = Client()
+    watching = stage.bus.catch("watch_summaries")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: stage.join(client))
+        await watching.asked.wait()
+        stage.hub.leave(client.outbox, "s")
+        watching.release()
+
+    assert stage.bus.lists == [], "nobody is left to read for"
+    assert not stage.bus.is_watched()
+    assert stage.hub.summaries.board.unwatched
 
 
 async def test_more_active_runs_than_the_board_takes_are_said_in_the_reply(
