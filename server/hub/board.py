@@ -9,7 +9,7 @@ Viewers that are up to date, and that one and the same group concerns, get the s
 Without I/O. This module must not know the bus, or what is in a record.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -274,13 +274,13 @@ class Board:
                 cohorts.setdefault(group, Cohort()).slots.append(slot)
             if number % SLICE == 0:
                 yield
-        concerned: dict[Viewer, list[Group]] = {viewer: [] for viewer in self._behind}
+        concerned: dict[Viewer, dict[Group, None]] = {viewer: {} for viewer in self._behind}
         yield from _find_concerned(cohorts, concerned)
         for viewer, groups in concerned.items():
             yield from self._serve(viewer, groups, cohorts)
         yield from self._clear_away()
 
-    def _serve(self, viewer: Viewer, groups: list[Group], cohorts: Mapping[Group, Cohort]) -> Iterator[None]:
+    def _serve(self, viewer: Viewer, groups: Iterable[Group], cohorts: Mapping[Group, Cohort]) -> Iterator[None]:
         groups = [group for group in groups if group in viewer.groups]  # it may have left some meanwhile
         try:
             viewer.enter()
@@ -297,6 +297,7 @@ class Board:
             viewer.outbox.fail(error)
         if viewer.behind or viewer.joined:
             self._behind[viewer] = None
+            yield  # that may be a lot, even if nothing was queued
         else:
             self._behind.pop(viewer, None)
 
@@ -326,13 +327,13 @@ class Board:
                 yield
 
 
-def _find_concerned(groups: Collection[Group], concerned: dict[Viewer, list[Group]]) -> Iterator[None]:
+def _find_concerned(groups: Collection[Group], concerned: dict[Viewer, dict[Group, None]]) -> Iterator[None]:
     """Add the viewers of these groups, each with its groups. Yields after each slice of watches."""
     watches = 0
     for group in groups:
         for watch in group.watches:
             if watch.begun:
-                concerned.setdefault(watch.viewer, []).append(group)
+                concerned.setdefault(watch.viewer, {})[group] = None
         watches += len(group.watches)
         if watches >= SLICE:
             watches = 0

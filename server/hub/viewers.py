@@ -83,9 +83,8 @@ class Viewer:
 
     def enter(self) -> None:
         """It is behind with the active runs of the watches that have begun."""
-        for watch in self.joined:
-            for group in watch.groups:
-                self.lag([slot for slot in group.slots.values() if not slot.ended])
+        for group in {group: None for watch in self.joined for group in watch.groups}:
+            self.lag([slot for slot in group.slots.values() if not slot.ended])
         self.joined.clear()
 
     def lag(self, slots: Collection[Slot]) -> None:
