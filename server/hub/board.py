@@ -151,10 +151,11 @@ class Board:
 
     # -- Watches ---------------------------------------------------------------------------------------------------
 
-    def watch(self, outbox: Outbox, subscription: str, keys: Collection[Key]) -> Watch:
-        """Keep the records of these keys from now on. `begin` shows them, `leave` ends it."""
+    def watch(self, outbox: Outbox, subscription: str, keys: Collection[Key], *, named: bool = False) -> Watch:
+        """Keep the records of these keys from now on, which the client has `named` one by one, or not. `begin` shows
+        them, `leave` ends it."""
         viewer = self._viewers.setdefault(outbox, Viewer(outbox))
-        watch = viewer.watches[subscription] = Watch(viewer, subscription, {})
+        watch = viewer.watches[subscription] = Watch(viewer, subscription, {}, named)
         self.widen(watch, keys)
         return watch
 
@@ -243,9 +244,9 @@ class Board:
                 self.leave(outbox, subscription)
 
     def named(self, outbox: Outbox) -> int:
-        """Runs that the connection watches by name."""
+        """Runs that the connection watches by name, each as often as it does, in subscriptions that begin, too."""
         viewer = self._viewers.get(outbox)
-        return 0 if viewer is None else len(viewer.awaiting)
+        return 0 if viewer is None else sum(len(watch.groups) for watch in viewer.watches.values() if watch.named)
 
     def listen(self, key: Key, listener: Listener) -> None:
         """Have the listener see every record of a key from now on."""

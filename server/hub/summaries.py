@@ -159,9 +159,10 @@ class Summaries:
         room = max(MAX_NAMED - self.board.named(outbox), 0)
         asked = list(dict.fromkeys(named))
         wanted = asked[:room]
-        watch = self.board.watch(outbox, subscription, [run_key(principal, run) for run in wanted])
+        watch = self.board.watch(outbox, subscription, [run_key(principal, run) for run in wanted], named=True)
         await self.watch()
         existing, found = await self._read(wanted, principal)
+        self.board.narrow(watch, [run_key(principal, run) for run in wanted if run not in found])
         missing = [run for run in wanted if run not in existing]
         if wanted and not existing:
             raise NotFound(f"there is no run {wanted[0][:64]!r}")

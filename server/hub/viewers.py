@@ -61,6 +61,8 @@ class Watch:
     viewer: "Viewer"
     subscription: str
     groups: dict[Group, None]
+    named: bool
+    """Whether the client has named each of the runs."""
     awaited: set[str] = field(default_factory=set)
     """Runs that it was made for by name: once the last record of all of them was queued, it ends."""
     begun: bool = False

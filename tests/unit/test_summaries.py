@@ -320,6 +320,37 @@ async def test_more_runs_by_name_than_a_connection_may_watch_are_said_in_the_rep
     assert sorted(runs(client)) == names[:3]
 
 
+async def test_runs_that_do_not_exist_are_not_watched(stage: Stage) -> None:
+    (log,) = await stage.create()
+    client = Client()
+    for number in range(3):
+        await stage.join(client, name=f"s{number}", runs=[log.run, *(f"{number}.{n}" for n in range(10))])
+
+    assert len(stage.hub.summaries.board.groups) == 1
+
+
+async def test_what_a_connection_names_is_bounded_also_in_many_subscriptions_at_once(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(summaries, "MAX_NAMED", 5)
+    names = [log.run for log in await stage.create(3)]
+    client = Client()
+    replies: list[dict[str, Any]] = []
+
+    async def join(name: str) -> None:
+        replies.append(await stage.join(client, name=name, runs=names))
+
+    stage.bus.hold("info")
+    async with anyio.create_task_group() as tasks:
+        for name in ("s1", "s2", "s3"):
+            tasks.start_soon(join, name)
+        await settle()
+        stage.bus.release("info")
+
+    assert sorted(reply.get("truncated", 0) for reply in replies) == [0, 1, 3]
+    assert stage.hub.summaries.board.named(client.outbox) == 5
+
+
 # -- How often -----------------------------------------------------------------------------------------------------
 
 
