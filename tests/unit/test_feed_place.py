@@ -177,7 +177,7 @@ def test_what_is_remembered_is_bounded_and_the_newest_stay(monkeypatch: pytest.M
 
 
 def test_without_a_feed_nothing_is_looked_through_for_what_can_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed_place, "MAX_PAST", 3)
+    monkeypatch.setattr(module, "MAX_PAST", 3)
     monkeypatch.setattr(FeedPlace, "forget", lambda place: pytest.fail("nothing can be forgotten"))
     place = FeedPlace()
 
