@@ -140,7 +140,7 @@ class Hub:
                     join = Join(self, outbox, [_placed(topic, outbox, wants, since.get(to.run))])
                     join.result = {"subscription": subscription, "runs": _described(join.followers)}
                     if to.run not in outbox.followers and outbox.room <= 0:
-                        del outbox.subscriptions[subscription]
+                        outbox.subscriptions.pop(subscription, None)  # it may have been left meanwhile
                         join.result = {"runs": [], "truncated": 1}
                     yield join
             else:

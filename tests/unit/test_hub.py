@@ -511,6 +511,22 @@ async def test_a_subscription_to_one_run_whose_room_is_taken_meanwhile_ends_and_
     assert client.outbox.subscriptions.keys() == {"s2"}
 
 
+async def test_a_subscription_to_one_run_too_many_may_be_left_before_its_reply(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "MAX_FOLLOWED", 1)
+    first, second = await Log.create(stage.bus), await Log.create(stage.bus)
+    client = await stage.live(first)
+    opening = stage.bus.catch("open")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: stage.join(client, name="s2", run=second.run))
+        await opening.asked.wait()
+        stage.hub.leave(client.outbox, "s2")
+        opening.release()
+
+    assert client.outbox.subscriptions.keys() == {"s"}
+
+
 async def test_one_that_has_room_says_nothing_of_it(stage: Stage) -> None:
     await Log.create(stage.bus)
 
