@@ -31,7 +31,7 @@ from agentcast.server.protocol import Detail, Position, To
 BRINGING = 16
 """Groups of announced runs that are opened at the same time; while there are as many, the feed is not read on."""
 SLICE = 100
-"""Followers that are made in one turn of the loop."""
+"""Followers that are made, or topics that are opened, in one turn of the loop."""
 
 logger = logging.getLogger(__name__)
 
@@ -255,12 +255,16 @@ class Hub:
         for topic in topics:
             topic.is_new = False
         try:
+            if len(topics) > SLICE:
+                await checkpoint()  # making them took a while
             opened = await self.bus.open({topic.run: topic.deliver for topic in topics})
             for topic in topics:
                 answer = opened.get(topic.run)
                 topic.unknown = answer is None
                 topic.subscription = None if answer is None else answer.subscription
-            for topic in topics:
+            for number, topic in enumerate(topics):
+                if number % SLICE == 0:
+                    await checkpoint()  # thousands must not hold the loop
                 if topic.run in opened:
                     topic.open(await self._newest(topic, opened[topic.run].info))
         finally:

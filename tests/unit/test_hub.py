@@ -527,6 +527,27 @@ async def test_a_subscription_to_one_run_too_many_may_be_left_before_its_reply(
     assert client.outbox.subscriptions.keys() == {"s"}
 
 
+async def test_opening_thousands_of_runs_does_not_hold_the_loop(stage: Stage) -> None:
+    runs = [(await Log.create(stage.bus)).run for _ in range(1_000)]
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await checkpoint()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(count)
+        topics = stage.hub._pin(runs, [])
+        await stage.hub._open(topics)
+        tasks.cancel_scope.cancel()
+
+    assert turns >= len(runs) / module.SLICE
+    for topic in topics:
+        topic.unpin()
+
+
 async def test_one_that_has_room_says_nothing_of_it(stage: Stage) -> None:
     await Log.create(stage.bus)
 
