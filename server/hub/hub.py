@@ -16,7 +16,7 @@ import anyio
 from anyio.abc import TaskGroup, TaskStatus
 from anyio.lowlevel import checkpoint
 
-from agentcast.server.bus.base import Announcement, Bus, Filter, RunInfo, Snapshot, Subscription
+from agentcast.server.bus.base import Announcement, Bus, Filter, Opened, RunInfo, Snapshot, Subscription
 from agentcast.server.errors import NotFound, Unavailable
 from agentcast.server.hub.catch_up import CatchUp, jitter
 from agentcast.server.hub.follower import Follower
@@ -258,20 +258,23 @@ class Hub:
             if len(topics) > SLICE:
                 await checkpoint()  # making them took a while
             opened = await self.bus.open({topic.run: topic.deliver for topic in topics})
-            for topic in topics:
-                answer = opened.get(topic.run)
-                topic.unknown = answer is None
-                topic.subscription = None if answer is None else answer.subscription
-            for number, topic in enumerate(topics):
-                if number % SLICE == 0:
-                    await checkpoint()  # thousands must not hold the loop
-                if topic.run in opened:
-                    topic.open(await self._newest(topic, opened[topic.run].info))
+            await self._take_answers(topics, opened)
         finally:
             for topic in topics:
                 if topic.info is None:
                     self._close(topic)
                 topic.opened.set()
+
+    async def _take_answers(self, topics: Sequence[RunTopic], opened: Mapping[str, Opened]) -> None:
+        for topic in topics:
+            answer = opened.get(topic.run)
+            topic.unknown = answer is None
+            topic.subscription = None if answer is None else answer.subscription
+        for number, topic in enumerate(topics):
+            if number % SLICE == 0:
+                await checkpoint()  # thousands must not hold the loop
+            if topic.run in opened:
+                topic.open(await self._newest(topic, opened[topic.run].info))
 
     async def _newest(self, topic: RunTopic, info: RunInfo) -> RunInfo:
         """What the bus knows of a run. Where its log was replaced since it was asked, it is asked again."""
