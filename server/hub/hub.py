@@ -271,7 +271,7 @@ class Hub:
             topic.unknown = answer is None
             topic.subscription = None if answer is None else answer.subscription
         for number, topic in enumerate(topics):
-            if number % SLICE == 0:
+            if number % SLICE == SLICE - 1:
                 await checkpoint()  # thousands must not hold the loop
             if topic.run in opened:
                 topic.open(await self._newest(topic, opened[topic.run].info))
