@@ -51,9 +51,9 @@ class Usage(_Fact):
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(
-            input_tokens=self.input_tokens + other.input_tokens,
-            output_tokens=self.output_tokens + other.output_tokens,
-            cached_tokens=_sum(self.cached_tokens, other.cached_tokens),
+            input_tokens=_within_64_bits(self.input_tokens + other.input_tokens),
+            output_tokens=_within_64_bits(self.output_tokens + other.output_tokens),
+            cached_tokens=_within_64_bits(_sum(self.cached_tokens, other.cached_tokens)),
             cost=_sum(self.cost, other.cost),
         )
 
@@ -303,6 +303,11 @@ AGENT_EVENTS: tuple[type[BaseModel], ...] = get_args(AgentEvent)
 TERMINAL_EVENTS = frozenset({"run_end", "run_error", "run_cancelled"})
 FULL_ONLY_EVENTS = frozenset({"token", "message_start", "tool_progress"})
 """Events that detail `progress` does not show."""
+
+
+def _within_64_bits(count: Any) -> Any:
+    """A count that can be encoded, or None: a model may report anything, and the run's last event holds the sum."""
+    return None if count is None else max(-(2**63), min(count, 2**63 - 1))
 
 
 def _sum(one: Any, other: Any) -> Any:

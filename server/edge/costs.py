@@ -20,7 +20,7 @@ from time import monotonic
 import anyio
 
 from agentcast.server.errors import TooMany
-from agentcast.server.protocol import Cancel, Command, List, Start, Subscribe
+from agentcast.server.protocol import Cancel, Command, List, Start, Subscribe, Unsubscribe
 
 ACCOUNT = "agentcast.account"
 """Where a request has the account of its connection, among its scope's extensions."""
@@ -40,6 +40,8 @@ SUBSCRIBE = 50
 """An open-ended subscription, which asks for what is active."""
 START = 100
 CANCEL = 20
+UNSUBSCRIBE = 100
+"""It goes through all that the connection follows or is behind with."""
 
 PER_SECOND = 10_000
 """Units that accrue to an account: a tenth of the loop, or 100 starts, or 900 joins."""
@@ -69,6 +71,8 @@ def doing(command: Command) -> int:
             return SUBSCRIBE + LOOKUP * command.limit
         case Cancel():
             return CANCEL
+        case Unsubscribe():
+            return UNSUBSCRIBE
         case _:
             return 0
 

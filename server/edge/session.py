@@ -15,7 +15,7 @@ from agentcast.server.bus.base import Filter
 from agentcast.server.edge.costs import JOIN, LOOKUP, REPLIED, Account, Costs, doing, reading
 from agentcast.server.errors import PROTOCOL_ERROR, CloseReason, CommandError, NotFound, TooMany
 from agentcast.server.hub.hub import Hub
-from agentcast.server.hub.outbox import Outbox
+from agentcast.server.hub.outbox import MAX_FOLLOWED, Outbox
 from agentcast.server.protocol import (
     AnyDetail,
     Cancel,
@@ -153,8 +153,12 @@ class Session:
         # What it will join is known afterwards only; about so many may be active.
         many = command.to.all is not None or command.to.agent is not None
         expected = max(self._runs.active, len(self._hub.topics)) if many else len(command.to.named or (None,))
-        each = LOOKUP if command.detail == "summary" else JOIN
-        await self._costs.turn(self._account, each * expected, begun=True)
+        if command.detail == "summary":
+            price = LOOKUP * expected
+        else:  # no more than it may owe at once: what it does not join is given back, and must have been paid
+            expected = min(expected, MAX_FOLLOWED)
+            price = JOIN * expected
+        await self._costs.turn(self._account, price, begun=True)
         subscription = self._new_subscription()
         async with self._join(subscription, command.to, command.detail, command.since, command.feed) as join:
             self._reply(command, join.result)

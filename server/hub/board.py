@@ -9,7 +9,7 @@ Viewers that are up to date, and that one and the same group concerns, get the s
 Without I/O. This module must not know the bus, or what is in a record.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -151,10 +151,11 @@ class Board:
 
     # -- Watches ---------------------------------------------------------------------------------------------------
 
-    def watch(self, outbox: Outbox, subscription: str, keys: Collection[Key]) -> Watch:
-        """Keep the records of these keys from now on. `begin` shows them, `leave` ends it."""
+    def watch(self, outbox: Outbox, subscription: str, keys: Collection[Key], *, named: bool = False) -> Watch:
+        """Keep the records of these keys from now on, which the client has `named` one by one, or not. `begin` shows
+        them, `leave` ends it."""
         viewer = self._viewers.setdefault(outbox, Viewer(outbox))
-        watch = viewer.watches[subscription] = Watch(viewer, subscription, {})
+        watch = viewer.watches[subscription] = Watch(viewer, subscription, {}, named)
         self.widen(watch, keys)
         return watch
 
@@ -243,9 +244,9 @@ class Board:
                 self.leave(outbox, subscription)
 
     def named(self, outbox: Outbox) -> int:
-        """Runs that the connection watches by name."""
+        """Runs that the connection watches by name, each as often as it does, in subscriptions that begin, too."""
         viewer = self._viewers.get(outbox)
-        return 0 if viewer is None else len(viewer.awaiting)
+        return 0 if viewer is None else sum(len(watch.groups) for watch in viewer.watches.values() if watch.named)
 
     def listen(self, key: Key, listener: Listener) -> None:
         """Have the listener see every record of a key from now on."""
@@ -274,13 +275,13 @@ class Board:
                 cohorts.setdefault(group, Cohort()).slots.append(slot)
             if number % SLICE == 0:
                 yield
-        concerned: dict[Viewer, list[Group]] = {viewer: [] for viewer in self._behind}
+        concerned: dict[Viewer, dict[Group, None]] = {viewer: {} for viewer in self._behind}
         yield from _find_concerned(cohorts, concerned)
         for viewer, groups in concerned.items():
             yield from self._serve(viewer, groups, cohorts)
         yield from self._clear_away()
 
-    def _serve(self, viewer: Viewer, groups: list[Group], cohorts: Mapping[Group, Cohort]) -> Iterator[None]:
+    def _serve(self, viewer: Viewer, groups: Iterable[Group], cohorts: Mapping[Group, Cohort]) -> Iterator[None]:
         groups = [group for group in groups if group in viewer.groups]  # it may have left some meanwhile
         try:
             viewer.enter()
@@ -297,6 +298,7 @@ class Board:
             viewer.outbox.fail(error)
         if viewer.behind or viewer.joined:
             self._behind[viewer] = None
+            yield  # that may be a lot, even if nothing was queued
         else:
             self._behind.pop(viewer, None)
 
@@ -326,13 +328,13 @@ class Board:
                 yield
 
 
-def _find_concerned(groups: Collection[Group], concerned: dict[Viewer, list[Group]]) -> Iterator[None]:
+def _find_concerned(groups: Collection[Group], concerned: dict[Viewer, dict[Group, None]]) -> Iterator[None]:
     """Add the viewers of these groups, each with its groups. Yields after each slice of watches."""
     watches = 0
     for group in groups:
         for watch in group.watches:
             if watch.begun:
-                concerned.setdefault(watch.viewer, []).append(group)
+                concerned.setdefault(watch.viewer, {})[group] = None
         watches += len(group.watches)
         if watches >= SLICE:
             watches = 0

@@ -104,7 +104,7 @@ class FeedPlace:
         """A run is followed no more. False if more would have to be remembered than may be."""
         self.past.pop(run, None)
         self.past[run] = Past(self.source.begun if self.source else 0, left)
-        if len(self.past) > MAX_PAST:
+        if len(self.past) > MAX_PAST and self.source is not None:
             self.forget()
         if len(self.past) > MAX_PAST:
             del self.past[next(iter(self.past))]

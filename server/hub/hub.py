@@ -16,7 +16,7 @@ import anyio
 from anyio.abc import TaskGroup, TaskStatus
 from anyio.lowlevel import checkpoint
 
-from agentcast.server.bus.base import Announcement, Bus, Filter, RunInfo, Snapshot, Subscription
+from agentcast.server.bus.base import Announcement, Bus, Filter, Opened, RunInfo, Snapshot, Subscription
 from agentcast.server.errors import NotFound, Unavailable
 from agentcast.server.hub.catch_up import CatchUp, jitter
 from agentcast.server.hub.follower import Follower
@@ -31,7 +31,7 @@ from agentcast.server.protocol import Detail, Position, To
 BRINGING = 16
 """Groups of announced runs that are opened at the same time; while there are as many, the feed is not read on."""
 SLICE = 100
-"""Followers that are made in one turn of the loop."""
+"""Followers that are made, or topics that are opened, in one turn of the loop."""
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Hub:
                     join = Join(self, outbox, [_placed(topic, outbox, wants, since.get(to.run))])
                     join.result = {"subscription": subscription, "runs": _described(join.followers)}
                     if to.run not in outbox.followers and outbox.room <= 0:
-                        del outbox.subscriptions[subscription]
+                        outbox.subscriptions.pop(subscription, None)  # it may have been left meanwhile
                         join.result = {"runs": [], "truncated": 1}
                     yield join
             else:
@@ -255,19 +255,26 @@ class Hub:
         for topic in topics:
             topic.is_new = False
         try:
+            if len(topics) > SLICE:
+                await checkpoint()  # making them took a while
             opened = await self.bus.open({topic.run: topic.deliver for topic in topics})
-            for topic in topics:
-                answer = opened.get(topic.run)
-                topic.unknown = answer is None
-                topic.subscription = None if answer is None else answer.subscription
-            for topic in topics:
-                if topic.run in opened:
-                    topic.open(await self._newest(topic, opened[topic.run].info))
+            await self._take_answers(topics, opened)
         finally:
             for topic in topics:
                 if topic.info is None:
                     self._close(topic)
                 topic.opened.set()
+
+    async def _take_answers(self, topics: Sequence[RunTopic], opened: Mapping[str, Opened]) -> None:
+        for topic in topics:
+            answer = opened.get(topic.run)
+            topic.unknown = answer is None
+            topic.subscription = None if answer is None else answer.subscription
+        for number, topic in enumerate(topics):
+            if number % SLICE == SLICE - 1:
+                await checkpoint()  # thousands must not hold the loop
+            if topic.run in opened:
+                topic.open(await self._newest(topic, opened[topic.run].info))
 
     async def _newest(self, topic: RunTopic, info: RunInfo) -> RunInfo:
         """What the bus knows of a run. Where its log was replaced since it was asked, it is asked again."""

@@ -103,6 +103,7 @@ class Summaries:
         async with self._subscribing:
             if self._subscription is None:
                 self._subscription = await self._bus.watch_summaries(self._deliver)
+                self.unwatch()  # all may have left meanwhile
 
     def unwatch(self) -> None:
         """Somebody may have left the board: if nobody is left, it need not be fed."""
@@ -145,9 +146,9 @@ class Summaries:
 
     async def _join_group(self, outbox: Outbox, subscription: str, principal: str, to: To) -> SummaryJoin:
         watch = self.board.watch(outbox, subscription, [to.key(principal)])
-        await self.watch()
         group = next(iter(watch.groups))
-        if not group.complete:
+        await self.watch()
+        if watch.groups and not group.complete:  # it may have been left meanwhile
             await self._loads(group, lambda: self._load(group))
         result: dict[str, Any] = {"subscription": subscription}
         if group.left_out:
@@ -158,9 +159,10 @@ class Summaries:
         room = max(MAX_NAMED - self.board.named(outbox), 0)
         asked = list(dict.fromkeys(named))
         wanted = asked[:room]
-        watch = self.board.watch(outbox, subscription, [run_key(principal, run) for run in wanted])
+        watch = self.board.watch(outbox, subscription, [run_key(principal, run) for run in wanted], named=True)
         await self.watch()
         existing, found = await self._read(wanted, principal)
+        self.board.narrow(watch, [run_key(principal, run) for run in wanted if run not in found])
         missing = [run for run in wanted if run not in existing]
         if wanted and not existing:
             raise NotFound(f"there is no run {wanted[0][:64]!r}")

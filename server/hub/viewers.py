@@ -61,6 +61,8 @@ class Watch:
     viewer: "Viewer"
     subscription: str
     groups: dict[Group, None]
+    named: bool
+    """Whether the client has named each of the runs."""
     awaited: set[str] = field(default_factory=set)
     """Runs that it was made for by name: once the last record of all of them was queued, it ends."""
     begun: bool = False
@@ -83,9 +85,8 @@ class Viewer:
 
     def enter(self) -> None:
         """It is behind with the active runs of the watches that have begun."""
-        for watch in self.joined:
-            for group in watch.groups:
-                self.lag([slot for slot in group.slots.values() if not slot.ended])
+        for group in {group: None for watch in self.joined for group in watch.groups}:
+            self.lag([slot for slot in group.slots.values() if not slot.ended])
         self.joined.clear()
 
     def lag(self, slots: Collection[Slot]) -> None:

@@ -447,6 +447,49 @@ def test_thousands_of_changes_are_flushed_in_slices() -> None:
     assert all(len(shown(client)) == 10_000 for client in clients)
 
 
+def test_slow_viewers_are_not_all_served_in_one_slice() -> None:
+    board = Board()
+    clients = [watching(board, client=Client(queue_frames=1)) for _ in range(20)]
+    for client in clients:
+        client.outbox.put(b"{}")
+
+    for at in (1, 2):  # those that are up to date, and those that are behind
+        board.take(record("a", at))
+        assert flush(board) >= len(clients)
+
+
+def test_one_viewer_costs_the_same_however_often_it_subscribes(monkeypatch: pytest.MonkeyPatch) -> None:
+    board, client = Board(), Client()
+    for number in range(100):
+        client.outbox.subscribe(f"s{number}", single=True)
+    watches = [board.watch(client.outbox, f"s{number}", [ALL]) for number in range(100)]
+    for number in range(50):
+        board.take(record(str(number)))
+    looked_at = 0
+    lag = viewers.Viewer.lag
+
+    def count(viewer: viewers.Viewer, slots: Collection[viewers.Slot]) -> None:
+        nonlocal looked_at
+        looked_at += len(slots)
+        lag(viewer, slots)
+
+    monkeypatch.setattr(viewers.Viewer, "lag", count)
+    for watch in watches:
+        board.begin(watch)
+    flush(board)
+    assert len(shown(client)) == 50
+    assert looked_at == 50
+
+    watching(board, ("ann", "agent", "echo"), name="more", client=client)
+    looked_at = 0
+    for number in range(50):
+        board.take(record(str(number), 2))
+    flush(board)
+
+    assert len(shown(client)) == 50
+    assert looked_at == 2 * 50, "two groups concern it"
+
+
 def test_a_run_that_many_watch_by_name_is_flushed_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SLICE", 10)
     board = Board()

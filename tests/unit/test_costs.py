@@ -25,7 +25,7 @@ from agentcast.server.edge.costs import (
     reading,
 )
 from agentcast.server.errors import TooMany
-from agentcast.server.protocol import Position, Start, Subscribe, To
+from agentcast.server.protocol import Position, Start, Subscribe, To, Unsubscribe
 
 
 class Clock:
@@ -180,6 +180,7 @@ def test_what_commands_cost() -> None:
     assert doing(everything) >= 5_000
     assert doing(Start(op="start", agent="a", input={})) == START
     assert reading(256 * 1024) > 200 * reading(10)
+    assert PER_TURN / doing(Unsubscribe(op="unsubscribe", subscription="s1")) <= 10, "one may take 2 ms"
 
 
 def test_what_is_legitimate_does_not_wait() -> None:

@@ -174,3 +174,14 @@ def test_what_is_remembered_is_bounded_and_the_newest_stay(monkeypatch: pytest.M
     source.begun = source.handed_out = 6
     assert place.remember("f", None), "the others are forgotten first"
     assert list(place.past) == ["f"]
+
+
+def test_without_a_feed_nothing_is_looked_through_for_what_can_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_PAST", 3)
+    monkeypatch.setattr(FeedPlace, "forget", lambda place: pytest.fail("nothing can be forgotten"))
+    place = FeedPlace()
+
+    for run in "abcdefg":
+        place.remember(run, None)
+
+    assert list(place.past) == ["e", "f", "g"]

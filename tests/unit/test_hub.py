@@ -511,6 +511,43 @@ async def test_a_subscription_to_one_run_whose_room_is_taken_meanwhile_ends_and_
     assert client.outbox.subscriptions.keys() == {"s2"}
 
 
+async def test_a_subscription_to_one_run_too_many_may_be_left_before_its_reply(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "MAX_FOLLOWED", 1)
+    first, second = await Log.create(stage.bus), await Log.create(stage.bus)
+    client = await stage.live(first)
+    opening = stage.bus.catch("open")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: stage.join(client, name="s2", run=second.run))
+        await opening.asked.wait()
+        stage.hub.leave(client.outbox, "s2")
+        opening.release()
+
+    assert client.outbox.subscriptions.keys() == {"s"}
+
+
+async def test_opening_thousands_of_runs_does_not_hold_the_loop(stage: Stage) -> None:
+    runs = [(await Log.create(stage.bus)).run for _ in range(1_000)]
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await checkpoint()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(count)
+        topics = stage.hub._pin(runs, [])
+        await stage.hub._open(topics)
+        tasks.cancel_scope.cancel()
+
+    assert turns >= len(runs) / module.SLICE
+    for topic in topics:
+        topic.unpin()
+
+
 async def test_one_that_has_room_says_nothing_of_it(stage: Stage) -> None:
     await Log.create(stage.bus)
 

@@ -16,7 +16,7 @@ from agentcast.server.bus.base import Filter
 from agentcast.server.bus.memory import MemoryBus
 from agentcast.server.config import Settings
 from agentcast.server.edge import session
-from agentcast.server.edge.costs import Costs
+from agentcast.server.edge.costs import SAVED, Costs
 from agentcast.server.edge.session import Session
 from agentcast.server.errors import PROTOCOL_ERROR, CloseReason, Forbidden
 from agentcast.server.hub.frames import Batch
@@ -56,7 +56,8 @@ class Client:
         self._changed = anyio.Event()
         self._pulling = False
         self.outbox = Outbox(self)
-        self.session = Session("x", "ann", hub, runs, self.outbox, Costs())
+        self.costs = Costs()
+        self.session = Session("x", "ann", hub, runs, self.outbox, self.costs)
         self._ids = 0
 
     def write(self, batch: Batch) -> bool:
@@ -331,6 +332,19 @@ async def test_runs_of_others_are_not_found(client: Client) -> None:
     assert (await client.error("subscribe", to={"run": run}))["code"] == "not_found"
     assert (await client.error("cancel", run=run))["code"] == "not_found"
     assert (await client.result("subscribe", to={"all": True}))["runs"] == []
+
+
+async def test_a_subscription_that_joins_less_than_expected_gives_back_no_more_than_it_paid(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runs, "active", 20_000)
+    account = client.session._account
+    client.costs.charge(account, SAVED * 9 // 10)
+    spent = account.paid_until
+
+    await client.result("subscribe", to={"agent": "nobody"})
+
+    assert account.paid_until >= spent
 
 
 async def test_too_many_subscriptions_are_refused(client: Client) -> None:

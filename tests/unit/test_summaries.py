@@ -9,7 +9,7 @@ import orjson
 import pytest
 from anyio.lowlevel import checkpoint
 
-from agentcast.server.bus.base import Filter, Listing, Summary, new_run_id
+from agentcast.server.bus.base import DeliverSummaries, Filter, Listing, Subscription, Summary, new_run_id
 from agentcast.server.errors import NotFound, TooMany, Unavailable
 from agentcast.server.hub import board as board_module
 from agentcast.server.hub import live_list, summaries
@@ -71,6 +71,9 @@ class CountingBus(HeldBus):
 
     async def summaries(self, runs: Collection[str]) -> dict[str, Summary]:
         return await self._answer("summaries", super().summaries(runs))
+
+    async def watch_summaries(self, deliver: DeliverSummaries) -> Subscription:
+        return await self._answer("watch_summaries", super().watch_summaries(deliver))
 
     def is_watched(self) -> bool:
         return bool(self._summary_watchers)
@@ -276,6 +279,20 @@ async def test_a_join_that_fails_leaves_nothing(stage: Stage) -> None:
     assert runs(client) == [log.run]
 
 
+async def test_who_leaves_before_the_bus_is_watched_gets_a_reply_and_leaves_nothing(stage: Stage) -> None:
+    client = Client()
+    watching = stage.bus.catch("watch_summaries")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: stage.join(client))
+        await watching.asked.wait()
+        stage.hub.leave(client.outbox, "s")
+        watching.release()
+
+    assert stage.bus.lists == [], "nobody is left to read for"
+    assert not stage.bus.is_watched()
+    assert stage.hub.summaries.board.unwatched
+
+
 async def test_more_active_runs_than_the_board_takes_are_said_in_the_reply(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +318,37 @@ async def test_more_runs_by_name_than_a_connection_may_watch_are_said_in_the_rep
     assert await stage.join(client, name="s3", run=names[4]) == {"truncated": 1}
     await stage.clock.advance(1)
     assert sorted(runs(client)) == names[:3]
+
+
+async def test_runs_that_do_not_exist_are_not_watched(stage: Stage) -> None:
+    (log,) = await stage.create()
+    client = Client()
+    for number in range(3):
+        await stage.join(client, name=f"s{number}", runs=[log.run, *(f"{number}.{n}" for n in range(10))])
+
+    assert len(stage.hub.summaries.board.groups) == 1
+
+
+async def test_what_a_connection_names_is_bounded_also_in_many_subscriptions_at_once(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(summaries, "MAX_NAMED", 5)
+    names = [log.run for log in await stage.create(3)]
+    client = Client()
+    replies: list[dict[str, Any]] = []
+
+    async def join(name: str) -> None:
+        replies.append(await stage.join(client, name=name, runs=names))
+
+    stage.bus.hold("info")
+    async with anyio.create_task_group() as tasks:
+        for name in ("s1", "s2", "s3"):
+            tasks.start_soon(join, name)
+        await settle()
+        stage.bus.release("info")
+
+    assert sorted(reply.get("truncated", 0) for reply in replies) == [0, 1, 3]
+    assert stage.hub.summaries.board.named(client.outbox) == 5
 
 
 # -- How often -----------------------------------------------------------------------------------------------------

@@ -234,3 +234,17 @@ def test_record_is_small_and_valid_whatever_the_texts(
     data = summary.encode(1)
     assert len(data) <= SUMMARY_BYTES
     assert orjson.loads(data)["progress"] == {"progress": progress}
+
+
+@pytest.mark.parametrize("tokens", [2**63, -(2**63)])
+def test_a_sum_of_tokens_beyond_64_bits_stays_what_json_can_hold(tokens: int) -> None:
+    summary = RunSummary("r", "echo", None, 1.0)
+    usage = Usage(input_tokens=tokens, output_tokens=tokens, cached_tokens=tokens)
+    for span in ("a", "b", "c"):
+        summary.apply(LmEnd(span=span, duration=1.0, usage=usage).wire() | {"ts": 1.0, "seq": 1})
+
+    data = summary.encode(1)
+
+    assert summary.usage is not None
+    assert orjson.loads(data)["usage"] == summary.usage.wire()
+    assert orjson.dumps(RunEnd(result=None, usage=summary.usage, duration=1.0).wire())
