@@ -157,6 +157,20 @@ async def test_a_channel_that_is_left_and_wanted_again_while_all_are_resubscribe
 # -- A Redis that has lost some ------------------------------------------------------------------------------------
 
 
+async def test_a_page_goes_on_where_its_short_first_part_ends(redis: Redis) -> None:
+    bus = RedisBus(redis.url, "one")
+    async with running(bus):
+        log = await Log.create(bus)
+        for _ in range(60):
+            await log.append(size=1_000)
+
+        page = await bus.read(log.run, log.epoch, 0)
+
+        assert page is not None
+        assert page.head == log.head > 60
+        assert [frame.seq for frame in page.frames] == [*range(1, log.head + 1)]
+
+
 async def test_until_it_is_known_whether_redis_has_lost_anything_no_run_is_called_unknown(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

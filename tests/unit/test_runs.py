@@ -160,6 +160,13 @@ async def test_run_is_logged_from_start_to_end() -> None:
         assert (await host.info(run)).status == "done"
 
 
+async def test_runs_that_have_ended_are_counted() -> None:
+    async with hosting(Scripted(echo)) as host:
+        await host.end(await host.start())
+        await host.end(await host.start())
+    assert (host.runs.active, host.runs.ended) == (0, 2)
+
+
 async def test_agent_is_given_validated_input_and_the_run() -> None:
     seen: list[Task] = []
 
